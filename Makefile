@@ -1,0 +1,68 @@
+# Every target sets up what it needs. `make` alone lists the targets.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# Shows what is downloaded; everything else pip says goes to the log.
+PIP_LOG := $(VENV)/pip.log
+define pip_install
+$(BIN)/python -m pip install --disable-pip-version-check $(1) 2>$(PIP_LOG) \
+	| { grep --line-buffered -oE 'Downloading .*\([0-9.]+ [kMG]B\)|Processing [^ ]*\.whl' || true; } \
+	|| { tail -n 20 $(PIP_LOG); exit 1; }
+endef
+
+.PHONY: help
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(READY): requirements-cpu.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	@echo "[1/4] virtual environment $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "[2/4] torch (about 190 MB)"
+	@$(call pip_install,torch==2.13.0)
+	@echo "[3/4] SGLang, Triton, gRPC and tools (about 600 MB, pinned in requirements-cpu.txt)"
+	@$(call pip_install,--no-deps -r requirements-cpu.txt)
+	@echo "[4/4] vase_sgl"
+	@$(call pip_install,--no-deps -e .)
+	@touch $@
+
+.PHONY: setup
+setup: $(READY) ## Create .venv with every pinned dependency (once)
+
+.PHONY: model
+model: $(READY)
+	@$(BIN)/python -m vase_sgl.demo.model >/dev/null
+
+.PHONY: demo
+demo: model ## Serve a real model with a fixed KV budget, stream, replay, compare
+	@$(BIN)/python -m vase_sgl.demo
+
+.PHONY: test
+test: model ## Run the default test suite
+	@$(BIN)/python -m pytest
+
+.PHONY: lint
+lint: $(READY) ## ruff, mypy --strict, buf lint
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@cd proto && ../$(BIN)/buf lint
+
+.PHONY: format
+format: $(READY) ## Reformat and fix what ruff can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+.PHONY: proto
+proto: $(READY) ## Regenerate the gRPC code from proto/
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash proto/generate.sh
+
+.PHONY: clean
+clean: ## Remove the environment and every cache in this folder
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

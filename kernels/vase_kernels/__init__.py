@@ -1,0 +1,1 @@
+"""vase_kernels: score, select, overwrite and digest KV rows. Knows tensors only."""

@@ -1,0 +1,183 @@
+"""One eviction round of a batch of requests, applied to a KV pool in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vase_kernels.reference.digest import round_sum
+from vase_kernels.reference.overwrite import move_plan
+from vase_kernels.reference.scores import Candidates
+from vase_kernels.reference.select import scorer, select_victims_batched
+
+#: Layers are handled together up to this many candidates; the result does not depend on it.
+_GROUP_CANDIDATES = 1 << 19
+
+
+class EvictResult(NamedTuple):
+    """What a round reports.
+
+    round_sums : int64 Tensor [N]
+        Sum of victim hashes over this pool's layers and heads, to be chained by `digest.chain`.
+    victims : int64 Tensor [N, layers, kv_heads, V] or None
+        Token positions of the victims in ascending order, if asked for.
+    """
+
+    round_sums: Tensor
+    victims: Tensor | None
+
+
+def evict_reference(
+    policy: str,
+    k_buffers: Sequence[Tensor],
+    v_buffers: Sequence[Tensor],
+    token_positions: Tensor,
+    slots: Tensor,
+    queries: Tensor | None,
+    *,
+    budget: int,
+    window: int,
+    seeds: Tensor,
+    rounds: Tensor,
+    logical_lengths: Tensor,
+    first_layer: int = 0,
+    first_head: int = 0,
+    return_victims: bool = False,
+    **fields: Any,
+) -> EvictResult:
+    """Evict from `num_columns` to `budget` rows per layer and KV head.
+
+    Mutates exactly: the K and V rows and the `token_positions` of columns 0..budget-1 of the
+    given requests. Afterwards these hold the kept older tokens and the `window` recent ones;
+    the slots of later columns hold nothing the request still needs. A row that stays keeps its
+    column (see `move_plan`). Nothing depends on slot numbers or on the other requests.
+
+    Parameters
+    ----------
+    policy : str
+        A name in `SCORERS`.
+    k_buffers, v_buffers : sequence of Tensor [num_slots, kv_heads, head_dim]
+        The pool, one K and one V tensor a layer; any float dtype.
+    token_positions : int32 Tensor [layers, num_slots, kv_heads]
+        Token position of each kept row, owned by the pool. Read for columns below `budget` of
+        requests past their first round; need not be written before.
+    slots : int Tensor [N, num_columns]
+        Slot ids of requests with the same physical length, `num_columns` >= budget + window.
+        All ids are distinct.
+    queries : Tensor [N, layers, q_heads, window, head_dim] or None
+        Post-RoPE queries of the window, needed by `vase-attnv`.
+    budget, window : int
+        Tokens kept, window included; recent tokens that are never evicted.
+    seeds, rounds, logical_lengths : int64 Tensor [N]
+        Eviction seed, round number counted from 1, tokens seen so far. Column c holds token
+        position logical_length - num_columns + c where the store does not say otherwise; in a
+        first round, that is c.
+    first_layer, first_head : int
+        Global index of this rank's first layer and KV head.
+    return_victims : bool
+        Also return the victims' token positions.
+    **fields
+        The policy's own fields.
+
+    Raises
+    ------
+    ValueError
+        Before anything of the group of layers at hand is written: see `select_victims_batched`
+        and `move_plan`.
+    """
+    num_columns = slots.shape[1]
+    num_victims = num_columns - budget
+    if not 0 < window < budget or num_victims < window:
+        raise ValueError(
+            f"need 0 < window < budget and budget + window rows, got window {window}, "
+            f"budget {budget}, {num_columns} rows"
+        )
+    reads_rows = scorer(policy, fields).reads_rows
+    num_candidates = num_columns - window
+    num_heads = token_positions.shape[-1]
+    heads = torch.arange(first_head, first_head + num_heads, device=slots.device)
+    slots = slots.to(torch.int64)
+    row_ids = _row_ids(slots, num_heads)
+    candidate_rows = row_ids[..., :num_candidates]
+
+    sums = torch.zeros_like(seeds)
+    inspected = []
+    num_layers = len(k_buffers)
+    step = max(1, _GROUP_CANDIDATES // candidate_rows.numel())
+    for start in range(0, num_layers, step):
+        group = slice(start, min(start + step, num_layers))
+        layers = torch.arange(group.start, group.stop, device=slots.device)
+        positions = _positions(token_positions[group], slots, rounds, logical_lengths, budget)
+        candidates = Candidates(
+            keys=_PoolRows(k_buffers[group], candidate_rows) if reads_rows else None,
+            values=_PoolRows(v_buffers[group], candidate_rows) if reads_rows else None,
+            queries=None if queries is None else queries[:, group],
+            positions=positions[..., :num_candidates],
+            seed=seeds,
+            round=rounds,
+            layers=layers + first_layer,
+            heads=heads,
+        )
+        victims = select_victims_batched(policy, candidates, num_victims, budget=budget, **fields)
+        forgotten = positions.gather(-1, victims)
+        sums += round_sum(forgotten, rounds, candidates.layers, heads)
+        if return_victims:
+            inspected.append(forgotten)
+
+        dst, src = move_plan(victims, candidates.positions, num_columns, window, budget)
+        positions.scatter_(-1, dst, positions.gather(-1, src))
+        token_positions[group].index_copy_(
+            1,
+            slots[:, :budget].flatten(),
+            positions[..., :budget].permute(1, 0, 3, 2).flatten(1, 2).to(torch.int32),
+        )
+        _move(k_buffers[group], row_ids, dst, src)
+        _move(v_buffers[group], row_ids, dst, src)
+    return EvictResult(sums, torch.cat(inspected, dim=1) if return_victims else None)
+
+
+def _positions(
+    store: Tensor, slots: Tensor, rounds: Tensor, logical_lengths: Tensor, budget: int
+) -> Tensor:
+    """int64 token positions [N, layers, kv_heads, num_columns] of every column."""
+    num_columns = slots.shape[1]
+    columns = torch.arange(num_columns, device=slots.device)
+    unmoved = columns + (logical_lengths - num_columns)[:, None]
+    layers, _, heads = store.shape
+    positions = unmoved[:, None, None, :].repeat(1, layers, heads, 1)
+    stored = store[:, slots[:, :budget]].permute(1, 0, 3, 2)
+    first = (rounds == 1)[:, None, None, None]
+    positions[..., :budget] = torch.where(first, positions[..., :budget], stored)
+    return positions
+
+
+def _row_ids(slots: Tensor, num_heads: int) -> Tensor:
+    """Rows [N, kv_heads, columns] of a buffer seen as [num_slots * kv_heads, head_dim]."""
+    return slots[:, None, :] * num_heads + torch.arange(num_heads, device=slots.device)[:, None]
+
+
+class _PoolRows(Sequence[Tensor]):
+    """Rows [N, kv_heads, columns, head_dim] by layer, gathered when read."""
+
+    def __init__(self, buffers: Sequence[Tensor], row_ids: Tensor) -> None:
+        self.buffers = buffers
+        self.row_ids = row_ids
+
+    def __len__(self) -> int:
+        return len(self.buffers)
+
+    def __getitem__(self, layer: int) -> Tensor:
+        rows = self.buffers[layer].flatten(0, 1).index_select(0, self.row_ids.flatten())
+        return rows.view(*self.row_ids.shape, -1)
+
+
+def _move(buffers: Sequence[Tensor], row_ids: Tensor, dst: Tensor, src: Tensor) -> None:
+    """Copy row src[n, l, h, i] over row dst[n, l, h, i] in every layer's buffer."""
+    for layer, buffer in enumerate(buffers):
+        rows = buffer.view(-1, buffer.shape[-1])
+        to = row_ids.gather(-1, dst[:, layer]).flatten()
+        source = row_ids.gather(-1, src[:, layer]).flatten()
+        rows.index_copy_(0, to, rows.index_select(0, source))

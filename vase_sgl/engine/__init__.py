@@ -1,0 +1,1 @@
+"""The SGLang extension. The only package here that imports SGLang; importing it alone does not."""

@@ -1,0 +1,194 @@
+"""Admission: read a request's budget, reserve exactly its static slots, refuse what never fits."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.managers import schedule_policy
+from sglang.srt.managers.schedule_policy import PrefillAdder
+
+from vase_sgl.engine.config import EngineConfig
+from vase_sgl.engine.request_cache import (
+    RequestCache,
+    attach,
+    cache_of,
+    evicting_cache_of,
+)
+from vase_sgl.eviction import EvictionParams, ParameterError
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.managers.scheduler import Scheduler
+
+#: The key of `SamplingParams.custom_params` that carries the eviction parameters.
+PARAMS_KEY = "vase"
+
+
+def create_request(
+    original: Callable[..., Req], scheduler: Scheduler, recv_req: Any, *args: Any, **kwargs: Any
+) -> Req:
+    """AROUND `Scheduler._create_generation_req`: attach a `RequestCache`, or abort with a 400."""
+    req = original(scheduler, recv_req, *args, **kwargs)
+    config = EngineConfig.from_env()
+    custom = req.sampling_params.custom_params
+    raw = custom.get(PARAMS_KEY) if isinstance(custom, dict) else None
+    if raw is None:
+        raw = config.default
+    if raw is None:
+        return req
+    try:
+        params = EvictionParams.parse(raw, config.limits)
+        _refuse_unsupported(recv_req)
+    except ParameterError as error:
+        req.set_finish_with_abort(f"custom_params.{PARAMS_KEY}: {error}")
+        return req
+    attach(req, RequestCache.start(params, len(req.origin_input_ids)))
+    return req
+
+
+def _refuse_unsupported(recv_req: Any) -> None:
+    """Per-request features that read the KV row by logical length, or keep it after the end."""
+    unsupported = {
+        "session_params": recv_req.session_params is not None,
+        "return_routed_experts": bool(recv_req.return_routed_experts),
+        "return_indexer_topk": bool(recv_req.return_indexer_topk),
+        "input_embeds": recv_req.input_embeds is not None,
+    }
+    for name, used in unsupported.items():
+        if used:
+            raise ParameterError(f"a request with a budget cannot use {name}; leave one of them out")
+
+
+def bound_max_new_tokens(
+    original: Callable[..., None], scheduler: Scheduler, req: Req
+) -> None:
+    """AROUND `Scheduler.init_req_max_new_tokens`: a budget lifts the pool's bound on length.
+
+    Output is bounded by the context length alone. A request whose static slots exceed the whole
+    pool can never run: it is aborted with a 400 that says by how much.
+    """
+    cache = evicting_cache_of(req)
+    if cache is None:
+        original(scheduler, req)
+        return
+    sampling = req.sampling_params
+    wanted = sampling.max_new_tokens if sampling.max_new_tokens is not None else 1 << 30
+    room = scheduler.model_config.context_len - 1 - len(req.origin_input_ids) - 1
+    sampling.max_new_tokens = max(0, min(wanted, room))
+    sampling.min_new_tokens = min(sampling.min_new_tokens, sampling.max_new_tokens)
+    slots = cache.max_slots(sampling.max_new_tokens) + _ADMISSION_SLACK
+    if slots > scheduler.max_total_num_tokens:
+        req.set_finish_with_abort(
+            f"the request needs {slots} KV slots (prompt {cache.prompt_tokens}, budget "
+            f"{cache.params.budget}, window {cache.params.window}) but the pool holds "
+            f"{scheduler.max_total_num_tokens}; lower the budget or shorten the prompt"
+        )
+        sampling.max_new_tokens = 0
+
+
+#: PrefillAdder wants one page more than it needs, and strictly less than what is free.
+_ADMISSION_SLACK = 2
+
+
+def unbind_request_length(result: tuple[Any, ...], worker: Any) -> tuple[Any, ...]:
+    """AFTER `TpModelWorker.get_worker_info`: a logical length may exceed the KV pool.
+
+    Only `max_req_len` is lifted; requests without a budget are still bound by the pool, in
+    `init_req_max_new_tokens` (through the allocator) and by `max_req_input_len`.
+    """
+    fields = list(result)
+    fields[4] = worker.model_config.context_len - 1
+    return tuple(fields)
+
+
+class ReservingPrefillAdder(PrefillAdder):
+    """Charges a budgeted request `max(prompt, budget) + window` slots and nothing more."""
+
+    def _get_running_request_total_token_offset(self, req: Req) -> int:
+        cache = evicting_cache_of(req)
+        if cache is None:
+            return super()._get_running_request_total_token_offset(req)
+        limit = cache.max_slots(req.sampling_params.max_new_tokens)
+        return max(0, limit - req.kv.kv_allocated_len)
+
+    def add_one_req(self, req: Req, *args: Any, **kwargs: Any) -> Any:
+        with _charged_growth(req):
+            return super().add_one_req(req, *args, **kwargs)
+
+    def add_chunked_req(self, req: Req) -> Any:
+        with _charged_growth(req):
+            return super().add_chunked_req(req)
+
+
+@contextlib.contextmanager
+def _charged_growth(req: Req) -> Iterator[None]:
+    """Within: upstream's admission arithmetic sees the slots the request will really take.
+
+    Upstream charges `min(max_new_tokens, CLIP_MAX_NEW_TOKENS)`, and simulates full growth under
+    `ignore_eos`. Both are restored on exit; the scheduler is single-threaded.
+    """
+    cache = evicting_cache_of(req)
+    if cache is None:
+        yield
+        return
+    sampling = req.sampling_params
+    saved = sampling.max_new_tokens, sampling.ignore_eos, schedule_policy.CLIP_MAX_NEW_TOKENS
+    growth = cache.max_slots(sampling.max_new_tokens) - len(req.full_untruncated_fill_ids)
+    sampling.max_new_tokens = len(req.output_ids) + max(growth, 0)
+    sampling.ignore_eos = False
+    schedule_policy.CLIP_MAX_NEW_TOKENS = 1 << 30
+    try:
+        yield
+    finally:
+        sampling.max_new_tokens, sampling.ignore_eos, schedule_policy.CLIP_MAX_NEW_TOKENS = saved
+
+
+def reserving_adder(result: type[PrefillAdder], scheduler: Scheduler) -> type[PrefillAdder]:
+    """AFTER `Scheduler.get_prefill_adder_class` (an upstream override point)."""
+    if result is not PrefillAdder:
+        raise RuntimeError(f"vase_sgl extends PrefillAdder, but SGLang now uses {result.__name__}")
+    return ReservingPrefillAdder
+
+
+def decode_slots_needed(
+    original: Callable[..., int], batch: ScheduleBatch, selected_indices: list[int] | None = None
+) -> int:
+    """AROUND `ScheduleBatch.new_tokens_required_next_decode`: saturated requests take no slot.
+
+    Upstream counts one slot per request; with the pool full of saturated budgets that would
+    retract requests for room nobody needs.
+    """
+    if not any(cache_of(req) for req in batch.reqs):
+        return original(batch, selected_indices)
+    indices = range(len(batch.reqs)) if selected_indices is None else selected_indices
+    lengths = batch.seq_lens_cpu.tolist()
+    needed = 0
+    for index in indices:
+        req = batch.reqs[index]
+        cache = evicting_cache_of(req)
+        due = cache is not None and lengths[index] >= cache.trigger
+        if not due and lengths[index] >= req.kv.kv_allocated_len:
+            needed += 1
+    return needed
+
+
+def retraction_order(result: list[int], reqs: list[Req]) -> list[int]:
+    """AFTER `ScheduleBatch._get_decode_retraction_order`: requests without a budget go first.
+
+    The list is popped from its end. A budgeted request holds a reservation, so it is never what
+    filled the pool.
+    """
+    budgeted = [index for index in result if evicting_cache_of(reqs[index]) is not None]
+    return budgeted + [index for index in result if evicting_cache_of(reqs[index]) is None]
+
+
+def release_for_retraction(original: Callable[..., bool], *, req: Req, **kwargs: Any) -> bool:
+    """AROUND `schedule_batch.release_req`: a budgeted request ends with 503 instead of restarting.
+
+    Retraction re-prefills the whole text, which rebuilds a cache that eviction had changed: the
+    answer could not be replayed. Returning False is upstream's "cannot be resumed".
+    """
+    resumable = original(req=req, **kwargs)
+    return resumable and evicting_cache_of(req) is None

@@ -1,0 +1,60 @@
+"""Engine settings. SGLang's processes are spawned, so the environment carries them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from vase_sgl.eviction import EvictionLimits, EvictionParams
+from vase_sgl.eviction.policies.base import ParameterError
+
+MAX_BUDGET = "VASE_MAX_BUDGET"
+MAX_WINDOW = "VASE_MAX_WINDOW"
+DEFAULT_PARAMS = "VASE_DEFAULT"
+CHECK_INTEGRITY = "VASE_CHECK_INTEGRITY"
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """What the operator decides; requests move within it.
+
+    default: eviction parameters of requests that bring none; None leaves them with full KV.
+    check_integrity: prove slot ownership and positions after every decode step (slow; for tests).
+    """
+
+    limits: EvictionLimits = EvictionLimits()
+    default: Mapping[str, Any] | None = None
+    check_integrity: bool = False
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] | None = None) -> EngineConfig:
+        """Read the `VASE_*` variables. Raises `ParameterError` naming the wrong one."""
+        env = os.environ if env is None else env
+        limits = EvictionLimits(
+            max_budget=_read_int(env, MAX_BUDGET, EvictionLimits.max_budget),
+            max_window=_read_int(env, MAX_WINDOW, EvictionLimits.max_window),
+        )
+        default = None
+        if env.get(DEFAULT_PARAMS):
+            try:
+                default = json.loads(env[DEFAULT_PARAMS])
+                EvictionParams.parse(default, limits)
+            except ValueError as error:  # ParameterError and JSONDecodeError are both
+                raise ParameterError(f"{DEFAULT_PARAMS} is wrong: {error}") from error
+        check = env.get(CHECK_INTEGRITY, "0")
+        if check not in ("0", "1"):
+            raise ParameterError(f"{CHECK_INTEGRITY} must be 0 or 1, got {check!r}")
+        return cls(limits=limits, default=default, check_integrity=check == "1")
+
+
+def _read_int(env: Mapping[str, str], name: str, default: int) -> int:
+    text = env.get(name)
+    if text is None:
+        return default
+    try:
+        return int(text)
+    except ValueError:
+        raise ParameterError(f"{name} must be an integer, got {text!r}") from None

@@ -1,0 +1,99 @@
+"""Decode-time slots: grow to the reservation, then overwrite. Who is due is host arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from sglang.srt.mem_cache.allocation import alloc_for_decode_default, alloc_token_slots
+
+from vase_sgl.engine.compaction import DueRequest
+from vase_sgl.engine.pool import BudgetPool
+from vase_sgl.engine.request_cache import RequestCache, cache_of, evicting_cache_of
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+
+
+def alloc_for_decode(batch: ScheduleBatch, token_per_req: int) -> torch.Tensor:
+    """The decode allocation of SGLang's registry (`ALLOC_FOR_DECODE_FUNCS`).
+
+    A batch without budgets takes the stock path. Otherwise, in this order: shorten the physical
+    length of due requests and queue their round, allocate slots for rows that still grow, give
+    back surplus slots of long prompts (allocations before frees: a slot freed here may still be
+    the source of this step's compaction).
+
+    Mutates `batch.seq_lens`, `batch.seq_lens_cpu` (replaced, never written in place), the
+    requests' `kv` records and token rows. Returns slots [batch] int64 for the new tokens.
+    """
+    caches = [cache_of(req) for req in batch.reqs]
+    if not any(caches):
+        return alloc_for_decode_default(batch, token_per_req)
+    if token_per_req != 1:
+        raise RuntimeError("a KV budget needs one token per decode step; turn off speculation")
+    pool = BudgetPool.of(batch.req_to_token_pool)
+    lengths = batch.seq_lens_cpu.tolist()
+    frees: list[Callable[[], None]] = []
+    due: list[DueRequest] = []
+    for index, req in enumerate(batch.reqs):
+        cache = evicting_cache_of(req)
+        if cache is not None and lengths[index] >= cache.trigger:
+            due.append(_plan_round(batch, req, cache, lengths[index], frees))
+            lengths[index] = cache.params.budget
+    if due:
+        pool.compaction.queue(due)
+        batch.seq_lens_cpu = torch.tensor(lengths, dtype=batch.seq_lens_cpu.dtype)
+        batch.seq_lens = batch.seq_lens_cpu.to(
+            device=batch.seq_lens.device, dtype=batch.seq_lens.dtype, non_blocking=True
+        )
+    _grow(batch, lengths)
+    for free in frees:
+        free()
+    if frees:
+        batch.batch_is_full = False  # slots came back although nobody left: reopen admission
+    for req in batch.reqs:
+        req.kv.kv_committed_len = req.kv.kv_allocated_len
+    rows = batch.req_to_token_pool.req_to_token
+    return rows[batch.req_pool_indices, batch.seq_lens].to(torch.int64)
+
+
+def _plan_round(
+    batch: ScheduleBatch,
+    req: Req,
+    cache: RequestCache,
+    length: int,
+    frees: list[Callable[[], None]],
+) -> DueRequest:
+    if length != cache.trigger:
+        raise RuntimeError(
+            f"request {req.rid} holds {length} KV entries but was due at {cache.trigger}"
+        )
+    row = req.kv.req_pool_idx
+    slots = batch.req_to_token_pool.req_to_token[row, :length].to(torch.int64)
+    cache.record_round(length)
+    if length > cache.steady_slots:
+        surplus = [(cache.steady_slots, length)]
+        frees.append(partial(batch.tree_cache.free_kv_row, req.kv, surplus))
+        req.kv.kv_allocated_len = cache.steady_slots
+    req.skip_radix_cache_insert = True  # compacted KV never enters a prefix tree
+    return DueRequest(
+        cache=cache,
+        row=row,
+        slots=slots,
+        logical_length=cache.params.budget + cache.evicted_tokens,
+    )
+
+
+def _grow(batch: ScheduleBatch, lengths: list[int]) -> None:
+    growing = [i for i, req in enumerate(batch.reqs) if lengths[i] >= req.kv.kv_allocated_len]
+    if not growing:
+        return
+    slots = alloc_token_slots(batch.tree_cache, len(growing))
+    index = torch.tensor(growing, device=batch.req_pool_indices.device)
+    batch.req_to_token_pool.write(
+        (batch.req_pool_indices[index], batch.seq_lens[index]), slots.to(torch.int32)
+    )
+    for i in growing:
+        batch.reqs[i].kv.kv_allocated_len += 1

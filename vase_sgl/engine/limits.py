@@ -1,0 +1,64 @@
+"""Start-up refusals: flag mixes under which a static budget would corrupt the cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+#: flag -> (value that is refused unless it equals this, what to do)
+_REQUIRED: dict[str, tuple[object, str]] = {
+    "disable_radix_cache": (True, "add --disable-radix-cache"),
+    "disable_overlap_schedule": (True, "add --disable-overlap-schedule"),
+    "speculative_algorithm": (None, "leave out --speculative-algorithm"),
+    "enable_mixed_chunk": (False, "leave out --enable-mixed-chunk"),
+    "enable_two_batch_overlap": (False, "leave out --enable-two-batch-overlap"),
+    "enable_hierarchical_cache": (False, "leave out --enable-hierarchical-cache"),
+    "enable_hisparse": (False, "leave out --enable-hisparse"),
+    "enable_lmcache": (False, "leave out --enable-lmcache"),
+    "enable_dp_attention": (False, "leave out --enable-dp-attention"),
+    "enable_pdmux": (False, "leave out --enable-pdmux"),
+    "enable_lora": (False, "leave out --enable-lora"),
+    "enable_unified_memory": (False, "leave out --enable-unified-memory"),
+    "enable_session_radix_cache": (False, "leave out --enable-session-radix-cache"),
+    "enable_priority_scheduling": (False, "leave out --enable-priority-scheduling"),
+    "disaggregation_mode": ("null", "leave out --disaggregation-mode"),
+    "dllm_algorithm": (None, "leave out --dllm-algorithm"),
+    "kv_canary": ("none", "leave out --kv-canary"),
+    "pp_size": (1, "use --pp-size 1"),
+}
+
+
+class UnsupportedConfiguration(RuntimeError):
+    """SGLang was started in a way a static KV budget does not support."""
+
+
+def refuse_unsupported_flags(server_args: Any) -> None:
+    """Raise `UnsupportedConfiguration` naming every refused flag and its cure."""
+    cures = []
+    for name, (required, cure) in _REQUIRED.items():
+        value = getattr(server_args, name)
+        if (value or None) != (required or None):
+            cures.append(f"{cure} ({name} is {value!r})")
+    if server_args.page_size not in (None, 1):
+        cures.append(f"use --page-size 1 (page_size is {server_args.page_size})")
+    if cures:
+        raise UnsupportedConfiguration("a static KV budget needs: " + "; ".join(cures))
+
+
+def refuse_unsupported_pool(model_runner: Any) -> None:
+    """Raise `UnsupportedConfiguration` for models whose cache is not plain full attention."""
+    from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+    pool, allocator = model_runner.token_to_kv_pool, model_runner.token_to_kv_pool_allocator
+    if type(pool) is not MHATokenToKVPool:
+        raise UnsupportedConfiguration(
+            f"a static KV budget needs plain multi-head or grouped-query attention; this model's "
+            f"KV pool is {type(pool).__name__} (MLA, sliding window, Mamba and hybrids are not "
+            "supported)"
+        )
+    if type(allocator) is not TokenToKVPoolAllocator or allocator.page_size != 1:
+        raise UnsupportedConfiguration(
+            f"a static KV budget needs page size 1; the allocator is {type(allocator).__name__} "
+            f"with page size {allocator.page_size}: add --page-size 1 and an attention backend "
+            "that supports it (flashinfer, triton, torch_native)"
+        )

@@ -1,0 +1,53 @@
+"""What the worker tells about itself: `/server_info` -> `internal_states[0]["vase"]`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vase_sgl.engine.config import EngineConfig
+from vase_sgl.engine.fingerprint import fingerprint
+from vase_sgl.engine.pool import BudgetPool
+from vase_sgl.engine.request_cache import cache_of
+
+
+def report_state(result: Any, controller: Any, recv_req: Any) -> Any:
+    """AFTER `SchedulerInternalStateController.get_internal_state`."""
+    scheduler = controller.scheduler
+    result.internal_state["vase"] = describe(scheduler)
+    return result
+
+
+def describe(scheduler: Any) -> dict[str, Any]:
+    """Slots (one slot = one token in every layer), rounds so far, limits, fingerprint."""
+    config = EngineConfig.from_env()
+    pool = BudgetPool.of(scheduler.req_to_token_pool)
+    running = scheduler.running_batch.reqs
+    reserved = 0
+    for req in running:
+        cache = cache_of(req)
+        if cache is not None:
+            reserved += cache.max_slots(req.sampling_params.max_new_tokens)
+        else:
+            reserved += len(req.origin_input_ids) + len(req.output_ids)
+    return {
+        "fingerprint": fingerprint(scheduler),
+        "limits": {
+            "max_budget": config.limits.max_budget,
+            "max_window": config.limits.max_window,
+        },
+        "default": dict(config.default) if config.default is not None else None,
+        "context_length": scheduler.model_config.context_len,
+        "slots": {
+            "total": scheduler.max_total_num_tokens,
+            "available": int(scheduler.token_to_kv_pool_allocator.available_size()),
+            "reserved": reserved,
+        },
+        "running_requests": len(running),
+        "rounds": pool.compaction.rounds,
+        "evicted_tokens": pool.compaction.evicted_tokens,
+        "compaction_seconds": pool.compaction.seconds,
+        "buffers_mib": {
+            "query_ring": pool.query_ring.nbytes / 2**20,
+            "token_positions": pool.token_positions.nbytes / 2**20,
+        },
+    }

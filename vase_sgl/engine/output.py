@@ -1,0 +1,70 @@
+"""Statistics of a budgeted request on their way to the client: `meta_info["vase"]`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
+
+from vase_sgl.engine.request_cache import cache_of
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
+META_KEY = "vase"
+
+
+class BudgetOutputStreamer(SchedulerOutputStreamer):
+    """Adds the budget's statistics to every output; the final one lists each round's digest."""
+
+    has_additional_customized_info: ClassVar[bool] = True
+
+    def build_additional_customized_info(self, reqs: list[Req]) -> dict[str, list[Any]]:
+        statistics = [_statistics(req) for req in reqs]
+        return {META_KEY: statistics} if any(statistics) else {}
+
+
+def _statistics(req: Req) -> dict[str, Any] | None:
+    cache = cache_of(req)
+    if cache is None:
+        return None
+    statistics = cache.statistics(
+        len(req.origin_input_ids),
+        len(req.output_ids_through_stop),
+        req.sampling_params.max_new_tokens,
+    )
+    if req.finished():
+        statistics["round_digests"] = cache.digests()
+    return statistics
+
+
+def budget_streamer(
+    result: type[SchedulerOutputStreamer], scheduler: Any
+) -> type[SchedulerOutputStreamer]:
+    """AFTER `Scheduler.get_output_streamer_class` (an upstream override point)."""
+    if result is not SchedulerOutputStreamer:
+        raise RuntimeError(
+            f"vase_sgl extends SchedulerOutputStreamer, but SGLang now uses {result.__name__}"
+        )
+    return BudgetOutputStreamer
+
+
+def place_statistics(
+    original: Callable[..., None],
+    manager: Any,
+    meta_info: dict[str, Any],
+    state: Any,
+    customized_info: dict[str, list[Any]],
+    index: int,
+    finish_reason: dict[str, Any] | None,
+) -> None:
+    """AROUND `TokenizerManager.update_request_meta_info`: the latest statistics, as one object.
+
+    Upstream accumulates per-token lists; these are totals.
+    """
+    others = {key: value for key, value in customized_info.items() if key != META_KEY}
+    original(manager, meta_info, state, others, index, finish_reason)
+    statistics = customized_info.get(META_KEY)
+    if statistics is not None and statistics[index] is not None:
+        meta_info[META_KEY] = statistics[index]

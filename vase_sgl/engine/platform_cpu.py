@@ -1,0 +1,39 @@
+"""A plain CPU as an SGLang platform (entry point group `sglang.srt.platforms`).
+
+Upstream's own CPU platform needs `sgl_kernel` built for CPU; this one runs on what PyPI installs:
+torch_native attention, PyTorch sampling.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+
+
+class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
+    """Out-of-tree CPU platform without compiled SGLang kernels."""
+
+    _enum = PlatformEnum.OOT
+    device_name = "cpu"
+    device_type = "cpu"
+    capabilities = PlatformCapabilities()
+
+    def get_default_attention_backend(self) -> str:
+        return "torch_native"
+
+    def is_pin_memory_available(self, device: Any = None) -> bool:
+        return False
+
+
+def is_active() -> bool:
+    """True if this platform serves: an activated out-of-tree platform would win over CUDA."""
+    return not torch.cuda.is_available()
+
+
+def activate() -> str | None:
+    """Entry point. None leaves the machine's accelerator to SGLang's own platforms."""
+    return f"{__name__}:{PlainCpuPlatform.__qualname__}" if is_active() else None

@@ -1,0 +1,297 @@
+"""The SGLang plugin (entry point group `sglang.srt.plugins`): every hook, with its reason.
+
+SGLang only logs a hook that cannot be applied. So each target's signature is compared with the
+one the hook was written for, and a mismatch ends the process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import logging
+import pkgutil
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+from sglang.srt.layers.attention.attention_registry import (
+    ATTENTION_BACKENDS,
+    register_attention_backend,
+)
+from sglang.srt.mem_cache.allocation import ALLOC_FOR_DECODE_FUNCS
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+from vase_sgl.engine import (
+    admission,
+    integrity,
+    lifecycle,
+    limits,
+    linear_cpu,
+    metrics,
+    output,
+    platform_cpu,
+    positions,
+    sampling_cpu,
+)
+from vase_sgl.engine.config import EngineConfig
+from vase_sgl.engine.pool import BudgetPool
+from vase_sgl.engine.query_ring import recording_backend
+
+logger = logging.getLogger(__name__)
+
+SGLANG_VERSION = "0.5.23"
+
+#: Backends whose decode is plain full attention over the flat pool.
+_BACKENDS = ("torch_native", "flashinfer", "fa3", "triton")
+
+
+@dataclasses.dataclass(frozen=True)
+class Hook:
+    """One hook: upstream target below `sglang.srt.`, its parameters as of SGLANG_VERSION, why."""
+
+    target: str
+    parameters: tuple[str, ...]
+    kind: HookType
+    function: Callable[..., Any]
+    reason: str
+
+    @property
+    def path(self) -> str:
+        return f"sglang.srt.{self.target}"
+
+
+def _check_start(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """AFTER `Scheduler.__init__`: refuse what would corrupt, and hooks that are missing."""
+    limits.refuse_unsupported_pool(scheduler.tp_worker.model_runner)
+    verify_applied()
+
+
+def _check_flags(scheduler: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
+    """BEFORE `Scheduler.__init__`."""
+    limits.refuse_unsupported_flags(server_args)
+
+
+def _check_integrity(result: None, scheduler: Any, batch: Any, *args: Any) -> None:
+    """AFTER `Scheduler.process_batch_result`."""
+    if batch.forward_mode.is_decode():
+        integrity.check_batch(scheduler, batch)
+
+
+_INIT_NEW = (
+    "cls",
+    "batch",
+    "model_runner",
+    "capture_hidden_mode",
+    "return_hidden_states_before_norm",
+    "extend_position_info",
+    "spec_mrope_positions",
+    "kv_loc_plan",
+    "write_cols",
+)
+
+HOOKS: tuple[Hook, ...] = (
+    Hook(
+        "managers.scheduler.Scheduler._create_generation_req",
+        ("self", "recv_req", "args", "kwargs"),
+        HookType.AROUND,
+        admission.create_request,
+        "attach the budget to a request, or refuse it with a 400",
+    ),
+    Hook(
+        "managers.scheduler.Scheduler.init_req_max_new_tokens",
+        ("self", "req"),
+        HookType.AROUND,
+        admission.bound_max_new_tokens,
+        "a budgeted request may grow past the pool; one that can never run is refused",
+    ),
+    Hook(
+        "managers.tp_worker.TpModelWorker.get_worker_info",
+        ("self",),
+        HookType.AFTER,
+        admission.unbind_request_length,
+        "the longest request is bounded by the context, not by the pool",
+    ),
+    Hook(
+        "managers.scheduler.Scheduler.get_prefill_adder_class",
+        ("self",),
+        HookType.AFTER,
+        admission.reserving_adder,
+        "admission reserves the static slots and counts nothing more",
+    ),
+    Hook(
+        "managers.schedule_batch.ScheduleBatch.new_tokens_required_next_decode",
+        ("self", "selected_indices"),
+        HookType.AROUND,
+        admission.decode_slots_needed,
+        "a saturated request takes no slot, so a full pool is no reason to retract",
+    ),
+    Hook(
+        "managers.schedule_batch.ScheduleBatch._get_decode_retraction_order",
+        ("reqs",),
+        HookType.AFTER,
+        admission.retraction_order,
+        "requests without a budget are retracted first",
+    ),
+    Hook(
+        "managers.schedule_batch.release_req",
+        (
+            "req",
+            "remaing_req_count",
+            "req_to_token_pool",
+            "token_to_kv_pool_allocator",
+            "tree_cache",
+            "hisparse_coordinator",
+            "offload_kv",
+        ),
+        HookType.AROUND,
+        admission.release_for_retraction,
+        "a compacted cache cannot be rebuilt by a prefill: end with 503 instead",
+    ),
+    Hook(
+        "model_executor.forward_batch_info.ForwardBatch.init_new",
+        _INIT_NEW,
+        HookType.AFTER,
+        positions.prepare_forward,
+        "logical positions; due rounds run before the forward",
+    ),
+    Hook(
+        "managers.scheduler.Scheduler.get_output_streamer_class",
+        ("self",),
+        HookType.AFTER,
+        output.budget_streamer,
+        "statistics travel with every output",
+    ),
+    Hook(
+        "managers.tokenizer_manager.TokenizerManager.update_request_meta_info",
+        ("self", "meta_info", "state", "customized_info", "index", "finish_reason"),
+        HookType.AROUND,
+        output.place_statistics,
+        "statistics become meta_info['vase']",
+    ),
+    Hook(
+        "managers.scheduler_components.internal_state."
+        "SchedulerInternalStateController.get_internal_state",
+        ("self", "recv_req"),
+        HookType.AFTER,
+        metrics.report_state,
+        "slots, rounds and fingerprint in /server_info",
+    ),
+    Hook(
+        "managers.scheduler.Scheduler.__init__",
+        ("self", "server_args", "port_args"),
+        HookType.BEFORE,
+        _check_flags,
+        "refuse unsupported flags by name",
+    ),
+    Hook(
+        "managers.scheduler.Scheduler.__init__",
+        ("self", "server_args", "port_args"),
+        HookType.AFTER,
+        _check_start,
+        "refuse unsupported models; prove that every hook is in place",
+    ),
+)
+
+_INTEGRITY_HOOK = Hook(
+    "managers.scheduler.Scheduler.process_batch_result",
+    ("self", "batch", "result"),
+    HookType.AFTER,
+    _check_integrity,
+    "VASE_CHECK_INTEGRITY: prove the invariants after every step",
+)
+
+_CPU_HOOKS: tuple[Hook, ...] = (
+    Hook(
+        "layers.quantization.unquant.UnquantizedLinearMethod.apply",
+        ("self", "layer", "x", "bias"),
+        HookType.AROUND,
+        linear_cpu.tiled_linear_apply,
+        "batch-invariant linear layers",
+    ),
+    Hook(
+        "layers.logits_processor.LogitsProcessor._compute_lm_head",
+        ("self", "hidden_states", "lm_head", "embedding_bias", "out"),
+        HookType.AROUND,
+        linear_cpu.tiled_lm_head,
+        "batch-invariant logits",
+    ),
+    Hook(
+        "model_executor.forward_batch_info.ForwardBatch.init_new",
+        _INIT_NEW,
+        HookType.AFTER,
+        linear_cpu.note_forward_mode,
+        "decode and prefill use different tiles",
+    ),
+    Hook(
+        "sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch",
+        ("cls", "batch", "vocab_size"),
+        HookType.AFTER,
+        sampling_cpu.carry_seeds,
+        "sampling seeds without --enable-deterministic-inference",
+    ),
+    Hook(
+        "layers.sampler.Sampler._sample_from_probs",
+        ("self", "probs", "sampling_info", "positions", "simple_sampling_case"),
+        HookType.AROUND,
+        sampling_cpu.sample_with_seeds,
+        "sampling seeds without --enable-deterministic-inference",
+    ),
+)
+
+
+def active_hooks() -> tuple[Hook, ...]:
+    """The hooks of this process: the general ones, the CPU platform's, the integrity check."""
+    hooks = HOOKS
+    if platform_cpu.is_active():
+        hooks += _CPU_HOOKS
+    if EngineConfig.from_env().check_integrity:
+        hooks += (_INTEGRITY_HOOK,)
+    return hooks
+
+
+def register() -> None:
+    """Entry point: register every hook, or end the process (SGLang would only log a failure)."""
+    try:
+        _register()
+    except Exception as error:
+        raise SystemExit(f"vase_sgl cannot extend this SGLang: {error}") from error
+
+
+def _register() -> None:
+    installed = version("sglang")
+    if installed != SGLANG_VERSION:
+        raise RuntimeError(
+            f"written for sglang {SGLANG_VERSION}, found {installed}; "
+            f"run `pip install sglang=={SGLANG_VERSION}`"
+        )
+    for hook in active_hooks():
+        check_signature(hook)
+        HookRegistry.register(hook.path, hook.function, hook.kind)
+    for device in ("cuda", "cpu"):
+        ALLOC_FOR_DECODE_FUNCS[device] = lifecycle.alloc_for_decode
+    for name in _BACKENDS:
+        factory = recording_backend(
+            ATTENTION_BACKENDS[name], lambda runner: BudgetPool.of_runner(runner).query_ring
+        )
+        register_attention_backend(name)(factory)
+
+
+def check_signature(hook: Hook) -> None:
+    """Raise RuntimeError unless the upstream target still has the parameters we rely on."""
+    owner_path, _, name = hook.path.rpartition(".")
+    owner = pkgutil.resolve_name(owner_path)
+    target = inspect.getattr_static(owner, name)
+    function = getattr(target, "__func__", target)
+    found = tuple(inspect.signature(inspect.unwrap(function)).parameters)
+    if found != hook.parameters:
+        raise RuntimeError(
+            f"{hook.path} now takes {found}, expected {hook.parameters} "
+            f"(needed to: {hook.reason}); see docs/upgrading-sglang.md"
+        )
+
+
+def verify_applied() -> None:
+    """Raise RuntimeError naming every hook that SGLang failed to apply."""
+    missing = [hook.path for hook in active_hooks() if hook.path not in HookRegistry._patched]
+    if missing:
+        raise RuntimeError(f"SGLang did not apply the hooks on {', '.join(missing)}")

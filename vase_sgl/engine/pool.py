@@ -1,0 +1,80 @@
+"""What the budget adds to SGLang's KV pool: token positions, the query ring, the round queue."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from typing import Any
+
+import torch
+from sglang.srt.runtime_context import get_parallel
+
+from vase_sgl.engine.compaction import Compaction
+from vase_sgl.engine.config import EngineConfig
+from vase_sgl.engine.query_ring import QueryRing
+
+logger = logging.getLogger(__name__)
+
+_MIB = 2**20
+
+
+class BudgetPool:
+    """Side buffers of one KV pool, created once per model runner, before the first request.
+
+    k_buffers, v_buffers: per layer [slots, kv_heads, head_dim], SGLang's own tensors.
+    token_positions: int32 [layers, slots, kv_heads]; valid for the first `budget` columns of a
+        request that had a round. Before that, and for the recent window, a token's position
+        follows from its column, so nothing is written per step.
+    first_head: global index of this rank's first KV head; it keys the random draws.
+    """
+
+    def __init__(self, model_runner: Any, config: EngineConfig) -> None:
+        kv = model_runner.token_to_kv_pool
+        self.k_buffers: list[torch.Tensor] = list(kv.k_buffer)
+        self.v_buffers: list[torch.Tensor] = list(kv.v_buffer)
+        slots, kv_heads, head_dim = self.k_buffers[0].shape
+        layers = len(self.k_buffers)
+        device = self.k_buffers[0].device
+        rows = model_runner.req_to_token_pool.req_to_token.shape[0]
+        model = model_runner.model_config
+        parallel = get_parallel()
+        total_heads = model.get_total_num_kv_heads()
+        self.first_head = parallel.attn_tp_rank * total_heads // parallel.attn_tp_size
+        self.token_positions = torch.zeros(
+            layers, slots, kv_heads, dtype=torch.int32, device=device
+        )
+        self.query_ring = QueryRing(
+            layers=layers,
+            rows=rows,
+            window=config.limits.max_window,
+            heads=model.num_attention_heads // parallel.attn_tp_size,
+            head_dim=head_dim,
+            dtype=model_runner.dtype,
+            device=device,
+        )
+        self.compaction = Compaction()
+        logger.info(
+            "vase_sgl buffers: query ring %.1f MiB (%d requests, window %d), "
+            "token positions %.1f MiB (%d slots)",
+            self.query_ring.nbytes / _MIB,
+            rows,
+            config.limits.max_window,
+            self.token_positions.nbytes / _MIB,
+            slots,
+        )
+
+    @classmethod
+    def of_runner(cls, model_runner: Any) -> BudgetPool:
+        """The pool of a model runner, created on first use."""
+        key = model_runner.req_to_token_pool
+        if key not in _pools:
+            _pools[key] = cls(model_runner, EngineConfig.from_env())
+        return _pools[key]
+
+    @classmethod
+    def of(cls, req_to_token_pool: Any) -> BudgetPool:
+        """The pool created for the model runner that owns `req_to_token_pool`."""
+        return _pools[req_to_token_pool]
+
+
+_pools: weakref.WeakKeyDictionary[Any, BudgetPool] = weakref.WeakKeyDictionary()

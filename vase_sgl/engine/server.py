@@ -1,0 +1,203 @@
+"""The worker: SGLang's own HTTP server with the plugin. `python -m vase_sgl.engine.server`.
+
+SGLang spawns its processes, and a spawned child first imports this module again (as
+`__mp_main__`). So the torchvision workaround at the top reaches every process before SGLang does.
+"""
+
+from __future__ import annotations
+
+from vase_sgl.engine.torchvision_cpu import declare_torchvision_operators
+
+declare_torchvision_operators()
+
+import argparse  # noqa: E402
+import ctypes  # noqa: E402
+import os  # noqa: E402
+import signal  # noqa: E402
+import socket  # noqa: E402
+import sys  # noqa: E402
+import threading  # noqa: E402
+import time  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import torch  # noqa: E402
+
+from vase_sgl.engine.config import (  # noqa: E402
+    DEFAULT_PARAMS,
+    MAX_BUDGET,
+    MAX_WINDOW,
+    EngineConfig,
+)
+from vase_sgl.eviction import EvictionLimits  # noqa: E402
+
+#: A worker whose environment names this process id ends with that process.
+PARENT_PID = "VASE_PARENT_PID"
+DEFAULT_PORT = 30000
+
+#: What a budget needs today; `limits.py` refuses a server without them.
+_REQUIRED_FLAGS = ("--disable-radix-cache", "--disable-overlap-schedule")
+
+#: Defaults on a machine without an accelerator. Any of them may be given explicitly instead.
+_CPU_DEFAULTS = {
+    "--device": "cpu",
+    "--attention-backend": "torch_native",
+    "--sampling-backend": "pytorch",
+    "--grammar-backend": "none",
+    "--max-running-requests": "32",
+    "--mem-fraction-static": "0.3",
+    "--max-total-tokens": "32768",
+    "--chunked-prefill-size": "2048",
+}
+_CPU_SWITCHES = ("--disable-cuda-graph",)
+
+
+class WorkerError(Exception):
+    """The worker cannot start. The text says what to do."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Serve until SIGTERM or SIGINT. Returns the exit status."""
+    options, sglang_argv = _parse(sys.argv[1:] if argv is None else argv)
+    try:
+        _export_settings(options)
+        sglang_argv = complete_argv(sglang_argv, cpu=not torch.cuda.is_available())
+        check_model(value_of(sglang_argv, "--model-path"))
+        check_port(
+            value_of(sglang_argv, "--host") or "127.0.0.1",
+            int(value_of(sglang_argv, "--port") or DEFAULT_PORT),
+        )
+        _end_with_parent()
+        return _serve(sglang_argv)
+    except (WorkerError, ValueError) as error:
+        print(f"vase-sgl worker: {error}", file=sys.stderr)
+        return 2
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="vase-sgl worker",
+        description="SGLang's HTTP server with a fixed KV budget per request. Takes every flag of "
+        "`sglang serve` beside the ones below.",
+        epilog="Example: vase-sgl worker --model-path Qwen/Qwen3-8B --port 30000",
+        allow_abbrev=False,
+    )
+    limits = EvictionLimits()
+    parser.add_argument(
+        "--vase-max-budget",
+        type=int,
+        metavar="N",
+        help=f"largest budget a request may ask for (default {limits.max_budget})",
+    )
+    parser.add_argument(
+        "--vase-max-window",
+        type=int,
+        metavar="N",
+        help=f"largest window; sizes the query ring (default {limits.max_window})",
+    )
+    parser.add_argument(
+        "--vase-default",
+        metavar="JSON",
+        help='eviction parameters of requests that bring none, e.g. {"budget": 2048}',
+    )
+    return parser.parse_known_args(argv)
+
+
+def _export_settings(options: argparse.Namespace) -> None:
+    values = {
+        MAX_BUDGET: options.vase_max_budget,
+        MAX_WINDOW: options.vase_max_window,
+        DEFAULT_PARAMS: options.vase_default,
+    }
+    os.environ.update({name: str(value) for name, value in values.items() if value is not None})
+    EngineConfig.from_env()
+
+
+def complete_argv(argv: list[str], *, cpu: bool) -> list[str]:
+    """SGLang's arguments with ours added where the user gave none."""
+    completed = list(argv)
+    switches = _REQUIRED_FLAGS + (_CPU_SWITCHES if cpu else ())
+    completed += [switch for switch in switches if switch not in completed]
+    if cpu:
+        for flag, value in _CPU_DEFAULTS.items():
+            if value_of(completed, flag) is None:
+                completed += [flag, value]
+    return completed
+
+
+def value_of(argv: list[str], flag: str) -> str | None:
+    """The last value of `--flag value` or `--flag=value`."""
+    found = None
+    for index, token in enumerate(argv):
+        if token == flag and index + 1 < len(argv):
+            found = argv[index + 1]
+        elif token.startswith(f"{flag}="):
+            found = token.split("=", 1)[1]
+    return found
+
+
+def check_model(path: str | None) -> None:
+    """Raise `WorkerError` for a missing model before SGLang spends seconds on imports."""
+    if path is None:
+        raise WorkerError("--model-path is missing: a local folder or a Hugging Face name")
+    looks_local = path.startswith(("/", ".", "~")) or Path(path).exists()
+    if looks_local and not (Path(path).expanduser() / "config.json").exists():
+        raise WorkerError(f"no model at {path}: the folder must hold a config.json")
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise `WorkerError` if the port is taken, before the model is loaded."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise WorkerError(
+                f"cannot listen on {host}:{port} ({error.strerror}); choose another --port"
+            ) from error
+
+
+def _end_with_parent() -> None:
+    """If asked to, die with the parent: by the kernel's signal, and by watching its process id."""
+    text = os.environ.get(PARENT_PID)
+    if text is None:
+        return
+    parent = int(text)
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="vase-parent-watch", daemon=True).start()
+
+
+def _serve(argv: list[str]) -> int:
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from vase_sgl.engine import limits, plugin
+
+    plugin.verify_applied()
+    from sglang.launch_server import run_server
+    from sglang.srt.server_args import prepare_server_args
+    from sglang.srt.utils import kill_process_tree
+
+    server_args = prepare_server_args(argv)
+    try:
+        limits.refuse_unsupported_flags(server_args)
+    except limits.UnsupportedConfiguration as error:
+        raise WorkerError(str(error)) from error
+    try:
+        run_server(server_args)
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""A request's eviction parameters: parsed and validated alike by gateway and engine.
+
+Imports no torch, so that the gateway can use it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from vase_sgl.eviction.policies import Policy, policy_class
+from vase_sgl.eviction.policies.base import ParameterError, require, require_int
+
+#: Prompt modes served today. `evict`: the budget covers prompt and output (the paper's setting).
+PROMPT_MODES = ("evict",)
+DEFAULT_WINDOW = 64
+DEFAULT_POLICY = "vase-attnv"
+MAX_SEED = 2**63 - 1
+
+_COMMON_KEYS = ("budget", "window", "policy", "prompt", "seed")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvictionLimits:
+    """Server-side ceilings a request may not pass."""
+
+    max_budget: int = 16384
+    max_window: int = 64
+
+    def __post_init__(self) -> None:
+        require_int("max_window", self.max_window, 1, 4096)
+        require_int("max_budget", self.max_budget, 2, 2**20)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvictionParams:
+    """Validated eviction parameters of one request.
+
+    budget: KV entries kept per layer and KV head after a round, the recent window included.
+    window: recent tokens never evicted; also the eviction period and the query window.
+    seed: key of every random draw; the same seed forgets the same tokens.
+    """
+
+    budget: int
+    window: int
+    policy: Policy
+    prompt: str
+    seed: int
+
+    @classmethod
+    def parse(cls, raw: object, limits: EvictionLimits | None = None) -> EvictionParams:
+        """Parse `custom_params["vase"]`. Raises `ParameterError`; unknown keys are errors."""
+        limits = limits or EvictionLimits()
+        if not isinstance(raw, Mapping):
+            raise ParameterError(f"vase must be an object with at least a budget, got {raw!r}")
+        policy_type = policy_class(raw.get("policy", DEFAULT_POLICY))
+        own = [f.name for f in dataclasses.fields(policy_type)]
+        unknown = sorted(str(key) for key in raw if key not in _COMMON_KEYS and key not in own)
+        require(
+            not unknown,
+            f"unknown key {', '.join(unknown)} in vase; policy {policy_type.name} "
+            f"takes {', '.join([*_COMMON_KEYS, *own])}",
+        )
+        if policy_type.evicts:
+            require("budget" in raw, "vase.budget is missing: the KV entries to keep per head")
+        window = raw.get("window", min(DEFAULT_WINDOW, limits.max_window))
+        budget = raw.get("budget", limits.max_budget)
+        prompt = raw.get("prompt", "evict")
+        seed = raw.get("seed", 0)
+        require_int("window", window, 1, limits.max_window)
+        require_int("budget", budget, 1, limits.max_budget)
+        require_int("seed", seed, 0, MAX_SEED)
+        require(
+            isinstance(prompt, str) and prompt in PROMPT_MODES,
+            f"prompt must be one of {', '.join(PROMPT_MODES)}, got {prompt!r}",
+        )
+        if policy_type.evicts:
+            require(
+                budget > window,
+                f"budget {budget} must be greater than window {window}: the window alone fills it; "
+                "raise budget or lower window",
+            )
+        policy = policy_type(**{name: raw[name] for name in own if name in raw})
+        policy.validate(budget, window)
+        return cls(budget=budget, window=window, policy=policy, prompt=prompt, seed=seed)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The full, explicit form: `parse(to_mapping())` gives an equal object."""
+        return {
+            "budget": self.budget,
+            "window": self.window,
+            "policy": self.policy.name,
+            "prompt": self.prompt,
+            "seed": self.seed,
+            **self.policy.fields(),
+        }
+
+    def max_slots(self, prompt_tokens: int) -> int:
+        """KV slots the request ever owns: `max(prompt, budget) + window` (prompt mode `evict`)."""
+        return max(prompt_tokens, self.budget) + self.window

@@ -1,0 +1,40 @@
+"""VaSE-AttnV: protect large value ranges, draw the rest by attention (arXiv 2606.03928)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from vase_sgl.eviction.policies.base import SinkPolicy, require, require_int
+
+
+@dataclasses.dataclass(frozen=True)
+class VaseAttnV(SinkPolicy):
+    """Keeps sinks and the largest value ranges; draws the rest with weight = recent attention.
+
+    `protected_share`: share of the budget (rounded down to tokens, sinks included) protected by
+    value range. `pool_width`: odd width of the average pool over columns, 1 turns it off.
+    """
+
+    name: ClassVar[str] = "vase-attnv"
+    needs_queries: ClassVar[bool] = True
+
+    protected_share: float = 0.25
+    pool_width: int = 5
+
+    def validate(self, budget: int, window: int) -> None:
+        super().validate(budget, window)
+        share = self.protected_share
+        require(
+            isinstance(share, (int, float)) and not isinstance(share, bool) and 0 <= share <= 1,
+            f"protected_share must be a number from 0 to 1, got {share!r}",
+        )
+        require_int("pool_width", self.pool_width, 1, 63)
+        require(self.pool_width % 2 == 1, f"pool_width must be odd, got {self.pool_width}")
+        protected = max(int(budget * share), self.num_sinks)
+        require(
+            protected <= budget - window,
+            f"protected_share {share} protects {protected} tokens, but budget {budget} minus "
+            f"window {window} leaves {budget - window}; raise budget, or lower window or "
+            "protected_share",
+        )

@@ -1,0 +1,206 @@
+"""Replay: run a record again and find the first place where it differs."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+
+from vase_sgl.gateway import telemetry
+from vase_sgl.gateway.audit import AuditStore, Record, RecordStatus
+from vase_sgl.gateway.errors import FailedPrecondition, NotFound
+from vase_sgl.gateway.generation import raise_if_aborted
+from vase_sgl.gateway.runs import Background, running
+from vase_sgl.gateway.tenants import Tenant
+from vase_sgl.gateway.workers import Worker, WorkerChunk, WorkerRequest, WorkerRouter
+
+
+class Outcome(enum.Enum):
+    """What a replay can find."""
+
+    MATCH = "match"
+    DIVERGED = "diverged"
+    INCOMPARABLE = "incomparable"
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """One fingerprint entry that differs. None: not there."""
+
+    key: str
+    recorded: str | None
+    current: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenDifference:
+    """The first output position that differs. None: that side had ended."""
+
+    position: int
+    expected: int | None
+    actual: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a comparison has come; everything so far was equal."""
+
+    tokens_compared: int
+    tokens_total: int
+    rounds_compared: int
+    rounds_total: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """The outcome of a replay. Rounds count from 1."""
+
+    outcome: Outcome
+    token: TokenDifference | None = None
+    round: int | None = None
+    differences: tuple[Difference, ...] = ()
+    tokens_compared: int = 0
+    rounds_compared: int = 0
+
+
+Send = Callable[[Progress], Awaitable[None]]
+
+
+def fingerprint_differences(
+    recorded: Mapping[str, str], current: Mapping[str, str]
+) -> tuple[Difference, ...]:
+    """Every entry that differs or is on one side only, by key."""
+    return tuple(
+        Difference(key, recorded.get(key), current.get(key))
+        for key in sorted({*recorded, *current})
+        if recorded.get(key) != current.get(key)
+    )
+
+
+class Comparison:
+    """Compares a running replay with its record. `see` mutates the state."""
+
+    def __init__(self, record: Record) -> None:
+        self._tokens = record.output_token_ids
+        self._digests = record.round_digests
+        self._tokens_compared = 0
+        self._rounds_compared = 0
+
+    def progress(self) -> Progress:
+        """How far it has come."""
+        return Progress(
+            self._tokens_compared, len(self._tokens), self._rounds_compared, len(self._digests)
+        )
+
+    def see(self, chunk: WorkerChunk) -> Verdict | None:
+        """The verdict, as soon as `chunk` decides it."""
+        token = self._token_difference(chunk)
+        round_ = self._round_difference(chunk)
+        if token is not None or round_ is not None:
+            outcome = Outcome.DIVERGED
+        elif chunk.finish is not None:
+            outcome = Outcome.MATCH
+        else:
+            return None
+        return Verdict(
+            outcome,
+            token=token,
+            round=round_,
+            tokens_compared=self._tokens_compared,
+            rounds_compared=self._rounds_compared,
+        )
+
+    def _token_difference(self, chunk: WorkerChunk) -> TokenDifference | None:
+        actual = chunk.token_ids
+        end = len(actual) if chunk.finish is None else max(len(actual), len(self._tokens))
+        for position in range(self._tokens_compared, end):
+            left = self._tokens[position] if position < len(self._tokens) else None
+            right = actual[position] if position < len(actual) else None
+            if left != right:
+                return TokenDifference(position, left, right)
+            self._tokens_compared += 1
+        return None
+
+    def _round_difference(self, chunk: WorkerChunk) -> int | None:
+        """The first round seen to differ.
+
+        Digests are chained: an equal one vouches for every round before it. While the answer
+        streams only the latest is known; the last chunk brings them all.
+        """
+        if chunk.finish is not None:
+            actual = chunk.round_digests
+            for number in range(1, max(len(actual), len(self._digests)) + 1):
+                if actual[number - 1 : number] != self._digests[number - 1 : number]:
+                    return number
+                self._rounds_compared = max(self._rounds_compared, number)
+            return None
+        if chunk.cache is None or chunk.cache.rounds <= self._rounds_compared:
+            return None
+        number = chunk.cache.rounds
+        if self._digests[number - 1 : number] != (chunk.cache.digest,):
+            return number
+        self._rounds_compared = number
+        return None
+
+
+class Replays:
+    """Replays records of the audit store on the router's workers."""
+
+    def __init__(self, router: WorkerRouter, store: AuditStore, background: Background) -> None:
+        self._router = router
+        self._store = store
+        self._background = background
+
+    async def run(self, tenant: Tenant, record_id: str, send: Send) -> Verdict:
+        """Replay one of the tenant's own records, sending progress. Raises `GatewayError`."""
+        with telemetry.span("vase.replay", tenant=tenant.name) as span:
+            record = await self._load(tenant, record_id)
+            telemetry.describe_eviction(span, record.eviction)
+            verdict = await self._run(record, send)
+            span.set_attribute("vase.outcome", verdict.outcome.value)
+            span.set_attribute("vase.rounds", verdict.rounds_compared)
+            return verdict
+
+    async def _load(self, tenant: Tenant, record_id: str) -> Record:
+        stored = await self._store.get(tenant.name, record_id)
+        if stored is None:
+            raise NotFound(
+                f"there is no record {record_id!r} of tenant {tenant.name}; `vase-sgl records "
+                "list` shows those there are"
+            )
+        record = stored.record
+        if record.status is not RecordStatus.COMPLETED:
+            raise FailedPrecondition(
+                f"record {record_id} is of a generation that was {record.status}; only a "
+                "completed one can be replayed"
+            )
+        return record
+
+    async def _run(self, record: Record, send: Send) -> Verdict:
+        worker, differences = await self._worker_for(record)
+        if differences:
+            return Verdict(Outcome.INCOMPARABLE, differences=differences)
+        request = WorkerRequest(
+            request_id=uuid.uuid4().hex,
+            prompt_token_ids=record.prompt_token_ids,
+            sampling=record.sampling,
+            eviction=record.eviction,
+        )
+        comparison = Comparison(record)
+        async with running(worker, request, self._background) as chunks:
+            async for chunk in chunks:
+                raise_if_aborted(chunk.finish)
+                verdict = comparison.see(chunk)
+                if verdict is not None:
+                    return verdict
+                await send(comparison.progress())
+        raise AssertionError("a worker's last chunk has a finish reason")
+
+    async def _worker_for(self, record: Record) -> tuple[Worker, tuple[Difference, ...]]:
+        """A worker with the recorded fingerprint, or the one that differs least and how."""
+        candidates = [
+            (worker, fingerprint_differences(record.fingerprint, info.fingerprint))
+            for worker, info in await self._router.current()
+        ]
+        return min(candidates, key=lambda candidate: len(candidate[1]))

@@ -1,0 +1,72 @@
+"""A request while it runs on a worker, and work that must outlive the call that caused it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from contextlib import aclosing, asynccontextmanager
+from typing import Any, TypeVar
+
+from vase_sgl.gateway.errors import GatewayError
+from vase_sgl.gateway.workers import Worker, WorkerChunk, WorkerRequest
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Background:
+    """Tasks that go on when the call that spawned them is cancelled."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Start `work`. Await the task under `asyncio.shield` to have it survive."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    async def settle(self) -> None:
+        """Wait until nothing is left."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("background work failed", exc_info=error)
+
+
+@asynccontextmanager
+async def running(
+    worker: Worker, request: WorkerRequest, background: Background
+) -> AsyncIterator[AsyncGenerator[WorkerChunk, None]]:
+    """The chunks of `request` on `worker`.
+
+    Left before the last chunk, for whatever reason, the request is aborted in the worker at once.
+    """
+    finished = False
+
+    async def chunks() -> AsyncGenerator[WorkerChunk, None]:
+        nonlocal finished
+        async with aclosing(worker.generate(request)) as stream:
+            async for chunk in stream:
+                finished = chunk.finish is not None
+                yield chunk
+
+    async with aclosing(chunks()) as stream:
+        try:
+            yield stream
+        finally:
+            if not finished:
+                background.spawn(_abort(worker, request.request_id))
+
+
+async def _abort(worker: Worker, request_id: str) -> None:
+    try:
+        await worker.abort(request_id)
+    except GatewayError as error:
+        logger.warning("request %s could not be aborted: %s", request_id, error)

@@ -1,0 +1,193 @@
+"""The RPCs of VaseGateway: who may call, what runs, how the answer is worded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import grpc
+
+from vase_sgl.eviction.params import DEFAULT_WINDOW
+from vase_sgl.gateway import wire
+from vase_sgl.gateway.audit import AuditStore
+from vase_sgl.gateway.auth import current_tenant
+from vase_sgl.gateway.errors import InvalidRequest, NotFound, as_status
+from vase_sgl.gateway.generation import Generations
+from vase_sgl.gateway.replay import Outcome, Progress, Replays, Verdict
+from vase_sgl.gateway.runs import Background
+from vase_sgl.gateway.tenants import Role
+from vase_sgl.gateway.validation import require
+from vase_sgl.gateway.workers import WorkerRouter
+from vase_sgl.rpc.v1 import gateway_pb2 as pb
+from vase_sgl.rpc.v1 import gateway_pb2_grpc
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+#: Any of these may read the tenant's own records.
+READERS = (Role.GENERATE, Role.REPLAY, Role.AUDIT)
+DEFAULT_PAGE = 50
+MAX_PAGE = 1000
+
+_OUTCOMES = {
+    Outcome.MATCH: pb.ReplayVerdict.OUTCOME_MATCH,
+    Outcome.DIVERGED: pb.ReplayVerdict.OUTCOME_DIVERGED,
+    Outcome.INCOMPARABLE: pb.ReplayVerdict.OUTCOME_INCOMPARABLE,
+}
+
+
+class GatewayService(gateway_pb2_grpc.VaseGatewayServicer):
+    """Thin: each RPC checks the role, delegates, and words the answer.
+
+    Streams are written with `context.write`, not yielded: a cancelled call then raises inside
+    the code that runs it, which frees the request's slots at once.
+    """
+
+    def __init__(
+        self,
+        router: WorkerRouter,
+        store: AuditStore,
+        background: Background,
+        default_eviction: Mapping[str, Any] | None,
+    ) -> None:
+        self._router = router
+        self._store = store
+        self._generations = Generations(router, store, background, default_eviction)
+        self._replays = Replays(router, store, background)
+
+    async def Generate(  # type: ignore[override]  # the stub knows only generators
+        self, request: pb.GenerateRequest, context: Context
+    ) -> None:
+        async with as_status(context, "Generate"):
+            tenant = current_tenant(Role.GENERATE)
+            record = await self._generations.run(tenant, request, context.write)
+            await context.write(pb.GenerateResponse(result=wire.result(record)))
+
+    async def GenerateOnce(  # type: ignore[override]
+        self, request: pb.GenerateOnceRequest, context: Context
+    ) -> pb.GenerateOnceResponse | None:
+        async with as_status(context, "GenerateOnce"):
+            tenant = current_tenant(Role.GENERATE)
+            record = await self._generations.run(tenant, request.request, _discard)
+            return pb.GenerateOnceResponse(
+                request_id=record.record_id,
+                text=record.text,
+                token_ids=record.output_token_ids,
+                result=wire.result(record),
+            )
+        return None
+
+    async def Replay(  # type: ignore[override]
+        self, request: pb.ReplayRequest, context: Context
+    ) -> None:
+        async def send(progress: Progress) -> None:
+            await context.write(pb.ReplayResponse(progress=pb.ReplayProgress(**vars(progress))))
+
+        async with as_status(context, "Replay"):
+            tenant = current_tenant(Role.REPLAY)
+            verdict = await self._replays.run(tenant, request.record_id, send)
+            await context.write(pb.ReplayResponse(verdict=_verdict(verdict)))
+
+    async def GetRecord(  # type: ignore[override]
+        self, request: pb.GetRecordRequest, context: Context
+    ) -> pb.GetRecordResponse | None:
+        async with as_status(context, "GetRecord"):
+            tenant = current_tenant(*READERS)
+            stored = await self._store.get(tenant.name, request.record_id)
+            if stored is None:
+                raise NotFound(
+                    f"there is no record {request.record_id!r} of tenant {tenant.name}; "
+                    "ListRecords (`vase-sgl records list`) shows those there are"
+                )
+            return pb.GetRecordResponse(record=wire.record(stored))
+        return None
+
+    async def ListRecords(  # type: ignore[override]
+        self, request: pb.ListRecordsRequest, context: Context
+    ) -> pb.ListRecordsResponse | None:
+        async with as_status(context, "ListRecords"):
+            tenant = current_tenant(*READERS)
+            size = request.page_size or DEFAULT_PAGE
+            require(
+                1 <= size <= MAX_PAGE,
+                f"page_size: must be from 1 to {MAX_PAGE}, or 0 for {DEFAULT_PAGE}, got {size}",
+            )
+            before = _page_position(request.page_token)
+            # One more than asked for tells whether there is a next page.
+            found = await self._store.latest(tenant.name, before=before, count=size + 1)
+            page = found[:size]
+            return pb.ListRecordsResponse(
+                records=[wire.summary(stored) for stored in page],
+                next_page_token=str(page[-1].sequence) if len(found) > size else "",
+            )
+        return None
+
+    async def GetCapacity(  # type: ignore[override]
+        self, request: pb.GetCapacityRequest, context: Context
+    ) -> pb.GetCapacityResponse | None:
+        async with as_status(context, "GetCapacity"):
+            limits = current_tenant().limits
+            infos = [info for _, info in await self._router.current()]
+            max_window = min(info.max_window for info in infos)
+            context_length = min(info.context_length for info in infos)
+            response = pb.GetCapacityResponse(
+                total_slots=sum(info.total_slots for info in infos),
+                available_slots=sum(info.available_slots for info in infos),
+                reserved_slots=sum(info.reserved_slots for info in infos),
+                running_requests=sum(info.running_requests for info in infos),
+                rounds=sum(info.rounds for info in infos),
+                evicted_tokens=sum(info.evicted_tokens for info in infos),
+                context_length=context_length,
+                max_budget=min(limits.max_budget, *(info.max_budget for info in infos)),
+                max_window=max_window,
+                max_new_tokens=min(limits.max_new_tokens, context_length),
+                max_prompt_tokens=min(limits.max_prompt_tokens, context_length),
+                policies=limits.policies,
+                fingerprint=infos[0].fingerprint,
+            )
+            if request.HasField("budget"):
+                window = (
+                    request.window if request.HasField("window") else min(DEFAULT_WINDOW, max_window)
+                )
+                require(
+                    0 < window < request.budget,
+                    f"budget: must be greater than window {window}, got {request.budget}",
+                )
+                slots = max(request.prompt_tokens, request.budget) + window
+                response.slots_per_request = slots
+                # Per worker: a request does not span two of them.
+                response.requests_that_fit = sum(
+                    max(info.available_slots, 0) // slots for info in infos
+                )
+            return response
+        return None
+
+
+async def _discard(message: pb.GenerateResponse) -> None:
+    """GenerateOnce answers from the record; what streams by is not needed."""
+
+
+def _page_position(token: str) -> int | None:
+    if token == "":
+        return None
+    if not token.isascii() or not token.isdecimal() or len(token) > 18:
+        raise InvalidRequest(
+            f"page_token: {token!r} is not one; send next_page_token of the page before"
+        )
+    return int(token)
+
+
+def _verdict(verdict: Verdict) -> pb.ReplayVerdict:
+    token = verdict.token
+    return pb.ReplayVerdict(
+        outcome=_OUTCOMES[verdict.outcome],
+        first_differing_token=token.position if token else None,
+        expected_token=token.expected if token else None,
+        actual_token=token.actual if token else None,
+        first_differing_round=verdict.round,
+        differences=[
+            pb.FingerprintDifference(key=d.key, recorded=d.recorded, current=d.current)
+            for d in verdict.differences
+        ],
+        tokens_compared=verdict.tokens_compared,
+        rounds_compared=verdict.rounds_compared,
+    )

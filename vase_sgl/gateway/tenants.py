@@ -1,0 +1,200 @@
+"""Tenants: who may do what, with which seeds and within which limits. One YAML file.
+
+The file holds key hashes and master secrets, so it is written with mode 0600 and replaced
+atomically: a reader sees the old file or the new one.
+"""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import enum
+import os
+import secrets
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vase_sgl.eviction.policies import POLICIES
+from vase_sgl.gateway.keys import new_key
+from vase_sgl.gateway.problems import describe
+
+
+class TenantFileError(Exception):
+    """The tenants file cannot be used. The text names the place and the cure."""
+
+
+class Role(enum.StrEnum):
+    """What a tenant may do. `admin` includes the others."""
+
+    GENERATE = "generate"
+    REPLAY = "replay"
+    AUDIT = "audit"
+    ADMIN = "admin"
+
+
+class SeedPolicy(enum.StrEnum):
+    """Where a request's seeds come from."""
+
+    #: The request's seed; without one, the request id.
+    CLIENT = "client"
+    #: The request id. A seed in the request is refused.
+    DERIVED = "derived"
+    #: The tenant's own seed, unless the request brings one.
+    FIXED = "fixed"
+    #: The tenant's own seed. A seed in the request is refused.
+    LOCKED = "locked"
+
+
+def _known_policies(names: tuple[str, ...]) -> tuple[str, ...]:
+    unknown = [name for name in names if name not in POLICIES]
+    if unknown:
+        raise ValueError(f"unknown policy {', '.join(unknown)}; choose from {', '.join(POLICIES)}")
+    return names
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Limits(_Model):
+    """Ceilings of one tenant's requests. They only ever lower the server's own."""
+
+    #: KV entries per layer and KV head.
+    max_budget: int = Field(default=16384, ge=2)
+    max_new_tokens: int = Field(default=32768, ge=1)
+    max_prompt_tokens: int = Field(default=131072, ge=1)
+    #: Policies the tenant may use; a request without eviction counts as `full`.
+    policies: Annotated[tuple[str, ...], AfterValidator(_known_policies)] = tuple(POLICIES)
+
+
+class MasterSecret(_Model):
+    """What a tenant's seeds are derived from. Rotate by adding a higher version."""
+
+    version: int = Field(ge=1)
+    #: 32 bytes, base64.
+    secret: str = Field(repr=False)
+
+    @model_validator(mode="after")
+    def _check(self) -> MasterSecret:
+        if len(self.value) != 32:
+            raise ValueError("a master secret has 32 bytes, base64 encoded")
+        return self
+
+    @property
+    def value(self) -> bytes:
+        """The secret itself. Raises `ValueError` if it is not base64."""
+        return base64.b64decode(self.secret, validate=True)
+
+
+class StoredKey(_Model):
+    """An API key as stored."""
+
+    id: str
+    hash: str = Field(repr=False)
+    created: datetime.datetime
+
+
+class Tenant(_Model):
+    """One tenant."""
+
+    name: str = Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,62})$")
+    roles: frozenset[Role] = frozenset({Role.GENERATE, Role.REPLAY})
+    seed_policy: SeedPolicy = SeedPolicy.CLIENT
+    limits: Limits = Limits()
+    master_secrets: tuple[MasterSecret, ...] = Field(min_length=1, repr=False)
+    keys: tuple[StoredKey, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Tenant:
+        versions = [secret.version for secret in self.master_secrets]
+        if len(set(versions)) != len(versions):
+            raise ValueError("every master secret needs a version of its own")
+        return self
+
+    @property
+    def master(self) -> MasterSecret:
+        """The master secret new seeds are derived from: the one with the highest version."""
+        return max(self.master_secrets, key=lambda secret: secret.version)
+
+    def has_role(self, *roles: Role) -> bool:
+        """Whether the tenant has one of `roles`, or is `admin`."""
+        return Role.ADMIN in self.roles or not self.roles.isdisjoint(roles)
+
+
+class TenantFile(_Model):
+    """The content of a tenants file."""
+
+    version: int = Field(default=1, ge=1, le=1)
+    tenants: tuple[Tenant, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> TenantFile:
+        for kind, ids in (
+            ("tenant name", [tenant.name for tenant in self.tenants]),
+            ("key id", [key.id for tenant in self.tenants for key in tenant.keys]),
+        ):
+            twice = sorted({i for i in ids if ids.count(i) > 1})
+            if twice:
+                raise ValueError(f"{kind} {', '.join(twice)} is there more than once")
+        return self
+
+    def by_key_id(self) -> dict[str, tuple[Tenant, StoredKey]]:
+        """Every key with its tenant, by key id."""
+        return {key.id: (tenant, key) for tenant in self.tenants for key in tenant.keys}
+
+
+def new_master_secret(version: int = 1) -> MasterSecret:
+    """A random master secret."""
+    return MasterSecret(
+        version=version, secret=base64.b64encode(secrets.token_bytes(32)).decode()
+    )
+
+
+def load(path: Path) -> TenantFile:
+    """Read a tenants file. Raises `TenantFileError`."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return TenantFile.model_validate({} if content is None else content)
+    except FileNotFoundError as error:
+        raise TenantFileError(
+            f"there is no tenants file {path}; make one with "
+            f"`vase-sgl tenants add NAME --file {path}`"
+        ) from error
+    except OSError as error:
+        raise TenantFileError(f"cannot read tenants file {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise TenantFileError(f"{path} is not YAML: {error}") from error
+    except ValidationError as error:
+        raise TenantFileError(f"{path}: {describe(error)}") from error
+
+
+def save(path: Path, content: TenantFile) -> None:
+    """Replace the file atomically, readable by its owner only. Raises `TenantFileError`."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # mkstemp makes the file with mode 0600.
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                yaml.safe_dump(content.model_dump(mode="json"), file, sort_keys=False)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise TenantFileError(f"cannot write tenants file {path}: {error.strerror}") from error
+
+
+def with_new_key(tenant: Tenant) -> tuple[Tenant, str]:
+    """The tenant with one more key, and that key, which is to be shown once."""
+    made = new_key()
+    stored = StoredKey(
+        id=made.key_id, hash=made.hash, created=datetime.datetime.now(datetime.UTC)
+    )
+    return tenant.model_copy(update={"keys": (*tenant.keys, stored)}), made.key

@@ -1,0 +1,219 @@
+"""What a Generate request asks for, checked at the edge. Texts name the field and the cure."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from vase_sgl.eviction import EvictionLimits, EvictionParams, ParameterError
+from vase_sgl.gateway.errors import InvalidRequest
+from vase_sgl.gateway.seeds import MAX_SEED
+from vase_sgl.gateway.tenants import Tenant
+from vase_sgl.gateway.workers import WorkerInfo
+from vase_sgl.rpc.v1 import gateway_pb2 as pb
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_TOKENS = 64
+
+InputKind = Literal["text", "token_ids", "chat"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A prompt in the form it came; only the field that `kind` names is filled."""
+
+    kind: InputKind
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    chat: tuple[Mapping[str, str], ...] = ()
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `InvalidRequest(message)` unless `condition` holds."""
+    if not condition:
+        raise InvalidRequest(message)
+
+
+def prompt_of(request: pb.GenerateRequest) -> Prompt:
+    """The prompt, which is not empty."""
+    match request.WhichOneof("input"):
+        case "text":
+            require(request.text != "", "text: the prompt is empty; send at least one character")
+            return Prompt("text", text=request.text)
+        case "token_ids":
+            ids = tuple(request.token_ids.ids)
+            require(len(ids) > 0, "token_ids: the prompt is empty; send at least one token id")
+            require(min(ids) >= 0, "token_ids: a token id is negative; ids start at 0")
+            return Prompt("token_ids", token_ids=ids)
+        case "chat":
+            messages = request.chat.messages
+            require(len(messages) > 0, "chat: the conversation is empty; send a message")
+            for index, message in enumerate(messages):
+                require(
+                    message.role != "",
+                    f"chat.messages[{index}].role: is empty; use system, user or assistant",
+                )
+            return Prompt("chat", chat=tuple({"role": m.role, "content": m.content} for m in messages))
+        case _:
+            raise InvalidRequest("input: no prompt; set one of text, token_ids and chat")
+
+
+def check_prompt_tokens(
+    token_ids: tuple[int, ...], max_new_tokens: int, tenant: Tenant, info: WorkerInfo
+) -> None:
+    """The tokenized prompt fits the tenant's limit, the vocabulary and the context."""
+    count = len(token_ids)
+    require(count > 0, "input: the prompt has no tokens; send a longer one")
+    require(
+        count <= tenant.limits.max_prompt_tokens,
+        f"input: the prompt has {count} tokens, above the ceiling of tenant {tenant.name}, "
+        f"{tenant.limits.max_prompt_tokens}; shorten it",
+    )
+    if info.vocab_size is not None:
+        require(
+            max(token_ids) < info.vocab_size,
+            f"token_ids: {max(token_ids)} is no token of this model; ids end at "
+            f"{info.vocab_size - 1}",
+        )
+    require(
+        count + max_new_tokens <= info.context_length,
+        f"max_new_tokens: prompt ({count}) and output ({max_new_tokens}) exceed the model's "
+        f"context length of {info.context_length} tokens; ask for at most "
+        f"{max(info.context_length - count, 0)} or shorten the prompt",
+    )
+
+
+def check_seed(request: pb.GenerateRequest) -> None:
+    """Seed and sample index are in range. The tenant's seed policy is checked elsewhere."""
+    require(
+        not request.HasField("seed") or 0 <= request.seed <= MAX_SEED,
+        f"seed: must be from 0 to 2^63 - 1, got {request.seed}",
+    )
+    require(
+        request.sample_index >= 0, f"sample_index: must not be negative, got {request.sample_index}"
+    )
+
+
+def max_new_tokens_of(request: pb.GenerateRequest, tenant: Tenant) -> int:
+    """max_new_tokens, within the tenant's ceiling."""
+    value = request.max_new_tokens
+    require(value >= 1, f"max_new_tokens: must be at least 1, got {value}")
+    require(
+        value <= tenant.limits.max_new_tokens,
+        f"max_new_tokens: {value} is above the ceiling of tenant {tenant.name}, "
+        f"{tenant.limits.max_new_tokens}; ask for less or have the ceiling raised",
+    )
+    return value
+
+
+def sampling_of(params: pb.SamplingParams) -> dict[str, Any]:
+    """SGLang's sampling parameters, complete, but for max_new_tokens and the seed."""
+
+    def value(name: str, default: float) -> float:
+        given = getattr(params, name) if params.HasField(name) else default
+        require(math.isfinite(given), f"sampling.{name}: must be a finite number, got {given}")
+        return float(given)
+
+    def between(name: str, default: float, low: float, high: float) -> float:
+        given = value(name, default)
+        require(
+            low <= given <= high, f"sampling.{name}: must be from {low:g} to {high:g}, got {given:g}"
+        )
+        return given
+
+    def above_zero(name: str, high: float) -> float:
+        given = value(name, 1.0)
+        require(
+            0 < given <= high,
+            f"sampling.{name}: must be above 0 and at most {high:g}, got {given:g}",
+        )
+        return given
+
+    top_k = params.top_k if params.HasField("top_k") else -1
+    require(
+        top_k == -1 or top_k >= 1, f"sampling.top_k: must be -1 (all) or at least 1, got {top_k}"
+    )
+    require(
+        len(params.stop) <= MAX_STOP_STRINGS and "" not in params.stop,
+        f"sampling.stop: send at most {MAX_STOP_STRINGS} strings, none of them empty",
+    )
+    require(
+        len(params.stop_token_ids) <= MAX_STOP_TOKENS
+        and all(token >= 0 for token in params.stop_token_ids),
+        f"sampling.stop_token_ids: send at most {MAX_STOP_TOKENS} ids, none of them negative",
+    )
+    return {
+        "temperature": between("temperature", 1.0, 0, 100),
+        "top_p": above_zero("top_p", 1),
+        "top_k": top_k,
+        "min_p": between("min_p", 0.0, 0, 1),
+        "repetition_penalty": above_zero("repetition_penalty", 2),
+        "frequency_penalty": between("frequency_penalty", 0.0, -2, 2),
+        "presence_penalty": between("presence_penalty", 0.0, -2, 2),
+        "stop": list(params.stop),
+        "stop_token_ids": list(params.stop_token_ids),
+        "ignore_eos": params.ignore_eos,
+    }
+
+
+def eviction_fields(params: pb.EvictionParams) -> dict[str, Any]:
+    """The fields that are set, as `EvictionParams.parse` names them."""
+    fields: dict[str, Any] = {}
+    for name in (
+        "budget",
+        "window",
+        "policy",
+        "num_sinks",
+        "protected_share",
+        "pool_width",
+        "projection_dim",
+    ):
+        if params.HasField(name):
+            fields[name] = getattr(params, name)
+    if params.prompt_mode == pb.PROMPT_MODE_EVICT:
+        fields["prompt"] = "evict"
+    else:
+        require(
+            params.prompt_mode == pb.PROMPT_MODE_UNSPECIFIED,
+            f"eviction.prompt_mode: unknown mode {params.prompt_mode}; use PROMPT_MODE_EVICT",
+        )
+    return fields
+
+
+def eviction_of(
+    fields: Mapping[str, Any] | None, *, seed: int, tenant: Tenant, info: WorkerInfo
+) -> EvictionParams | None:
+    """The validated eviction parameters, or None for a request without eviction."""
+    allowed = tenant.limits.policies
+    if fields is None:
+        require(
+            "full" in allowed,
+            f"eviction: tenant {tenant.name} may not use a full cache; set eviction with a budget "
+            f"and a policy of {', '.join(allowed)}",
+        )
+        return None
+    ceiling, owner = min(
+        (info.max_budget, "this server"),
+        (tenant.limits.max_budget, f"tenant {tenant.name}"),
+    )
+    budget = fields.get("budget")
+    require(
+        budget is None or budget <= ceiling,
+        f"eviction.budget: {budget} is above the ceiling of {owner}, {ceiling}; lower the budget "
+        "or have the ceiling raised",
+    )
+    try:
+        params = EvictionParams.parse(
+            {**fields, "seed": seed},
+            EvictionLimits(max_budget=info.max_budget, max_window=info.max_window),
+        )
+    except ParameterError as error:
+        raise InvalidRequest(f"eviction: {error}") from error
+    require(
+        params.policy.name in allowed,
+        f"eviction.policy: tenant {tenant.name} may not use {params.policy.name}; choose one of "
+        f"{', '.join(allowed)}",
+    )
+    return params

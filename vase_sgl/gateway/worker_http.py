@@ -1,0 +1,209 @@
+"""A worker behind SGLang's own HTTP server (`vase-sgl worker`)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any
+
+import aiohttp
+
+from vase_sgl.gateway.errors import GatewayError, InvalidRequest, WorkerUnavailable
+from vase_sgl.gateway.sse import events
+from vase_sgl.gateway.workers import CacheStats, Finish, WorkerChunk, WorkerInfo, WorkerRequest
+
+#: Seconds for the short calls: tokenize, abort, server_info.
+SHORT_TIMEOUT = 30.0
+#: Seconds for the health check. SGLang takes up to 20 s to call itself unhealthy.
+HEALTH_TIMEOUT = 25.0
+#: Bytes read ahead from a stream before the worker is made to wait.
+READ_AHEAD_BYTES = 2**16
+
+
+class HttpWorker:
+    """`Worker` over HTTP. Needs a running event loop from the first call on."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url.rstrip("/")
+        self._session: aiohttp.ClientSession | None = None
+
+    @property
+    def name(self) -> str:
+        return self._url
+
+    async def tokenize_text(self, text: str) -> tuple[int, ...]:
+        return await self._tokenize({"prompt": text})
+
+    async def tokenize_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+        return await self._tokenize({"messages": list(messages), "add_generation_prompt": True})
+
+    async def generate(self, request: WorkerRequest) -> AsyncGenerator[WorkerChunk, None]:
+        sampling = dict(request.sampling)
+        if request.eviction is not None:
+            sampling["custom_params"] = {"vase": dict(request.eviction)}
+        body = {
+            "rid": request.request_id,
+            "input_ids": list(request.prompt_token_ids),
+            "stream": True,
+            "sampling_params": sampling,
+        }
+        finished = False
+        try:
+            # No total timeout: how long an answer takes is the client's deadline to decide.
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
+            async with self._http().post(
+                f"{self._url}/generate", json=body, timeout=timeout
+            ) as response:
+                await self._raise_for_status(response, "generate")
+                async for event in events(response.content.iter_any()):
+                    if event == b"[DONE]":
+                        break
+                    chunk = _chunk(json.loads(event))
+                    finished = chunk.finish is not None
+                    yield chunk
+        except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, TypeError) as error:
+            raise self._lost(error) from error
+        if not finished:
+            raise WorkerUnavailable(
+                f"worker {self.name} ended the answer early; it may be restarting, try again"
+            )
+
+    async def abort(self, request_id: str) -> None:
+        await self._call("POST", "/abort_request", {"rid": request_id})
+
+    async def check_health(self) -> None:
+        await self._call("GET", "/health", timeout=HEALTH_TIMEOUT)
+
+    async def info(self) -> WorkerInfo:
+        info = await self._call("GET", "/server_info")
+        try:
+            return _info(info)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise WorkerUnavailable(
+                f"worker {self.name} does not report vase_sgl's state ({error!r}); start it with "
+                "`vase-sgl worker` of the same version as this gateway"
+            ) from error
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def _tokenize(self, body: Mapping[str, Any]) -> tuple[int, ...]:
+        answer = await self._call("POST", "/v1/tokenize", body)
+        try:
+            return tuple(int(token) for token in answer["tokens"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._lost(error) from error
+
+    async def _call(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        timeout: float = SHORT_TIMEOUT,
+    ) -> Any:
+        """The JSON answer of one short call, or None if the answer is not JSON."""
+        try:
+            async with self._http().request(
+                method,
+                self._url + path,
+                json=body,
+                timeout=aiohttp.ClientTimeout(total=timeout),
+            ) as response:
+                await self._raise_for_status(response, path.rpartition("/")[2])
+                if response.content_type != "application/json":
+                    return None
+                return await response.json()
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+            raise self._lost(error) from error
+
+    async def _raise_for_status(self, response: aiohttp.ClientResponse, call: str) -> None:
+        if response.status < 400:
+            return
+        message = _error_text(await response.read())
+        if response.status in (400, 413, 422):
+            raise InvalidRequest(f"the worker refused the request: {message or call}")
+        raise WorkerUnavailable(
+            f"worker {self.name} answered {call} with status {response.status}"
+            + (f": {message}" if message else "")
+        )
+
+    def _lost(self, error: Exception) -> GatewayError:
+        reason = "no answer in time" if isinstance(error, TimeoutError) else str(error)
+        return WorkerUnavailable(f"worker {self.name} cannot be reached: {reason or repr(error)}")
+
+    def _http(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                # Answers are long-lived: the pool must not cap concurrent generations. Idle
+                # connections go before uvicorn (5 s) closes them under a new request.
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2),
+                read_bufsize=READ_AHEAD_BYTES,
+            )
+        return self._session
+
+
+def _chunk(event: Mapping[str, Any]) -> WorkerChunk:
+    """One /generate event. Raises `InvalidRequest` or `WorkerUnavailable` for an error event."""
+    if "error" in event:
+        message = _error_message(event)
+        code = event["error"].get("code") if isinstance(event["error"], Mapping) else None
+        if code in (None, 400, 422):
+            raise InvalidRequest(f"the worker refused the request: {message}")
+        raise WorkerUnavailable(f"the worker gave up: {message}")
+    meta = event["meta_info"]
+    finish = meta.get("finish_reason")
+    vase = meta.get("vase")
+    return WorkerChunk(
+        text=event["text"],
+        token_ids=tuple(event["output_ids"]),
+        cache=None if vase is None else _cache(vase),
+        finish=None
+        if finish is None
+        else Finish(finish["type"], finish.get("message") or "", finish.get("status_code")),
+        round_digests=() if vase is None else tuple(vase.get("round_digests", ())),
+    )
+
+
+def _cache(vase: Mapping[str, Any]) -> CacheStats:
+    return CacheStats(**{f: vase[f] for f in CacheStats.__dataclass_fields__})
+
+
+def _info(answer: Mapping[str, Any]) -> WorkerInfo:
+    """The state of a worker from /server_info.
+
+    With data parallelism SGLang reports one state per rank; slots and counters are summed.
+    """
+    states = [state["vase"] for state in answer["internal_states"]]
+    first = states[0]
+    vocab_size = first.get("vocab_size")
+    default = first.get("default")
+    return WorkerInfo(
+        fingerprint={str(k): str(v) for k, v in first["fingerprint"].items()},
+        default_eviction=None if default is None else dict(default),
+        max_budget=int(first["limits"]["max_budget"]),
+        max_window=int(first["limits"]["max_window"]),
+        context_length=int(first["context_length"]),
+        vocab_size=None if vocab_size is None else int(vocab_size),
+        total_slots=sum(int(state["slots"]["total"]) for state in states),
+        available_slots=sum(int(state["slots"]["available"]) for state in states),
+        reserved_slots=sum(int(state["slots"]["reserved"]) for state in states),
+        running_requests=sum(int(state["running_requests"]) for state in states),
+        rounds=sum(int(state["rounds"]) for state in states),
+        evicted_tokens=sum(int(state["evicted_tokens"]) for state in states),
+    )
+
+
+def _error_text(body: bytes) -> str:
+    """The message inside an error body, whichever of SGLang's shapes it has."""
+    with contextlib.suppress(ValueError, AttributeError):
+        return _error_message(json.loads(body))
+    return body.decode(errors="replace")[:500].strip()
+
+
+def _error_message(answer: Mapping[str, Any]) -> str:
+    error = answer.get("error", answer)
+    if isinstance(error, Mapping):
+        error = error.get("message") or error.get("detail") or ""
+    return str(error)

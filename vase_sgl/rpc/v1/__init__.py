@@ -1,0 +1,3 @@
+"""Generated from proto/vase/v1; do not edit, run proto/generate.sh."""
+
+from __future__ import annotations
