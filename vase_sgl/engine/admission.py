@@ -42,7 +42,7 @@ def create_request(
         params = EvictionParams.parse(raw, config.limits)
         _refuse_unsupported(recv_req)
     except ParameterError as error:
-        req.set_finish_with_abort(f"custom_params.{PARAMS_KEY}: {error}")
+        _abort(req, f"custom_params.{PARAMS_KEY}: {error}")
         return req
     attach(req, RequestCache.start(params, len(req.origin_input_ids)))
     return req
@@ -59,6 +59,12 @@ def _refuse_unsupported(recv_req: Any) -> None:
     for name, used in unsupported.items():
         if used:
             raise ParameterError(f"a request with a budget cannot use {name}; leave one of them out")
+
+
+def _abort(req: Req, message: str) -> None:
+    """Answer with a 400. Without output to wait for: upstream still admits the request once."""
+    req.set_finish_with_abort(message)
+    req.sampling_params.max_new_tokens = req.sampling_params.min_new_tokens = 0
 
 
 def bound_max_new_tokens(
@@ -80,27 +86,16 @@ def bound_max_new_tokens(
     sampling.min_new_tokens = min(sampling.min_new_tokens, sampling.max_new_tokens)
     slots = cache.max_slots(sampling.max_new_tokens) + _ADMISSION_SLACK
     if slots > scheduler.max_total_num_tokens:
-        req.set_finish_with_abort(
+        _abort(
+            req,
             f"the request needs {slots} KV slots (prompt {cache.prompt_tokens}, budget "
             f"{cache.params.budget}, window {cache.params.window}) but the pool holds "
-            f"{scheduler.max_total_num_tokens}; lower the budget or shorten the prompt"
+            f"{scheduler.max_total_num_tokens}; lower the budget or shorten the prompt",
         )
-        sampling.max_new_tokens = 0
 
 
 #: PrefillAdder wants one page more than it needs, and strictly less than what is free.
 _ADMISSION_SLACK = 2
-
-
-def unbind_request_length(result: tuple[Any, ...], worker: Any) -> tuple[Any, ...]:
-    """AFTER `TpModelWorker.get_worker_info`: a logical length may exceed the KV pool.
-
-    Only `max_req_len` is lifted; requests without a budget are still bound by the pool, in
-    `init_req_max_new_tokens` (through the allocator) and by `max_req_input_len`.
-    """
-    fields = list(result)
-    fields[4] = worker.model_config.context_len - 1
-    return tuple(fields)
 
 
 class ReservingPrefillAdder(PrefillAdder):

@@ -105,13 +105,6 @@ HOOKS: tuple[Hook, ...] = (
         "a budgeted request may grow past the pool; one that can never run is refused",
     ),
     Hook(
-        "managers.tp_worker.TpModelWorker.get_worker_info",
-        ("self",),
-        HookType.AFTER,
-        admission.unbind_request_length,
-        "the longest request is bounded by the context, not by the pool",
-    ),
-    Hook(
         "managers.scheduler.Scheduler.get_prefill_adder_class",
         ("self",),
         HookType.AFTER,

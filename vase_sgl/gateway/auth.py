@@ -120,7 +120,7 @@ class NoAuthenticator:
         return self._tenant
 
 
-class AuthInterceptor(grpc.aio.ServerInterceptor):
+class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not generic
     """Puts the caller's tenant into the call's context, or ends the call with UNAUTHENTICATED."""
 
     def __init__(self, authenticator: KeyAuthenticator | NoAuthenticator) -> None:
@@ -155,9 +155,7 @@ def _bearer(
         if name == "authorization":
             scheme, _, key = (value if isinstance(value, str) else value.decode()).partition(" ")
             if scheme.lower() != "bearer" or not key.strip():
-                raise Unauthenticated(
-                    "the authorization metadata must read `Bearer <API key>`"
-                )
+                raise Unauthenticated("the authorization metadata must read `Bearer <API key>`")
             return key.strip()
     raise Unauthenticated(
         "no API key; send the metadata `authorization: Bearer <API key>`, in the client with "

@@ -64,10 +64,12 @@ class WorkerAborted(GatewayError):
     code = grpc.StatusCode.ABORTED
 
 
+class ClientGone(Exception):
+    """A message could not be written: the client has cancelled or is no longer there."""
+
+
 @asynccontextmanager
-async def as_status(
-    context: grpc.aio.ServicerContext[Any, Any], call: str
-) -> AsyncIterator[None]:
+async def as_status(context: grpc.aio.ServicerContext[Any, Any], call: str) -> AsyncIterator[None]:
     """End the call with the status that belongs to an exception of the body.
 
     Cancellation passes through. Anything unforeseen is logged with its stack and becomes INTERNAL.
@@ -78,6 +80,8 @@ async def as_status(
         await context.abort(error.code, str(error))
     except grpc.aio.AbortError:
         raise
+    except ClientGone:
+        logger.info("%s: the client left", call)
     except Exception:
         logger.exception("%s failed", call)
         await context.abort(

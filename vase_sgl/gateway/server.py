@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from pathlib import Path
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from vase_sgl.gateway.audit import AuditStore
 from vase_sgl.gateway.auth import AuthInterceptor, KeyAuthenticator, NoAuthenticator
 from vase_sgl.gateway.config import ConfigError, GatewayConfig, Tls
+from vase_sgl.gateway.health import GatewayHealth
 from vase_sgl.gateway.runs import Background
 from vase_sgl.gateway.service import GatewayService
 from vase_sgl.gateway.worker_embedded import EmbeddedWorker, Progress, worker_command
 from vase_sgl.gateway.worker_http import HttpWorker
-from vase_sgl.gateway.workers import Worker, WorkerRouter
+from vase_sgl.gateway.workers import WorkerRouter
 from vase_sgl.rpc.v1 import gateway_pb2, gateway_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -34,103 +33,94 @@ class Gateway:
     """A running gateway. Made by `start`, ended by `stop`."""
 
     def __init__(
-        self,
-        config: GatewayConfig,
-        server: grpc.aio.Server,
-        health_servicer: HealthServicer,
-        router: WorkerRouter,
-        store: AuditStore,
-        background: Background,
-        port: int,
+        self, config: GatewayConfig, server: grpc.aio.Server, store: AuditStore, port: int
     ) -> None:
         self._config = config
         self._server = server
-        self._health = health_servicer
-        self._router = router
         self._store = store
-        self._background = background
+        self._health = GatewayHealth(SERVICE_NAME)
+        self._background = Background()
+        self._embedded = _embedded_worker(config)
+        self._router = WorkerRouter(
+            [self._embedded] if self._embedded else [HttpWorker(u) for u in config.worker.urls],
+            interval_seconds=config.worker.health_interval_seconds,
+            on_change=self._health.announce,
+        )
         self.port = port
 
     @classmethod
     async def start(cls, config: GatewayConfig, progress: Progress) -> Gateway:
-        """Bind the port, start the worker, serve.
+        """Bind the port, serve, start the embedded worker and wait for it.
 
-        What can go wrong cheaply goes first: tenants, store and port before the model. With an
-        embedded worker it returns when the model is ready; remote workers are waited for in the
-        background, and health says NOT_SERVING until one is ready.
-        Raises `TenantFileError`, `AuditError`, `PortInUse`, `ConfigError`, `WorkerStartError`.
+        What can go wrong cheaply goes first: tenants, port and store before the model. Health
+        says NOT_SERVING until a worker is ready; remote workers are waited for in the background.
+        Raises `TenantFileError`, `PortInUse`, `ConfigError`, `AuditError`, `WorkerStartError`;
+        failed or cancelled, it leaves nothing behind.
         """
         authenticator = (
-            NoAuthenticator()
-            if config.insecure_no_auth
-            else KeyAuthenticator(config.tenants_file)
+            NoAuthenticator() if config.insecure_no_auth else KeyAuthenticator(config.tenants_file)
         )
-        store = await AuditStore.open(config.audit.url)
-        background = Background()
         server = grpc.aio.server(
             interceptors=[AuthInterceptor(authenticator)],
             options=_options(config),
             maximum_concurrent_rpcs=config.grpc.max_concurrent_calls,
         )
-        workers: list[Worker] = []
+        port = _bind(server, config)
+        store = await AuditStore.open(config.audit.url)
+        gateway = cls(config, server, store, port)
         try:
-            port = _bind(server, config)
-            if config.worker.model_path is not None:
-                workers.append(await _embedded(config, config.worker.model_path, progress))
-            else:
-                workers.extend(HttpWorker(url) for url in config.worker.urls)
-            health_servicer = HealthServicer()
-
-            async def announce(ready: bool) -> None:
-                state = health_pb2.HealthCheckResponse
-                status = state.SERVING if ready else state.NOT_SERVING
-                for name in (health.OVERALL_HEALTH, SERVICE_NAME):
-                    await health_servicer.set(name, status)
-
-            await announce(False)
-            router = WorkerRouter(
-                workers,
-                interval_seconds=config.worker.health_interval_seconds,
-                on_change=announce,
-            )
-            gateway_pb2_grpc.add_VaseGatewayServicer_to_server(
-                GatewayService(router, store, background, config.default_eviction), server
-            )
-            health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-            if config.grpc.reflection:
-                names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
-                reflection.enable_server_reflection(names, server)
-            if config.worker.model_path is not None:
-                await router.check_all()
-            await server.start()
-            router.start()
+            await gateway._serve(progress)
         except BaseException:
             await server.stop(None)
-            await asyncio.gather(*(worker.close() for worker in workers))
+            await gateway._router.close()
             await store.close()
             raise
-        logger.info("serving on %s:%d", config.listen.host, port)
-        return cls(config, server, health_servicer, router, store, background, port)
+        logger.info("serving on %s:%d", config.listen.host, gateway.port)
+        return gateway
 
     async def stop(self) -> None:
         """Drain: health says NOT_SERVING, new calls are refused, running ones may finish.
 
         After `drain_seconds` the rest is cancelled, aborted in its worker and recorded.
         """
-        await self._health.enter_graceful_shutdown()
+        await self._health.shut_down()
+        logger.info("draining for up to %g s", self._config.drain_seconds)
         await self._server.stop(self._config.drain_seconds)
         await self._background.settle()
         await self._router.close()
         await self._store.close()
 
+    async def hurry(self) -> None:
+        """Cut a running `stop` short: cancel what still runs."""
+        await self._server.stop(None)
 
-async def _embedded(config: GatewayConfig, model_path: str, progress: Progress) -> EmbeddedWorker:
-    return await EmbeddedWorker.start(
-        worker_command(model_path, config.worker.args),
-        log=config.worker.log_file,
-        start_timeout_seconds=config.worker.start_timeout_seconds,
-        stop_grace_seconds=config.worker.stop_grace_seconds,
-        progress=progress,
+    async def _serve(self, progress: Progress) -> None:
+        gateway_pb2_grpc.add_VaseGatewayServicer_to_server(
+            GatewayService(
+                self._router, self._store, self._background, self._config.default_eviction
+            ),
+            self._server,
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        if self._config.grpc.reflection:
+            names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, self._server)
+        await self._server.start()
+        if self._embedded is not None:
+            await self._embedded.start(progress)
+            await self._router.check_all()
+        self._router.start()
+
+
+def _embedded_worker(config: GatewayConfig) -> EmbeddedWorker | None:
+    section = config.worker
+    if section.model_path is None:
+        return None
+    return EmbeddedWorker(
+        worker_command(section.model_path, section.args),
+        log=section.log_file,
+        start_timeout_seconds=section.start_timeout_seconds,
+        stop_grace_seconds=section.stop_grace_seconds,
     )
 
 

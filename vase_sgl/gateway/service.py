@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import grpc
+from google.protobuf.message import Message
 
 from vase_sgl.eviction.params import DEFAULT_WINDOW
 from vase_sgl.gateway import wire
 from vase_sgl.gateway.audit import AuditStore
 from vase_sgl.gateway.auth import current_tenant
-from vase_sgl.gateway.errors import InvalidRequest, NotFound, as_status
+from vase_sgl.gateway.errors import ClientGone, InvalidRequest, NotFound, as_status
 from vase_sgl.gateway.generation import Generations
 from vase_sgl.gateway.replay import Outcome, Progress, Replays, Verdict
 from vase_sgl.gateway.runs import Background
@@ -59,8 +61,9 @@ class GatewayService(gateway_pb2_grpc.VaseGatewayServicer):
     ) -> None:
         async with as_status(context, "Generate"):
             tenant = current_tenant(Role.GENERATE)
-            record = await self._generations.run(tenant, request, context.write)
-            await context.write(pb.GenerateResponse(result=wire.result(record)))
+            send = functools.partial(_write, context)
+            record = await self._generations.run(tenant, request, send)
+            await send(pb.GenerateResponse(result=wire.result(record)))
 
     async def GenerateOnce(  # type: ignore[override]
         self, request: pb.GenerateOnceRequest, context: Context
@@ -80,12 +83,13 @@ class GatewayService(gateway_pb2_grpc.VaseGatewayServicer):
         self, request: pb.ReplayRequest, context: Context
     ) -> None:
         async def send(progress: Progress) -> None:
-            await context.write(pb.ReplayResponse(progress=pb.ReplayProgress(**vars(progress))))
+            message = pb.ReplayProgress(**vars(progress))
+            await _write(context, pb.ReplayResponse(progress=message))
 
         async with as_status(context, "Replay"):
             tenant = current_tenant(Role.REPLAY)
             verdict = await self._replays.run(tenant, request.record_id, send)
-            await context.write(pb.ReplayResponse(verdict=_verdict(verdict)))
+            await _write(context, pb.ReplayResponse(verdict=_verdict(verdict)))
 
     async def GetRecord(  # type: ignore[override]
         self, request: pb.GetRecordRequest, context: Context
@@ -145,9 +149,8 @@ class GatewayService(gateway_pb2_grpc.VaseGatewayServicer):
                 fingerprint=infos[0].fingerprint,
             )
             if request.HasField("budget"):
-                window = (
-                    request.window if request.HasField("window") else min(DEFAULT_WINDOW, max_window)
-                )
+                default = min(DEFAULT_WINDOW, max_window)
+                window = request.window if request.HasField("window") else default
                 require(
                     0 < window < request.budget,
                     f"budget: must be greater than window {window}, got {request.budget}",
@@ -160,6 +163,15 @@ class GatewayService(gateway_pb2_grpc.VaseGatewayServicer):
                 )
             return response
         return None
+
+
+async def _write(context: Context, message: Message) -> None:
+    """Write to the client's stream; waits while the client does not read. Raises `ClientGone`."""
+    try:
+        await context.write(message)
+    except Exception as error:
+        # gRPC raises a private type when the client leaves while a message waits to be sent.
+        raise ClientGone from error
 
 
 async def _discard(message: pb.GenerateResponse) -> None:

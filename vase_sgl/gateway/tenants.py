@@ -149,9 +149,7 @@ class TenantFile(_Model):
 
 def new_master_secret(version: int = 1) -> MasterSecret:
     """A random master secret."""
-    return MasterSecret(
-        version=version, secret=base64.b64encode(secrets.token_bytes(32)).decode()
-    )
+    return MasterSecret(version=version, secret=base64.b64encode(secrets.token_bytes(32)).decode())
 
 
 def load(path: Path) -> TenantFile:
@@ -194,7 +192,5 @@ def save(path: Path, content: TenantFile) -> None:
 def with_new_key(tenant: Tenant) -> tuple[Tenant, str]:
     """The tenant with one more key, and that key, which is to be shown once."""
     made = new_key()
-    stored = StoredKey(
-        id=made.key_id, hash=made.hash, created=datetime.datetime.now(datetime.UTC)
-    )
+    stored = StoredKey(id=made.key_id, hash=made.hash, created=datetime.datetime.now(datetime.UTC))
     return tenant.model_copy(update={"keys": (*tenant.keys, stored)}), made.key

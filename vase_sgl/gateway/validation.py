@@ -55,7 +55,8 @@ def prompt_of(request: pb.GenerateRequest) -> Prompt:
                     message.role != "",
                     f"chat.messages[{index}].role: is empty; use system, user or assistant",
                 )
-            return Prompt("chat", chat=tuple({"role": m.role, "content": m.content} for m in messages))
+            chat = tuple({"role": m.role, "content": m.content} for m in messages)
+            return Prompt("chat", chat=chat)
         case _:
             raise InvalidRequest("input: no prompt; set one of text, token_ids and chat")
 
@@ -111,15 +112,18 @@ def max_new_tokens_of(request: pb.GenerateRequest, tenant: Tenant) -> int:
 def sampling_of(params: pb.SamplingParams) -> dict[str, Any]:
     """SGLang's sampling parameters, complete, but for max_new_tokens and the seed."""
 
+    given_fields = {field.name for field, _ in params.ListFields()}
+
     def value(name: str, default: float) -> float:
-        given = getattr(params, name) if params.HasField(name) else default
+        given = getattr(params, name) if name in given_fields else default
         require(math.isfinite(given), f"sampling.{name}: must be a finite number, got {given}")
         return float(given)
 
     def between(name: str, default: float, low: float, high: float) -> float:
         given = value(name, default)
         require(
-            low <= given <= high, f"sampling.{name}: must be from {low:g} to {high:g}, got {given:g}"
+            low <= given <= high,
+            f"sampling.{name}: must be from {low:g} to {high:g}, got {given:g}",
         )
         return given
 
@@ -131,7 +135,7 @@ def sampling_of(params: pb.SamplingParams) -> dict[str, Any]:
         )
         return given
 
-    top_k = params.top_k if params.HasField("top_k") else -1
+    top_k = params.top_k if "top_k" in given_fields else -1
     require(
         top_k == -1 or top_k >= 1, f"sampling.top_k: must be -1 (all) or at least 1, got {top_k}"
     )
@@ -160,18 +164,9 @@ def sampling_of(params: pb.SamplingParams) -> dict[str, Any]:
 
 def eviction_fields(params: pb.EvictionParams) -> dict[str, Any]:
     """The fields that are set, as `EvictionParams.parse` names them."""
-    fields: dict[str, Any] = {}
-    for name in (
-        "budget",
-        "window",
-        "policy",
-        "num_sinks",
-        "protected_share",
-        "pool_width",
-        "projection_dim",
-    ):
-        if params.HasField(name):
-            fields[name] = getattr(params, name)
+    fields = {
+        field.name: value for field, value in params.ListFields() if field.name != "prompt_mode"
+    }
     if params.prompt_mode == pb.PROMPT_MODE_EVICT:
         fields["prompt"] = "evict"
     else:

@@ -21,7 +21,7 @@ _STATUS = {
 }
 
 
-def finish_reason(reason: str) -> pb.FinishReason:
+def finish_reason(reason: str) -> pb.FinishReason.ValueType:
     """The enum of a worker's finish reason."""
     return _FINISH.get(reason, pb.FINISH_REASON_UNSPECIFIED)
 

@@ -36,38 +36,33 @@ class EmbeddedWorker(HttpWorker):
     """A worker in a child process group of its own, reached over loopback HTTP."""
 
     def __init__(
-        self, process: asyncio.subprocess.Process, port: int, log: Path, stop_grace_seconds: float
-    ) -> None:
-        super().__init__(f"http://127.0.0.1:{port}")
-        self._process = process
-        self._log = log
-        self._stop_grace = stop_grace_seconds
-
-    @classmethod
-    async def start(
-        cls,
+        self,
         command: Sequence[str],
         *,
         log: Path,
         start_timeout_seconds: float,
         stop_grace_seconds: float,
-        progress: Progress,
-    ) -> EmbeddedWorker:
-        """Run `command --host 127.0.0.1 --port FREE` and wait until it answers /health.
-
-        Its output replaces the content of `log`. Raises `WorkerStartError` as soon as the process
-        exits, or after the timeout. Cancelled or failed, it leaves no process behind.
-        """
+    ) -> None:
+        """Will run `command --host 127.0.0.1 --port FREE` with its output in the file `log`."""
         port = _free_port()
+        super().__init__(f"http://127.0.0.1:{port}")
+        self._command = (*command, "--host", "127.0.0.1", "--port", str(port))
+        self._log = log
+        self._start_timeout = start_timeout_seconds
+        self._stop_grace = stop_grace_seconds
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def start(self, progress: Progress) -> None:
+        """Run the process and wait until it answers /health.
+
+        Raises `WorkerStartError` as soon as the process exits, or after the timeout. The process
+        is left to `close`, whatever happens.
+        """
         try:
-            log.parent.mkdir(parents=True, exist_ok=True)
-            with log.open("wb") as output:
-                process = await asyncio.create_subprocess_exec(
-                    *command,
-                    "--host",
-                    "127.0.0.1",
-                    "--port",
-                    str(port),
+            self._log.parent.mkdir(parents=True, exist_ok=True)
+            with self._log.open("wb") as output:
+                self._process = await asyncio.create_subprocess_exec(
+                    *self._command,
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=output,
                     stderr=output,
@@ -77,62 +72,64 @@ class EmbeddedWorker(HttpWorker):
                 )
         except OSError as error:
             raise WorkerStartError(
-                f"cannot start the worker: {error}; check worker.log_file ({log})"
+                f"cannot start the worker: {error}; check worker.log_file ({self._log})"
             ) from error
-        worker = cls(process, port, log, stop_grace_seconds)
-        try:
-            await worker._wait_until_ready(start_timeout_seconds, progress)
-        except BaseException:
-            await worker.close()
-            raise
-        return worker
+        await self._wait_until_ready(self._process, progress)
 
     async def check_health(self) -> None:
+        if self._process is None:
+            raise WorkerUnavailable("the model is still loading")
         code = self._process.returncode
         if code is not None:
             raise WorkerUnavailable(
                 f"the embedded worker ended with exit code {code}; its log is {self._log}; "
-                "restart the gateway"
+                "the gateway has to be restarted"
             )
         await super().check_health()
 
     async def close(self) -> None:
         """Stop the process group: SIGTERM, and SIGKILL after the grace time."""
         await super().close()
-        self._signal(signal.SIGTERM)
+        process = self._process
+        if process is None:
+            return
+        _signal_group(process, signal.SIGTERM)
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._process.wait(), self._stop_grace)
+            await asyncio.wait_for(process.wait(), self._stop_grace)
         # Also after a clean exit: members of the group may be left.
-        self._signal(signal.SIGKILL)
-        await self._process.wait()
+        _signal_group(process, signal.SIGKILL)
+        await process.wait()
 
-    async def _wait_until_ready(self, timeout: float, progress: Progress) -> None:
+    async def _wait_until_ready(
+        self, process: asyncio.subprocess.Process, progress: Progress
+    ) -> None:
         start = time.monotonic()
         while True:
             seconds = time.monotonic() - start
             progress(seconds)
-            if self._process.returncode is not None:
+            if process.returncode is not None:
                 raise WorkerStartError(
-                    f"the worker ended with exit code {self._process.returncode} while starting; "
+                    f"the worker ended with exit code {process.returncode} while starting; "
                     f"{self._quote()}"
                 )
             with contextlib.suppress(WorkerUnavailable):
                 await self.check_health()
                 return
-            if seconds > timeout:
+            if seconds > self._start_timeout:
                 raise WorkerStartError(
-                    f"the worker was not ready after {timeout:.0f} s; raise "
+                    f"the worker was not ready after {self._start_timeout:.0f} s; raise "
                     f"worker.start_timeout_seconds if the model needs longer; {self._quote()}"
                 )
             await asyncio.sleep(_POLL_SECONDS)
 
-    def _signal(self, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, number)
-
     def _quote(self) -> str:
         lines = self._log.read_text(errors="replace").rstrip().splitlines()[-_QUOTED_LINES:]
         return f"the end of its log {self._log}:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _signal_group(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
 
 
 def worker_command(model_path: str, args: Sequence[str]) -> list[str]:

@@ -159,15 +159,12 @@ def _row_ids(slots: Tensor, num_heads: int) -> Tensor:
     return slots[:, None, :] * num_heads + torch.arange(num_heads, device=slots.device)[:, None]
 
 
-class _PoolRows(Sequence[Tensor]):
-    """Rows [N, kv_heads, columns, head_dim] by layer, gathered when read."""
+class _PoolRows:
+    """`Layers` of a pool: rows [N, kv_heads, columns, head_dim] by layer, gathered when read."""
 
     def __init__(self, buffers: Sequence[Tensor], row_ids: Tensor) -> None:
         self.buffers = buffers
         self.row_ids = row_ids
-
-    def __len__(self) -> int:
-        return len(self.buffers)
 
     def __getitem__(self, layer: int) -> Tensor:
         rows = self.buffers[layer].flatten(0, 1).index_select(0, self.row_ids.flatten())

@@ -46,10 +46,9 @@ def row_products(a: Tensor, b: Tensor) -> Tensor:
     m, n = a.shape[-2], b.shape[-2]
     a, b = _padded(a), _padded(b)
     out = a.new_empty(*a.shape[:-1], b.shape[-2])
-    for left, right, product in zip(
-        a.flatten(0, -3), b.mT.flatten(0, -3), out.flatten(0, -3), strict=True
-    ):
-        torch.mm(left, right, out=product)
+    lefts, rights, products = (x.flatten(0, -3) for x in (a, b.mT, out))
+    for i in range(len(products)):
+        torch.mm(lefts[i], rights[i], out=products[i])
     return out[..., :m, :n]
 
 

@@ -43,9 +43,9 @@ def philox4x32(key: Key, counter: Words) -> Words:
     Words
         Four int64 tensors of 32-bit words in the broadcast shape.
     """
-    shape = torch.broadcast_shapes(*(x.shape for x in (*counter, *key) if isinstance(x, Tensor)))
-    c0, c1, c2, c3 = (word.expand(shape).clone() for word in counter)
     k0, k1 = key
+    shape = (counter[0] | counter[1] | counter[2] | counter[3] | k0 | k1).shape
+    c0, c1, c2, c3 = (word.expand(shape).clone() for word in counter)
     for _ in range(_ROUNDS):
         # int64 wraps, so the pattern is that of the unsigned 64-bit product. In place for speed.
         product0, product1 = c0.mul_(_MULTIPLIERS[0]), c2.mul_(_MULTIPLIERS[1])

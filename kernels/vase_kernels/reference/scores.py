@@ -7,8 +7,8 @@ only, down to the last bit. Forced tokens hold +inf, nothing else does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,15 +18,21 @@ from vase_kernels.reference.order import smallest
 from vase_kernels.reference.philox import Words, gumbel, normal_pair, philox4x32, seed_key, uniform
 
 #: Rows are scored in chunks of this many float32; the result does not depend on it.
-_SCRATCH_FLOATS = 1 << 20
+_SCRATCH_FLOATS = 1 << 18
+
+
+class Layers(Protocol):
+    """Rows by layer: a tuple of tensors, or something that gathers a layer when asked for it."""
+
+    def __getitem__(self, layer: int, /) -> Tensor: ...
 
 
 class Candidates(NamedTuple):
     """The tokens a round may evict, of N requests, L layers, H KV heads, C candidates each.
 
-    keys, values : sequence of L Tensors [N, H, C, D], or None
-        Rows by layer, any float dtype; None where the policy does not read them. A [N, L, H, C, D]
-        tensor x is given as `x.unbind(1)`.
+    keys, values : Layers or None
+        Tensor [N, H, C, D] for each of the L layers, any float dtype; None where the policy does
+        not read them. A tensor x [N, L, H, C, D] is given as `x.unbind(1)`.
     queries : Tensor [N, L, Hq, W, D] or None
         Post-RoPE queries of the window; query head h reads KV head h // (Hq // H).
     positions : int64 Tensor [N, L, H, C]
@@ -38,8 +44,8 @@ class Candidates(NamedTuple):
         Global indices, so that a draw does not depend on which rank owns the head.
     """
 
-    keys: Sequence[Tensor] | None
-    values: Sequence[Tensor] | None
+    keys: Layers | None
+    values: Layers | None
     queries: Tensor | None
     positions: Tensor
     seed: Tensor
@@ -125,27 +131,31 @@ SCORERS = {
 def _chunks(floats_per_request: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Split tensors along the requests so that a chunk's float32 scratch stays in cache."""
     step = max(1, _SCRATCH_FLOATS // floats_per_request)
-    return zip(*(x.split(step) for x in tensors), strict=True)
+    for start in range(0, tensors[0].shape[0], step):
+        yield tuple(x[start : start + step] for x in tensors)
 
 
-def _range(c: Candidates, values: Sequence[Tensor]) -> Tensor:
+def _range(c: Candidates, values: Layers) -> Tensor:
     """max - min over head_dim, float32 [N, L, H, C]."""
     out = torch.empty(c.positions.shape, device=c.positions.device)
-    for layer, rows in enumerate(values):
+    for layer in range(out.shape[1]):
+        rows = values[layer]
         for x, difference in _chunks(rows[0].numel(), rows, out[:, layer]):
             x = x.to(torch.float32)
             difference.copy_(x.amax(-1)).sub_(x.amin(-1))
     return out
 
 
-def _attention(c: Candidates, queries: Tensor, keys: Sequence[Tensor]) -> Tensor:
+def _attention(c: Candidates, queries: Tensor, keys: Layers) -> Tensor:
     """Mean attention of a group's queries on each candidate, float32 [N, L, H, C]."""
     out = torch.empty(c.positions.shape, device=c.positions.device)
-    for layer, k in enumerate(keys):
-        _, heads, num_candidates, dim = k.shape
+    requests, num_layers, heads, num_candidates = out.shape
+    for layer in range(num_layers):
+        k, dim = keys[layer], queries.shape[-1]
         # The query heads of a group one after another: [N, H, group * W, D].
-        q = queries[:, layer].flatten(1, 2).unflatten(1, (heads, -1))
-        for rows, columns, mean in _chunks(q[0, ..., 0].numel() * num_candidates, q, k, out[:, layer]):
+        q = queries[:, layer].reshape(requests, heads, -1, dim)
+        scratch = heads * q.shape[2] * num_candidates
+        for rows, columns, mean in _chunks(scratch, q, k, out[:, layer]):
             probability = torch.softmax(row_products(rows, columns).mul_(dim**-0.5), dim=-1)
             mean.copy_(fold_sum(probability, -2)).div_(q.shape[2])
     return out
@@ -164,14 +174,15 @@ def _gaussian(c: Candidates, rows: int, columns: int) -> Tensor:
     calls = torch.arange(-(-rows * columns // 4), device=c.positions.device)
     w0, w1, w2, w3 = c.words(calls)
     normals = torch.stack((*normal_pair(w0, w1), *normal_pair(w2, w3)), dim=-1)
-    return normals.flatten(-2)[..., : rows * columns].unflatten(-1, (rows, columns))
+    flat = normals.flatten(-2)[..., : rows * columns]
+    return flat.reshape(*flat.shape[:-1], rows, columns)
 
 
-def _energy(c: Candidates, layers: Sequence[Tensor], projection: Tensor) -> Tensor:
+def _energy(c: Candidates, layers: Layers, projection: Tensor) -> Tensor:
     """Squared norm of every row times its layer's `projection` [N, L, H, D, J], [N, L, H, C]."""
     out = torch.empty(c.positions.shape, device=c.positions.device)
-    for layer, rows in enumerate(layers):
-        g = projection[:, layer].mT
+    for layer in range(out.shape[1]):
+        rows, g = layers[layer], projection[:, layer].mT
         for x, columns, energy in _chunks(rows[0].numel(), rows, g, out[:, layer]):
             energy.copy_(fold_sum(row_products(x, columns).square_(), -1))
     return out

@@ -92,16 +92,12 @@ class AuditStore:
 
     async def get(self, tenant: str, record_id: str) -> StoredRecord | None:
         """One of the tenant's own records."""
-        query = select(records).where(
-            records.c.tenant == tenant, records.c.record_id == record_id
-        )
+        query = select(records).where(records.c.tenant == tenant, records.c.record_id == record_id)
         async with self._engine.connect() as connection:
             row = (await connection.execute(query)).mappings().first()
         return None if row is None else from_row(row)
 
-    async def latest(
-        self, tenant: str, *, before: int | None, count: int
-    ) -> list[StoredRecord]:
+    async def latest(self, tenant: str, *, before: int | None, count: int) -> list[StoredRecord]:
         """Up to `count` of the tenant's records, newest first, with sequences below `before`."""
         query = select(records).where(records.c.tenant == tenant)
         if before is not None:
@@ -115,7 +111,8 @@ class AuditStore:
         """Every tenant that has records, with their number."""
         query = select(records.c.tenant, func.count()).group_by(records.c.tenant)
         async with self._engine.connect() as connection:
-            return {name: count for name, count in (await connection.execute(query)).all()}
+            rows = (await connection.execute(query)).all()
+        return {str(row[0]): int(row[1]) for row in rows}
 
     async def verify(self, tenant: str) -> str | None:
         """Where the tenant's chain is broken and how; None if it is whole."""

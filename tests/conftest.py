@@ -1,0 +1,11 @@
+"""Shared by every test: the environment of a test run, and the folders it may use."""
+
+from __future__ import annotations
+
+import os
+
+# Upstream's leak checks and our own integrity check are on in every process a test starts.
+os.environ.setdefault("VASE_CHECK_INTEGRITY", "1")
+os.environ.setdefault("SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY", "1")
+os.environ.setdefault("SGLANG_CHECK_KV_PAGE_INVARIANTS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -1,0 +1,33 @@
+"""The engine in this process: torchvision workaround first, then SGLang with the plugin."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from vase_sgl.engine.torchvision_cpu import declare_torchvision_operators
+
+declare_torchvision_operators()
+
+from sglang.srt.plugins import load_plugins  # noqa: E402
+
+load_plugins()
+
+from tests.engine.scheduler_harness import SteppedScheduler  # noqa: E402
+from tests.engine.tiny_model import write_tiny_model  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def stepped(tiny_model: Path) -> Iterator[SteppedScheduler]:
+    """One scheduler for the session (SGLang keeps process-wide state): 400 slots, 8 requests."""
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        yield SteppedScheduler(tiny_model, slots=400)

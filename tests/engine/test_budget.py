@@ -1,0 +1,238 @@
+"""What a budget does, read from the engine: rounds, lengths, slots, admission, neighbours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine.scheduler_harness import Answer, SteppedScheduler
+from tests.engine.test_schedules import expected_rounds
+from tests.engine.tiny_model import CONTEXT
+
+POOL = 400
+PROMPT = [2 + (11 * i) % 250 for i in range(30)]
+POLICIES = ["vase-attnv", "vase-dkv", "random", "streaming"]
+BUDGET: dict[str, Any] = {"budget": 24, "window": 8, "seed": 3}
+
+
+@pytest.fixture(autouse=True)
+def _clean(stepped: SteppedScheduler) -> Any:
+    stepped.answers.clear()
+    with torch.inference_mode():
+        yield
+        if not stepped.idle:
+            for req in stepped.running:
+                stepped.abort(req.rid)
+            stepped.run()
+    assert stepped.free_slots == POOL
+
+
+def _answer(
+    stepped: SteppedScheduler,
+    vase: dict[str, Any] | None,
+    *,
+    prompt: list[int] | None = None,
+    new: int = 100,
+    **sampling: Any,
+) -> Answer:
+    stepped.answers.clear()
+    stepped.submit("only", prompt or PROMPT, max_new_tokens=new, vase=vase, **sampling)
+    stepped.run()
+    return stepped.answers["only"]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_rounds_really_happen(stepped: SteppedScheduler, policy: str) -> None:
+    answer = _answer(stepped, {**BUDGET, "policy": policy}, prompt=PROMPT[:10])
+    statistics = answer.statistics
+    assert statistics is not None
+    rounds, evicted = expected_rounds(10, 100, {**BUDGET, "policy": policy})
+    assert rounds > 5
+    assert (statistics["rounds"], statistics["evicted_tokens"]) == (rounds, evicted)
+    assert statistics["reserved_slots"] == 32
+    assert statistics["logical_length"] == 110
+    assert len(statistics["round_digests"]) == rounds
+    assert len(set(statistics["round_digests"])) == rounds
+    assert statistics["digest"] == statistics["round_digests"][-1]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_budget_larger_than_everything_equals_full(
+    stepped: SteppedScheduler, policy: str
+) -> None:
+    large = _answer(stepped, {"budget": 300, "window": 8, "policy": policy})
+    full = _answer(stepped, {"policy": "full"})
+    stock = _answer(stepped, None)
+    assert large.tokens == full.tokens == stock.tokens
+    assert large.statistics is not None and large.statistics["rounds"] == 0
+    assert full.statistics is not None and full.statistics["rounds"] == 0
+    assert stock.statistics is None
+
+
+def test_an_evicting_budget_changes_the_answer(stepped: SteppedScheduler) -> None:
+    """Guards the equality above: eviction is visible in this model's tokens."""
+    small = _answer(stepped, {**BUDGET, "policy": "random"})
+    assert small.tokens != _answer(stepped, None).tokens
+
+
+def test_an_answer_may_be_longer_than_the_pool(stepped: SteppedScheduler) -> None:
+    answer = _answer(stepped, BUDGET, new=1000)
+    assert len(answer.tokens) == 1000 > POOL
+    assert answer.finish == {"type": "length", "length": 1000}
+
+
+def test_output_is_bounded_by_the_context(stepped: SteppedScheduler) -> None:
+    answer = _answer(stepped, {**BUDGET, "policy": "streaming"}, new=10 * CONTEXT)
+    assert len(answer.tokens) == CONTEXT - 2 - len(PROMPT)
+
+
+def test_a_long_prompt_shrinks_and_reopens_admission(stepped: SteppedScheduler) -> None:
+    """Prompt 150 holds 158 slots, then 32; requests waiting for that room enter at once."""
+    long_prompt = [2 + i for i in range(150)]
+    for index in range(3):
+        stepped.submit(f"long{index}", long_prompt, max_new_tokens=60, vase=BUDGET)
+    stepped.step()
+    assert len(stepped.running) + 0 <= 2 or stepped.free_slots < 158
+    waiting = len(stepped.scheduler.waiting_queue)
+    assert waiting == 1
+    for _ in range(12):
+        stepped.step()
+    assert not stepped.scheduler.waiting_queue
+    stepped.run()
+    for index in range(3):
+        statistics = stepped.answers[f"long{index}"].statistics
+        assert statistics is not None
+        assert statistics["evicted_tokens"] == expected_rounds(150, 60, {**BUDGET, "policy": ""})[1]
+
+
+def test_admission_reserves_the_budget_and_nothing_more(stepped: SteppedScheduler) -> None:
+    """Each of 8 requests wants 1000 tokens; full KV would fit none, budgets of 48 fit all."""
+    for index in range(8):
+        vase = {"budget": 40, "window": 8, "policy": "streaming", "seed": index}
+        stepped.submit(f"many{index}", PROMPT, max_new_tokens=1000, vase=vase)
+    for _ in range(60):
+        stepped.step()
+    assert len(stepped.running) == 8
+    assert stepped.free_slots == POOL - 8 * 48
+    for _ in range(20):
+        stepped.step()
+        assert stepped.free_slots == POOL - 8 * 48  # steady: nothing is allocated any more
+    assert all(req.retraction_count == 0 for req in stepped.running)
+    for index in range(8):
+        stepped.abort(f"many{index}")
+    stepped.run()
+
+
+def test_a_full_pool_of_saturated_budgets_retracts_nobody(stepped: SteppedScheduler) -> None:
+    """8 x 49 = 392 of 400 slots: upstream's estimate (one slot a request) would retract here."""
+    for index in range(8):
+        vase = {"budget": 41, "window": 8, "policy": "random", "seed": index}
+        stepped.submit(f"full{index}", PROMPT, max_new_tokens=300, vase=vase)
+    running = 0
+    while not stepped.idle:
+        stepped.step()
+        running = max(running, len(stepped.running))
+        assert all(req.retraction_count == 0 for req in stepped.running)
+    assert running == 8
+    assert all(len(answer.tokens) == 300 for answer in stepped.answers.values())
+
+
+def test_full_kv_neighbours_are_retracted_first_and_budgets_never(
+    stepped: SteppedScheduler,
+) -> None:
+    """Unbudgeted requests outgrow the pool (their estimate is optimistic); budgets run on."""
+    for index in range(3):
+        vase = {"budget": 40, "window": 8, "policy": "random", "seed": index}
+        stepped.submit(f"budget{index}", PROMPT, max_new_tokens=400, vase=vase)
+    for index in range(5):
+        stepped.submit(f"stock{index}", PROMPT, max_new_tokens=150, ignore_eos=False)
+    stepped.run()
+    for index in range(3):
+        answer = stepped.answers[f"budget{index}"]
+        assert len(answer.tokens) == 400 and answer.finish == {"type": "length", "length": 400}
+
+
+def test_stock_requests_are_untouched_by_budgeted_neighbours(stepped: SteppedScheduler) -> None:
+    alone = _answer(stepped, None, new=60)
+    stepped.answers.clear()
+    stepped.submit("stock", PROMPT, max_new_tokens=60)
+    for index in range(4):
+        stepped.submit(f"other{index}", PROMPT[index:], max_new_tokens=90, vase=BUDGET)
+    stepped.run()
+    assert stepped.answers["stock"].tokens == alone.tokens
+    assert stepped.answers["stock"].statistics is None
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5, 9, 10, 11, 40])
+def test_abort_at_any_point_frees_every_slot(stepped: SteppedScheduler, steps: int) -> None:
+    """Before the prefill, while growing, in the round's step (9 steps after it), after it."""
+    stepped.submit("gone", PROMPT[:24], max_new_tokens=100, vase=BUDGET)
+    for _ in range(steps):
+        stepped.step()
+    stepped.abort("gone")
+    stepped.step()
+    stepped.step()
+    assert stepped.free_slots == POOL
+    assert stepped.idle
+
+
+@pytest.mark.parametrize("new", [9, 10, 17, 18])
+def test_finish_in_the_step_of_a_round_frees_once(stepped: SteppedScheduler, new: int) -> None:
+    answer = _answer(stepped, BUDGET, prompt=PROMPT[:24], new=new)
+    assert len(answer.tokens) == new
+
+
+@pytest.mark.parametrize("prompt", [1, 23, 24, 25, 31, 32, 33, 200, 256, 257, 300])
+def test_every_prompt_length_around_the_bounds(stepped: SteppedScheduler, prompt: int) -> None:
+    """Also prompts of several prefill chunks (256), and budgets far below one chunk."""
+    tokens = [2 + (5 * i) % 250 for i in range(prompt)]
+    answer = _answer(stepped, {**BUDGET, "policy": "vase-dkv"}, prompt=tokens, new=50)
+    assert answer.statistics is not None
+    rounds, evicted = expected_rounds(prompt, 50, {**BUDGET, "policy": "vase-dkv"})
+    assert (answer.statistics["rounds"], answer.statistics["evicted_tokens"]) == (rounds, evicted)
+
+
+def test_reserved_slots_of_a_short_answer_are_its_length(stepped: SteppedScheduler) -> None:
+    answer = _answer(stepped, {"budget": 300, "window": 8}, prompt=PROMPT[:5], new=7)
+    assert answer.statistics is not None and answer.statistics["reserved_slots"] == 12
+
+
+class TestRefusals:
+    """Bad parameters: a 400 that names field and cure; the scheduler goes on."""
+
+    @pytest.mark.parametrize(
+        ("vase", "text"),
+        [
+            ({"budget": 24, "policy": "h2o"}, "unknown policy 'h2o'; choose one of vase-attnv"),
+            ({"budget": 24, "recent": 8}, "unknown key recent in vase"),
+            ({"budget": 8, "window": 8}, "budget 8 must be greater than window 8"),
+            ({"budget": 100000, "window": 8}, "budget must be an integer from 1 to 16384"),
+            ({"budget": 64, "window": 65}, "window must be an integer from 1 to 64"),
+            ({"budget": "64"}, "budget must be an integer"),
+            ({"budget": True}, "budget must be an integer"),
+            ({"window": 8}, "vase.budget is missing"),
+            ({"budget": 24, "window": 8, "seed": -1}, "seed must be an integer from 0"),
+            ({"budget": 24, "window": 8, "prompt": "keep"}, "prompt must be one of evict"),
+            ({"budget": 20, "window": 16, "protected_share": 0.5}, "protects 10 tokens"),
+            ({"budget": 24, "window": 8, "pool_width": 4}, "pool_width must be odd"),
+            ({"budget": 24, "window": 22}, "num_sinks 4 does not fit"),
+            ({"budget": 24, "window": 8, "policy": "random", "pool_width": 5}, "unknown key pool"),
+            ({"budget": 390, "window": 20}, "but the pool holds 400; lower the budget"),
+            ("64", "vase must be an object"),
+        ],
+    )
+    def test_refused(self, stepped: SteppedScheduler, vase: Any, text: str) -> None:
+        answer = _answer(stepped, vase, new=500)
+        assert answer.finish is not None
+        assert answer.finish["type"] == "abort"
+        assert answer.finish["status_code"] == 400
+        assert text in answer.finish["message"]
+        assert len(_answer(stepped, BUDGET, new=20).tokens) == 20
+
+    def test_prompt_beyond_the_pool(self, stepped: SteppedScheduler) -> None:
+        answer = _answer(stepped, BUDGET, prompt=[5] * 395)
+        assert answer.finish is not None and answer.finish["type"] == "abort"
+        assert "prompt 395" in answer.finish["message"]
+        assert "shorten the prompt" in answer.finish["message"]

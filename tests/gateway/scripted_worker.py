@@ -1,0 +1,255 @@
+"""A worker without a model behind the real HTTP interface: deterministic, and it fails on order.
+
+Tokens depend on prompt, sampling seed and position; eviction follows the static budget's
+arithmetic, with digests that depend on the eviction seed. Faults are attributes to set.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+import json
+from typing import Any, Self
+
+from aiohttp import web
+
+VOCAB = 50_000
+
+FINGERPRINT = {
+    "model": "scripted",
+    "weights_digest": "0123456789abcdef",
+    "vase_sgl": "0",
+    "sglang": "0",
+    "device": "none",
+}
+
+
+@dataclasses.dataclass
+class Faults:
+    """What goes wrong. Positions count output tokens from 0, rounds from 1."""
+
+    healthy: bool = True
+    refuse_status: int | None = None
+    error_event: str | None = None
+    cut_after_tokens: int | None = None
+    abort_after_tokens: int | None = None
+    other_token_at: int | None = None
+    other_digest_at_round: int | None = None
+    end_after_tokens: int | None = None
+
+
+class ScriptedWorker:
+    """Serve with `async with ScriptedWorker() as worker`, at `worker.url`."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.faults = Faults()
+        self.fingerprint = dict(FINGERPRINT)
+        self.default_eviction: dict[str, Any] | None = None
+        self.max_budget = 4096
+        self.context_length = 8192
+        self.token_seconds = 0.0
+        #: Letters added to each token's text, to make chunks big.
+        self.padding = 0
+        self.bodies: list[dict[str, Any]] = []
+        self.aborted: list[str] = []
+        self.running: set[str] = set()
+        self.tokens_written = 0
+        self._runner: web.AppRunner | None = None
+
+    async def __aenter__(self) -> Self:
+        app = web.Application(client_max_size=2**26)
+        app.router.add_post("/generate", self._generate)
+        app.router.add_post("/v1/tokenize", self._tokenize)
+        app.router.add_post("/abort_request", self._abort)
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/server_info", self._server_info)
+        self._runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        await site.start()
+        assert site._server is not None
+        port = site._server.sockets[0].getsockname()[1]  # type: ignore[attr-defined]
+        self.url = f"http://127.0.0.1:{port}"
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        assert self._runner is not None
+        await self._runner.cleanup()
+
+    async def wait_for_abort(self, seconds: float = 5.0) -> str:
+        """The first aborted request id, as soon as nothing runs any more."""
+        async with asyncio.timeout(seconds):
+            while not self.aborted or self.running:
+                await asyncio.sleep(0.01)
+        return self.aborted[0]
+
+    async def _tokenize(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        words = (
+            [w for m in body["messages"] for w in (m["role"], *m["content"].split())]
+            if "messages" in body
+            else body["prompt"].split()
+        )
+        if words == ["unrenderable"]:
+            return web.json_response(
+                {"object": "error", "message": "the template refuses this"}, status=400
+            )
+        return web.json_response({"tokens": [token_of(w) for w in words], "count": len(words)})
+
+    async def _abort(self, request: web.Request) -> web.Response:
+        rid = (await request.json())["rid"]
+        self.aborted.append(rid)
+        self.running = {r for r in self.running if not r.startswith(rid)}
+        return web.Response()
+
+    async def _health(self, request: web.Request) -> web.Response:
+        return web.Response(status=200 if self.faults.healthy else 503)
+
+    async def _server_info(self, request: web.Request) -> web.Response:
+        vase = {
+            "fingerprint": self.fingerprint,
+            "limits": {"max_budget": self.max_budget, "max_window": 64},
+            "default": self.default_eviction,
+            "slots": {"total": 10_000, "available": 9_000, "reserved": 1_000},
+            "rounds": 7,
+            "evicted_tokens": 224,
+            "running_requests": len(self.running),
+            "context_length": self.context_length,
+            "vocab_size": VOCAB,
+        }
+        return web.json_response({"internal_states": [{"vase": vase}]})
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self.bodies.append(body)
+        if self.faults.refuse_status is not None:
+            return web.json_response(
+                {"error": {"message": "refused on order"}}, status=self.faults.refuse_status
+            )
+        rid = body["rid"]
+        self.running.add(rid)
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        try:
+            await self._stream(body, response)
+        except ConnectionError:
+            pass  # the gateway closed the stream
+        finally:
+            self.running.discard(rid)
+        return response
+
+    async def _stream(self, body: dict[str, Any], response: web.StreamResponse) -> None:
+        if self.faults.error_event is not None:
+            error = {"message": self.faults.error_event, "code": 400}
+            await response.write(_event({"error": error}))
+            await response.write(b"data: [DONE]\n\n")
+            return
+        sampling = body["sampling_params"]
+        run = Run(body["input_ids"], sampling, self.faults)
+        text = ""
+        while run.finish is None:
+            if self.token_seconds:
+                await asyncio.sleep(self.token_seconds)
+            if body["rid"] in self.aborted:
+                run.finish = {"type": "abort", "message": "Aborted by request."}
+            elif self.faults.cut_after_tokens == len(run.tokens):
+                assert response._req is not None and response._req.transport is not None
+                response._req.transport.abort()
+                return
+            elif self.faults.abort_after_tokens == len(run.tokens):
+                run.finish = {"type": "abort", "message": "out of luck", "status_code": 500}
+            else:
+                token = run.step()
+                text += f"w{token}{'x' * self.padding} "
+                for stop in sampling["stop"]:
+                    if stop in text:
+                        text = text[: text.index(stop)]
+                        run.finish = {"type": "stop", "matched": stop}
+            await response.write(_event(run.event(body["rid"], text)))
+            self.tokens_written = len(run.tokens)
+        await response.write(b"data: [DONE]\n\n")
+
+
+class Run:
+    """One generation: tokens, and the cache under the static budget."""
+
+    def __init__(self, prompt: list[int], sampling: dict[str, Any], faults: Faults) -> None:
+        self.prompt = prompt
+        self.tokens: list[int] = []
+        self.finish: dict[str, Any] | None = None
+        self.digests: list[str] = []
+        self._sampling = sampling
+        self._faults = faults
+        self._vase = sampling.get("custom_params", {}).get("vase")
+        self._physical = len(prompt)
+        self._due = 0
+        if self._vase is not None:
+            self._due = max(len(prompt), self._vase["budget"]) + self._vase["window"]
+
+    def step(self) -> int:
+        """Draw a token; evict if due."""
+        self._physical += 1
+        if (
+            self._vase is not None
+            and self._vase["policy"] != "full"
+            and self._physical == self._due
+        ):
+            self._evict()
+        position = len(self.tokens)
+        token = _hash(self.prompt, self._sampling["sampling_seed"], position) % VOCAB
+        if self._faults.other_token_at == position:
+            token = (token + 1) % VOCAB
+        self.tokens.append(token)
+        if len(self.tokens) == self._faults.end_after_tokens:
+            self.finish = {"type": "stop"}
+        elif len(self.tokens) == self._sampling["max_new_tokens"]:
+            self.finish = {"type": "length"}
+        return token
+
+    def event(self, rid: str, text: str) -> dict[str, Any]:
+        """The state as /generate reports it."""
+        meta: dict[str, Any] = {
+            "id": rid,
+            "finish_reason": self.finish,
+            "prompt_tokens": len(self.prompt),
+            "completion_tokens": len(self.tokens),
+        }
+        if self._vase is not None:
+            logical = len(self.prompt) + len(self.tokens)
+            meta["vase"] = {
+                "rounds": len(self.digests),
+                "evicted_tokens": logical - self._physical,
+                "physical_length": self._physical,
+                "logical_length": logical,
+                "reserved_slots": max(len(self.prompt), self._vase["budget"])
+                + self._vase["window"],
+                "digest": self.digests[-1] if self.digests else "0" * 16,
+            }
+            if self.finish is not None:
+                meta["vase"]["round_digests"] = self.digests
+        return {"text": text, "output_ids": self.tokens, "meta_info": meta}
+
+    def _evict(self) -> None:
+        self._physical = self._vase["budget"]
+        self._due = self._vase["budget"] + self._vase["window"]
+        number = len(self.digests) + 1
+        previous = self.digests[-1] if self.digests else ""
+        seed: Any = self._vase["seed"]
+        if self._faults.other_digest_at_round == number:
+            seed = "other"
+        self.digests.append(f"{_hash(previous, seed, number):016x}")
+
+
+def token_of(word: str) -> int:
+    """The token id of a word."""
+    return _hash(word) % VOCAB
+
+
+def _hash(*parts: Any) -> int:
+    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8], "big")
+
+
+def _event(content: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(content).encode() + b"\n\n"

@@ -1,0 +1,183 @@
+"""Who may call: keys, roles, tenants that come and go while the gateway runs."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from tests.gateway.running import Running, run_gateway
+from vase_sgl.client import (
+    AsyncClient,
+    AuthenticationError,
+    NotFound,
+    PermissionError_,
+    VaseError,
+)
+from vase_sgl.gateway import tenants
+
+
+async def refused(running: Running, key: str | None) -> str:
+    async with AsyncClient(running.target, key) as client:
+        with pytest.raises(AuthenticationError) as error:
+            await client.capacity()
+        with pytest.raises(AuthenticationError):
+            _ = [chunk async for chunk in client.generate("tell me")]
+    return str(error.value)
+
+
+async def test_every_bad_key_is_told_what_to_do(running: Running) -> None:
+    assert "api_key=" in await refused(running, None)
+    assert "vsk_<id>_<secret>" in await refused(running, "sk-something")
+    unknown = running.key.replace(running.key[4:16], "0" * 12)
+    wrong = running.key[:-1] + ("0" if running.key[-1] != "0" else "1")
+    assert "unknown or revoked" in await refused(running, unknown)
+    assert "unknown or revoked" in await refused(running, wrong)
+    assert running.worker.bodies == []
+
+
+async def test_the_scheme_must_be_bearer(running: Running) -> None:
+    from vase_sgl.rpc.v1 import gateway_pb2, gateway_pb2_grpc
+
+    async with grpc.aio.insecure_channel(running.target) as channel:
+        stub = gateway_pb2_grpc.VaseGatewayStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError, match="must read `Bearer <API key>`"):
+            await stub.GetCapacity(
+                gateway_pb2.GetCapacityRequest(), metadata=(("authorization", running.key),)
+            )
+
+
+async def test_a_second_check_of_a_key_is_fast(running: Running) -> None:
+    await running.client.capacity()
+    start = time.perf_counter()
+    for _ in range(20):
+        await running.client.capacity()
+    assert (time.perf_counter() - start) / 20 < 0.02
+
+
+async def test_tenants_come_and_go_while_the_gateway_runs(running: Running) -> None:
+    key = running.add_tenant("bob")
+    async with AsyncClient(running.target, key) as bob:
+        await bob.generate_once("tell me", max_new_tokens=2)
+        content = tenants.load(running.tenants_file)
+        tenants.save(
+            running.tenants_file,
+            tenants.TenantFile(tenants=tuple(t for t in content.tenants if t.name != "bob")),
+        )
+        with pytest.raises(AuthenticationError, match="unknown or revoked"):
+            await bob.capacity()
+    await running.client.capacity()
+
+
+async def test_a_broken_tenants_file_keeps_the_last_good_one(
+    running: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    running.tenants_file.write_text("tenants: [")
+    await running.client.capacity()
+    running.tenants_file.unlink()
+    await running.client.capacity()
+    assert "stay in force" in caplog.text
+
+
+async def test_roles_are_enforced(running: Running) -> None:
+    auditor = running.add_tenant("auditor", roles=["audit"])
+    admin = running.add_tenant("admin", roles=["admin"])
+    async with AsyncClient(running.target, auditor) as client:
+        with pytest.raises(PermissionError_, match="tenant auditor lacks the role `generate`"):
+            await client.generate_once("tell me")
+        with pytest.raises(PermissionError_, match="lacks the role `replay`"):
+            await client.replay("0" * 32).verdict()
+        assert [r async for r in client.list_records()] == []
+    async with AsyncClient(running.target, admin) as client:
+        answer = await client.generate_once("tell me", max_new_tokens=2)
+        assert (await client.replay(answer.request_id).verdict()).outcome == "MATCH"
+
+
+async def test_another_tenants_record_does_not_exist(running: Running) -> None:
+    answer = await running.client.generate_once("tell me", max_new_tokens=2)
+    key = running.add_tenant("bob", roles=["admin"])
+    async with AsyncClient(running.target, key) as bob:
+        with pytest.raises(NotFound, match=r"no record .* of tenant bob"):
+            await bob.get_record(answer.request_id)
+        with pytest.raises(NotFound):
+            await bob.replay(answer.request_id).verdict()
+        assert [r async for r in bob.list_records()] == []
+
+
+async def test_equal_seeds_of_two_tenants_are_not_equal(running: Running) -> None:
+    key = running.add_tenant("bob")
+    async with AsyncClient(running.target, key) as bob:
+        mine = await running.client.generate_once("tell me", max_new_tokens=5, seed=1)
+        theirs = await bob.generate_once("tell me", max_new_tokens=5, seed=1)
+    assert mine.token_ids != theirs.token_ids
+
+
+async def test_limits_of_a_tenant_hold(running: Running) -> None:
+    key = running.add_tenant(
+        "small",
+        limits={
+            "max_budget": 100,
+            "max_new_tokens": 10,
+            "max_prompt_tokens": 3,
+            "policies": ["random"],
+        },
+    )
+    asked = {
+        "max_new_tokens: 11 is above the ceiling of tenant small, 10": {"max_new_tokens": 11},
+        "eviction.budget: 101 is above the ceiling of tenant small, 100": {"budget": 101},
+        "eviction.policy: tenant small may not use vase-attnv; choose one of random": {
+            "budget": 90
+        },
+        "eviction: tenant small may not use a full cache": {},
+    }
+    async with AsyncClient(running.target, key) as client:
+        for text, options in asked.items():
+            with pytest.raises(VaseError) as error:
+                await client.generate_once("tell me", **{"max_new_tokens": 5, **options})
+            assert text in str(error.value) and error.value.code == "INVALID_ARGUMENT"
+        with pytest.raises(VaseError, match="the prompt has 4 tokens, above the ceiling"):
+            await client.generate_once(
+                "a b c d", max_new_tokens=5, budget=90, window=8, policy="random"
+            )
+        await client.generate_once("a b", max_new_tokens=5, budget=90, window=8, policy="random")
+
+
+async def test_without_authentication_everyone_is_anonymous(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        async with (
+            run_gateway(tmp_path, insecure_no_auth=True) as running,
+            AsyncClient(running.target) as client,
+        ):
+            answer = await client.generate_once("tell me", max_new_tokens=2)
+            assert (await client.get_record(answer.request_id)).status == "completed"
+    assert "INSECURE" in caplog.text
+
+
+async def test_health_and_reflection_are_open(running: Running) -> None:
+    async with grpc.aio.insecure_channel(running.target) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        for service in ("", "vase.v1.VaseGateway"):
+            answer = await stub.Check(health_pb2.HealthCheckRequest(service=service))
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
+        request = reflection_pb2.ServerReflectionRequest(list_services="")
+        async for listed in reflection.ServerReflectionInfo(iter([request])):
+            names = {service.name for service in listed.list_services_response.service}
+        assert "vase.v1.VaseGateway" in names
+
+
+async def test_neither_keys_nor_prompts_nor_seeds_are_logged(
+    running: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.DEBUG, logger="vase_sgl"):
+        answer = await running.client.generate_once("a-very-secret-prompt", max_new_tokens=2)
+        await refused(running, running.key[:-1] + "z")
+    assert running.key not in caplog.text and "secret-prompt" not in caplog.text
+    assert str(answer.result.seeds.sampling) not in caplog.text

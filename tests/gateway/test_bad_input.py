@@ -1,0 +1,116 @@
+"""Every bad input has its own text that names field and cure, and the gateway lives on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.gateway.running import Running
+from tests.gateway.scripted_worker import VOCAB
+from vase_sgl.client import InvalidRequest
+from vase_sgl.rpc.v1 import gateway_pb2 as pb
+
+EVICT = {"budget": 64, "window": 16}
+
+CASES: list[tuple[Any, dict[str, Any], str]] = [
+    ("", {}, "text: the prompt is empty; send at least one character"),
+    ("  ", {}, "input: the prompt has no tokens; send a longer one"),
+    ([], {}, "token_ids: the prompt is empty; send at least one token id"),
+    ([1, -2], {}, "token_ids: a token id is negative; ids start at 0"),
+    ([VOCAB], {}, f"token_ids: {VOCAB} is no token of this model; ids end at {VOCAB - 1}"),
+    ([{"role": "", "content": "x"}], {}, "chat.messages[0].role: is empty; use system, user or"),
+    ("unrenderable", {}, "the worker refused the request: the template refuses this"),
+    ("a", {"max_new_tokens": 0}, "max_new_tokens: must be at least 1, got 0"),
+    ("a", {"max_new_tokens": -1}, "max_new_tokens: must be at least 1, got -1"),
+    ("a", {"max_new_tokens": 8192}, "exceed the model's context length of 8192 tokens; ask for at"),
+    (
+        "a",
+        {"max_new_tokens": 10**6},
+        "max_new_tokens: 1000000 is above the ceiling of tenant alice",
+    ),
+    ("a", {"temperature": -0.1}, "sampling.temperature: must be from 0 to 100, got -0.1"),
+    ("a", {"temperature": float("nan")}, "sampling.temperature: must be a finite number, got nan"),
+    ("a", {"temperature": float("inf")}, "sampling.temperature: must be a finite number, got inf"),
+    ("a", {"top_p": 0.0}, "sampling.top_p: must be above 0 and at most 1, got 0"),
+    ("a", {"top_k": 0}, "sampling.top_k: must be -1 (all) or at least 1, got 0"),
+    ("a", {"min_p": 1.5}, "sampling.min_p: must be from 0 to 1, got 1.5"),
+    ("a", {"repetition_penalty": 0.0}, "sampling.repetition_penalty: must be above 0"),
+    ("a", {"frequency_penalty": 3.0}, "sampling.frequency_penalty: must be from -2 to 2, got 3"),
+    ("a", {"presence_penalty": -3.0}, "sampling.presence_penalty: must be from -2 to 2, got -3"),
+    ("a", {"stop": [""]}, "sampling.stop: send at most 16 strings, none of them empty"),
+    ("a", {"stop": ["x"] * 17}, "sampling.stop: send at most 16 strings"),
+    ("a", {"stop_token_ids": [-1]}, "sampling.stop_token_ids: send at most 64 ids, none of them"),
+    ("a", {"seed": -1}, "seed: must be from 0 to 2^63 - 1, got -1"),
+    ("a", {"sample_index": -1}, "sample_index: must not be negative, got -1"),
+    ("a", {**EVICT, "policy": "lru"}, "eviction: unknown policy 'lru'; choose one of vase-attnv"),
+    ("a", {"window": 16}, "eviction: vase.budget is missing"),
+    ("a", {"budget": 16, "window": 16}, "eviction: budget 16 must be greater than window 16"),
+    ("a", {"budget": 0, "window": 16}, "eviction: budget must be an integer from 1 to 4096, got 0"),
+    ("a", {"budget": 4097}, "eviction.budget: 4097 is above the ceiling of this server, 4096"),
+    ("a", {"budget": 999, "window": 65}, "eviction: window must be an integer from 1 to 64"),
+    ("a", {**EVICT, "num_sinks": 60}, "eviction: num_sinks 60 does not fit"),
+    ("a", {**EVICT, "pool_width": 4}, "eviction: pool_width must be odd, got 4"),
+    (
+        "a",
+        {**EVICT, "policy": "random", "pool_width": 3},
+        "eviction: unknown key pool_width in vase; policy random takes",
+    ),
+]
+
+
+async def test_every_bad_request_is_told_its_field_and_cure(running: Running) -> None:
+    for prompt, options, text in CASES:
+        with pytest.raises(InvalidRequest) as error:
+            await running.client.generate_once(prompt, **{"max_new_tokens": 5, **options})
+        assert text in str(error.value), (prompt, options)
+        assert error.value.code == "INVALID_ARGUMENT"
+    # Nothing reached the worker, nothing was recorded, and the gateway still serves.
+    assert running.worker.bodies == []
+    assert [r async for r in running.client.list_records()] == []
+    await running.client.generate_once("a", max_new_tokens=2)
+
+
+async def test_a_stream_fails_with_the_same_text(running: Running) -> None:
+    with pytest.raises(InvalidRequest, match="max_new_tokens: must be at least 1"):
+        _ = [chunk async for chunk in running.client.generate("a", max_new_tokens=0)]
+
+
+async def test_what_only_a_raw_message_can_get_wrong(running: Running) -> None:
+    stub, metadata = running.client._stub, running.client._metadata
+    cases = [
+        (pb.GenerateRequest(max_new_tokens=1), "input: no prompt; set one of"),
+        (
+            pb.GenerateRequest(max_new_tokens=1, chat=pb.Conversation()),
+            "chat: the conversation is empty",
+        ),
+        (
+            pb.GenerateRequest(
+                max_new_tokens=1,
+                text="a",
+                eviction=pb.EvictionParams(budget=99, prompt_mode=7),  # type: ignore[arg-type]
+            ),
+            "eviction.prompt_mode: unknown mode 7",
+        ),
+    ]
+    for request, text in cases:
+        with pytest.raises(Exception, match=text):
+            await stub.GenerateOnce(pb.GenerateOnceRequest(request=request), metadata=metadata)
+
+
+async def test_pages_and_capacity_check_their_fields(running: Running) -> None:
+    with pytest.raises(InvalidRequest, match="page_size: must be from 1 to 1000"):
+        _ = [r async for r in running.client.list_records(page_size=1001)]
+    stub, metadata = running.client._stub, running.client._metadata
+    with pytest.raises(Exception, match="page_token: 'x' is not one"):
+        await stub.ListRecords(pb.ListRecordsRequest(page_token="x"), metadata=metadata)
+    with pytest.raises(InvalidRequest, match="budget: must be greater than window 64, got 10"):
+        await running.client.capacity(budget=10)
+
+
+async def test_a_message_above_the_size_limit_is_refused(running: Running) -> None:
+    from vase_sgl.client import RateLimited
+
+    with pytest.raises(RateLimited, match=r"[Mm]essage larger than max"):
+        await running.client.generate_once("a" * (17 * 2**20), max_new_tokens=1)
+    await running.client.generate_once("a", max_new_tokens=2)

@@ -1,0 +1,150 @@
+"""Workers that fail: the client gets a status and a text, the record says what happened."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tests.gateway.running import Running, run_gateway
+from tests.gateway.scripted_worker import ScriptedWorker
+from vase_sgl.client import AsyncClient, Client, InvalidRequest, Unavailable, VaseError
+from vase_sgl.gateway.config import load_config
+from vase_sgl.gateway.server import Gateway, PortInUse
+
+
+async def health_becomes(channel: grpc.aio.Channel, wanted: int) -> None:
+    stub = health_pb2_grpc.HealthStub(channel)
+    async with asyncio.timeout(10):
+        async for answer in stub.Watch(health_pb2.HealthCheckRequest()):
+            if answer.status == wanted:
+                return
+
+
+async def test_health_follows_the_worker(running: Running) -> None:
+    async with grpc.aio.insecure_channel(running.target) as channel:
+        running.worker.faults.healthy = False
+        await health_becomes(channel, health_pb2.HealthCheckResponse.NOT_SERVING)
+        with pytest.raises(Unavailable, match=r"no worker is ready: .* status 503"):
+            await running.client.generate_once("tell me")
+        running.worker.faults.healthy = True
+        await health_becomes(channel, health_pb2.HealthCheckResponse.SERVING)
+    await running.client.generate_once("tell me", max_new_tokens=2)
+
+
+async def test_a_worker_that_is_not_there_yet(tmp_path: Path) -> None:
+    config = load_config(
+        overrides={
+            "listen": {"port": 0},
+            "worker": {"urls": ["http://127.0.0.1:9"], "health_interval_seconds": 0.1},
+            "audit": {"url": f"sqlite+aiosqlite:///{tmp_path / 'audit.sqlite3'}"},
+            "insecure_no_auth": True,
+        }
+    )
+    gateway = await Gateway.start(config, lambda seconds: None)
+    async with AsyncClient(f"127.0.0.1:{gateway.port}") as client:
+        with pytest.raises(Unavailable, match="no worker is ready"):
+            await client.generate_once("tell me")
+        with pytest.raises(Unavailable, match="no worker is ready"):
+            await client.capacity()
+        assert [r async for r in client.list_records()] == []
+    await gateway.stop()
+
+
+async def test_a_worker_without_the_plugin_is_not_ready(running: Running) -> None:
+    running.worker.fingerprint = None  # type: ignore[assignment]
+    await asyncio.sleep(0.3)
+    with pytest.raises(Unavailable, match=r"does not report vase_sgl's state.*`vase-sgl worker`"):
+        await running.client.generate_once("tell me")
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "text"),
+    [
+        (
+            {"refuse_status": 400},
+            InvalidRequest,
+            "the worker refused the request: refused on order",
+        ),
+        (
+            {"refuse_status": 500},
+            Unavailable,
+            "answered generate with status 500: refused on order",
+        ),
+        (
+            {"error_event": "bad parameter"},
+            InvalidRequest,
+            "the worker refused the request: bad par",
+        ),
+        ({"cut_after_tokens": 3}, Unavailable, "cannot be reached"),
+        ({"abort_after_tokens": 3}, VaseError, "the worker gave the request up: out of luck"),
+    ],
+)
+async def test_failures_of_a_generation(
+    running: Running, fault: dict[str, object], kind: type[VaseError], text: str
+) -> None:
+    for name, value in fault.items():
+        setattr(running.worker.faults, name, value)
+    stream = running.client.generate("tell me", max_new_tokens=10)
+    with pytest.raises(kind) as error:
+        _ = [chunk async for chunk in stream]
+    assert text in str(error.value)
+    record = await running.client.get_record(stream.request_id)
+    assert record.status == "failed" and text in record.failure
+    tokens = fault.get("cut_after_tokens") or fault.get("abort_after_tokens") or 0
+    assert len(record.output_token_ids) == tokens
+    for name in fault:
+        setattr(running.worker.faults, name, None)
+    await running.client.generate_once("tell me", max_new_tokens=2)
+
+
+async def test_a_generation_without_a_record_has_no_result(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def full(record: object) -> None:
+        raise OSError("disk full at /secret/place")
+
+    monkeypatch.setattr(running.gateway._store, "append", full)
+    stream = running.client.generate("tell me", max_new_tokens=3)
+    with pytest.raises(VaseError) as error:
+        _ = [chunk async for chunk in stream]
+    assert error.value.code == "INTERNAL"
+    assert str(error.value) == "Generate failed inside the gateway; its log has the reason"
+
+
+async def test_requests_go_to_workers_in_turn_and_around_a_dead_one(tmp_path: Path) -> None:
+    async with ScriptedWorker() as first, ScriptedWorker() as second:
+        workers = {"urls": [first.url, second.url], "health_interval_seconds": 0.1}
+        async with run_gateway(tmp_path, worker=workers) as running:
+            await asyncio.sleep(0.2)
+            for _ in range(4):
+                await running.client.generate_once("tell me", max_new_tokens=2)
+            assert len(first.bodies) == len(second.bodies) == 2
+            assert (await running.client.capacity()).total_slots == 20_000
+            first.faults.healthy = False
+            await asyncio.sleep(0.3)
+            for _ in range(2):
+                await running.client.generate_once("tell me", max_new_tokens=2)
+            assert (len(first.bodies), len(second.bodies)) == (2, 4)
+
+
+async def test_a_taken_port_is_named(running: Running, tmp_path: Path) -> None:
+    config = load_config(
+        overrides={
+            "listen": {"port": running.gateway.port},
+            "worker": {"urls": [running.worker.url]},
+            "audit": {"url": f"sqlite+aiosqlite:///{tmp_path / 'other.sqlite3'}"},
+            "insecure_no_auth": True,
+        }
+    )
+    with pytest.raises(PortInUse, match=f":{running.gateway.port}: the port is taken"):
+        await Gateway.start(config, lambda seconds: None)
+    await running.client.generate_once("tell me", max_new_tokens=2)
+
+
+async def test_a_gateway_that_is_not_there_is_named() -> None:
+    with Client("127.0.0.1:9") as client, pytest.raises(Unavailable, match="check host and port"):
+        await asyncio.to_thread(client.capacity)

@@ -1,0 +1,87 @@
+"""Seed derivation: pinned vectors, an independent HKDF, and the four policies."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vase_sgl.gateway.errors import InvalidRequest
+from vase_sgl.gateway.seeds import MAX_SEED, Seeds, derive, seeds_for
+from vase_sgl.gateway.tenants import MasterSecret, SeedPolicy, Tenant
+
+MASTER = bytes(range(32))
+
+
+def tenant(policy: str, *secrets: bytes) -> Tenant:
+    masters = [
+        MasterSecret(version=n, secret=base64.b64encode(s).decode())
+        for n, s in enumerate(secrets or (MASTER,), start=1)
+    ]
+    return Tenant(name="t", seed_policy=SeedPolicy(policy), master_secrets=tuple(masters))
+
+
+def seeds(policy: str, *secrets: bytes, seed: int | None = None, index: int = 0) -> Seeds:
+    return seeds_for(
+        tenant(policy, *secrets), request_id="ab" * 16, request_seed=seed, sample_index=index
+    )
+
+
+def reference(label: str, origin: bytes, index: int) -> int:
+    """RFC 5869 by hand."""
+    extracted = hmac.digest(b"vase-sgl seeds v1", MASTER, hashlib.sha256)
+    info = label.encode() + b"\0" + origin + index.to_bytes(4, "big")
+    block = hmac.digest(extracted, info + b"\x01", hashlib.sha256)
+    return int.from_bytes(block[:8], "big") & MAX_SEED
+
+
+VECTORS = [
+    ("sampling", b"\x01" + (7).to_bytes(8, "big"), 0, 6960102702886099694),
+    ("eviction", b"\x01" + (7).to_bytes(8, "big"), 0, 4677064469032506764),
+    ("sampling", b"\x01" + (7).to_bytes(8, "big"), 1, 823699773778506139),
+    ("sampling", b"\x02" + (32).to_bytes(4, "big") + b"ab" * 16, 0, 813571893095096296),
+    ("eviction", b"\x03", 0, 7269469559477965570),
+]
+
+
+@pytest.mark.parametrize(("label", "origin", "index", "expected"), VECTORS)
+def test_pinned_vectors(label: str, origin: bytes, index: int, expected: int) -> None:
+    assert derive(MASTER, label, origin, index) == expected  # type: ignore[arg-type]
+    assert reference(label, origin, index) == expected
+
+
+@given(seed=st.integers(0, MAX_SEED), index=st.integers(0, 2**31 - 1))
+def test_the_encoding_is_the_documented_one(seed: int, index: int) -> None:
+    found = seeds("client", seed=seed, index=index)
+    origin = b"\x01" + seed.to_bytes(8, "big")
+    assert found.sampling == reference("sampling", origin, index) <= MAX_SEED
+    assert found.eviction == reference("eviction", origin, index) <= MAX_SEED
+
+
+def test_client_takes_the_seed_of_the_request_or_its_id() -> None:
+    assert seeds("client", seed=7).sampling == VECTORS[0][3]
+    assert seeds("client").sampling == VECTORS[3][3] == seeds("derived").sampling
+
+
+def test_fixed_is_the_tenants_own_seed_unless_the_request_brings_one() -> None:
+    assert seeds("fixed").eviction == VECTORS[4][3] == seeds("locked").eviction
+    assert seeds("fixed", seed=7).sampling == VECTORS[0][3]
+
+
+@pytest.mark.parametrize("policy", ["derived", "locked"])
+def test_a_seed_is_refused_not_ignored(policy: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"seed policy `{policy}`.*leave seed out"):
+        seeds(policy, seed=7)
+
+
+def test_the_newest_master_secret_counts_and_is_named() -> None:
+    rotated = seeds("fixed", MASTER, b"\xff" * 32)
+    assert rotated.master_version == 2 and rotated.sampling != seeds("fixed").sampling
+
+
+def test_samples_of_one_seed_differ() -> None:
+    assert len({seeds("client", seed=7, index=n).sampling for n in range(100)}) == 100

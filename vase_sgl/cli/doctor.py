@@ -1,0 +1,147 @@
+"""`vase-sgl doctor`: what is installed, what can run, what is missing and how to get it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+import sys
+from typing import Annotated
+
+import typer
+
+from vase_sgl.cli.connection import AsJson
+from vase_sgl.cli.failures import reported
+
+#: The SGLang release the worker is written for.
+SGLANG = "0.5.23"
+
+#: Distributions each part needs.
+CLIENT = ("grpcio", "protobuf", "typer", "rich")
+GATEWAY = (
+    "aiohttp",
+    "aiosqlite",
+    "argon2-cffi",
+    "cryptography",
+    "grpcio-health-checking",
+    "grpcio-reflection",
+    "opentelemetry-api",
+    "pydantic",
+    "pydantic-settings",
+    "PyYAML",
+    "SQLAlchemy",
+)
+WORKER = ("torch", "sglang", "jsonschema", "soundfile")
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One part of vase_sgl on this machine. `cure` is empty if it can run."""
+
+    name: str
+    runs: bool
+    found: tuple[str, ...]
+    cure: str = ""
+
+
+class NotRunnable(Exception):
+    """A part that was asked for cannot run."""
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(doctor)
+
+
+def doctor(
+    require: Annotated[
+        list[str] | None,
+        typer.Option(help="Exit with status 1 unless client, gateway or worker can run."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what is installed, what can run, and how to get what is missing."""
+    parts = {part.name: part for part in (_client(), _gateway(), _worker(), _accelerator())}
+    unknown = sorted(set(require or ()) - set(parts))
+    if unknown:
+        raise typer.BadParameter(f"no part {unknown[0]!r}; choose from {', '.join(parts)}")
+    if as_json:
+        from vase_sgl.cli.jsonout import print_json
+
+        print_json(list(parts.values()))
+    else:
+        typer.echo(f"python {platform.python_version()} on {platform.platform()}")
+        for part in parts.values():
+            typer.echo(
+                f"{'ok     ' if part.runs else 'missing'} {part.name}: {', '.join(part.found)}"
+            )
+            if part.cure:
+                typer.echo(f"          -> {part.cure}")
+    with reported(NotRunnable):
+        for name in require or ():
+            if not parts[name].runs:
+                raise NotRunnable(f"{name} cannot run: {parts[name].cure}")
+
+
+def _client() -> Part:
+    return _distributions("client", CLIENT, "pip install 'vase-sgl[client]'")
+
+
+def _gateway() -> Part:
+    return _distributions("gateway", (*CLIENT, *GATEWAY), "pip install 'vase-sgl[gateway]'")
+
+
+def _worker() -> Part:
+    part = _distributions(
+        "worker",
+        WORKER,
+        "with a GPU: pip install 'vase-sgl[gpu]'; on a CPU: `make setup` in a checkout, or remote "
+        "workers with worker.urls",
+    )
+    version = _version("sglang")
+    if version is not None and version != SGLANG:
+        return dataclasses.replace(
+            part, runs=False, cure=f"this release needs sglang=={SGLANG}, found {version}"
+        )
+    if sys.platform != "linux":
+        return dataclasses.replace(
+            part, runs=False, cure="SGLang runs on Linux; point worker.urls at a machine that does"
+        )
+    return part
+
+
+def _accelerator() -> Part:
+    """What nvidia-smi reports. Asked without torch, which may not be there."""
+    tool = shutil.which("nvidia-smi")
+    if tool is not None:
+        answer = subprocess.run(
+            [tool, "--query-gpu=name,memory.total", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+        )
+        names = tuple(line.strip() for line in answer.stdout.splitlines() if line.strip())
+        if answer.returncode == 0 and names:
+            return Part("accelerator", True, names)
+    return Part(
+        "accelerator",
+        False,
+        ("none found by nvidia-smi",),
+        "optional: the worker runs on the CPU, slowly and for small models",
+    )
+
+
+def _distributions(name: str, wanted: tuple[str, ...], cure: str) -> Part:
+    versions = {distribution: _version(distribution) for distribution in wanted}
+    missing = [distribution for distribution, version in versions.items() if version is None]
+    found = tuple(f"{d} {v or '(not installed)'}" for d, v in versions.items())
+    return Part(name, not missing, found, cure if missing else "")
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None

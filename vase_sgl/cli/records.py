@@ -1,0 +1,69 @@
+"""`vase-sgl records`: the tenant's own records, through the gateway."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Annotated
+
+import typer
+
+from vase_sgl.cli.connection import DEFAULT_TARGET, ApiKey, AsJson, CaFile, Target, TlsFlag, connect
+from vase_sgl.cli.failures import reported
+
+
+def register(app: typer.Typer) -> None:
+    records = typer.Typer(help="List and show recorded generations.", no_args_is_help=True)
+    records.command("list")(list_records)
+    records.command("show")(show)
+    app.add_typer(records, name="records")
+
+
+def list_records(
+    limit: Annotated[int, typer.Option("-n", "--limit", min=1)] = 20,
+    as_json: AsJson = False,
+    target: Target = DEFAULT_TARGET,
+    api_key: ApiKey = None,
+    tls: TlsFlag = False,
+    ca_file: CaFile = None,
+) -> None:
+    """List your records, newest first."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from vase_sgl.cli.jsonout import print_json
+    from vase_sgl.client import VaseError
+
+    with reported(VaseError), connect(target, api_key, tls, ca_file) as client:
+        page = client.list_records(page_size=min(limit, 1000))
+        found = list(itertools.islice(page, limit))
+    if as_json:
+        print_json(found)
+        return
+    table = Table("id", "when", "status", "tokens", "policy", "budget", "rounds", "digest")
+    for record in found:
+        table.add_row(
+            record.record_id,
+            record.created.astimezone().strftime("%Y-%m-%d %H:%M:%S"),
+            record.status,
+            f"{record.usage.prompt_tokens}+{record.usage.completion_tokens}",
+            record.policy,
+            str(record.budget or ""),
+            str(record.rounds),
+            record.digest,
+        )
+    Console().print(table)
+
+
+def show(
+    record_id: Annotated[str, typer.Argument(help="The request id of the generation.")],
+    target: Target = DEFAULT_TARGET,
+    api_key: ApiKey = None,
+    tls: TlsFlag = False,
+    ca_file: CaFile = None,
+) -> None:
+    """Print one record as JSON: everything that a replay needs."""
+    from vase_sgl.cli.jsonout import print_json
+    from vase_sgl.client import VaseError
+
+    with reported(VaseError), connect(target, api_key, tls, ca_file) as client:
+        print_json(client.get_record(record_id))

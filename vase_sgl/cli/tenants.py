@@ -1,0 +1,138 @@
+"""`vase-sgl tenants`: who may call. Edits the tenants file; a running gateway sees it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vase_sgl.cli.failures import reported
+
+File = Annotated[
+    Path,
+    typer.Option("--file", envvar="VASE_TENANTS_FILE", help="The gateway's tenants_file."),
+]
+DEFAULT_FILE = Path(".vase-sgl/tenants.yaml")
+
+
+def register(app: typer.Typer) -> None:
+    tenants = typer.Typer(help="Manage who may call the gateway.", no_args_is_help=True)
+    tenants.command("add")(add)
+    tenants.command("list")(list_tenants)
+    tenants.command("remove")(remove)
+    app.add_typer(tenants, name="tenants")
+
+
+def add(
+    name: Annotated[str, typer.Argument(help="Lower-case letters, digits and dashes.")],
+    role: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="generate, replay, audit, admin; repeatable. [default: generate, replay]"
+        ),
+    ] = None,
+    seed_policy: Annotated[
+        str, typer.Option(help="client, derived, fixed or locked: where seeds come from.")
+    ] = "client",
+    max_budget: Annotated[int | None, typer.Option(min=2)] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1)] = None,
+    max_prompt_tokens: Annotated[int | None, typer.Option(min=1)] = None,
+    policy: Annotated[
+        list[str] | None, typer.Option(help="Eviction policy to allow; repeatable. [default: all]")
+    ] = None,
+    another_key: Annotated[
+        bool, typer.Option("--another-key", help="Give a tenant that exists one more key.")
+    ] = False,
+    file: File = DEFAULT_FILE,
+) -> None:
+    """Make a tenant and print its API key, once."""
+    from pydantic import ValidationError
+
+    from vase_sgl.gateway import tenants
+    from vase_sgl.gateway.problems import describe
+
+    with reported(tenants.TenantFileError):
+        content = tenants.load(file) if file.exists() else tenants.TenantFile()
+        existing = next((t for t in content.tenants if t.name == name), None)
+        if (existing is not None) != another_key:
+            raise tenants.TenantFileError(
+                f"tenant {name} exists; give it one more key with --another-key"
+                if existing
+                else f"there is no tenant {name} to give another key; leave --another-key out"
+            )
+        limits = {
+            "max_budget": max_budget,
+            "max_new_tokens": max_new_tokens,
+            "max_prompt_tokens": max_prompt_tokens,
+            "policies": policy,
+        }
+        try:
+            tenant = existing or tenants.Tenant.model_validate(
+                {
+                    "name": name,
+                    "seed_policy": seed_policy,
+                    "limits": {key: value for key, value in limits.items() if value},
+                    "master_secrets": [tenants.new_master_secret()],
+                    **({"roles": role} if role else {}),
+                }
+            )
+        except ValidationError as error:
+            raise tenants.TenantFileError(describe(error)) from error
+        tenant, key = tenants.with_new_key(tenant)
+        others = tuple(t for t in content.tenants if t.name != name)
+        tenants.save(file, content.model_copy(update={"tenants": (*others, tenant)}))
+    typer.echo(f"API key of {name}; it is not shown again:", err=True)
+    typer.echo(key)
+
+
+def list_tenants(file: File = DEFAULT_FILE) -> None:
+    """List tenants and the ids of their keys."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from vase_sgl.gateway import tenants
+
+    with reported(tenants.TenantFileError):
+        content = tenants.load(file)
+    table = Table("tenant", "roles", "seeds", "max budget", "key ids")
+    for tenant in content.tenants:
+        table.add_row(
+            tenant.name,
+            ", ".join(sorted(tenant.roles)),
+            tenant.seed_policy,
+            str(tenant.limits.max_budget),
+            ", ".join(key.id for key in tenant.keys),
+        )
+    Console().print(table)
+
+
+def remove(
+    name: Annotated[str, typer.Argument(help="The tenant.")],
+    key: Annotated[
+        str | None, typer.Option(help="Revoke only the key with this id; the tenant stays.")
+    ] = None,
+    file: File = DEFAULT_FILE,
+) -> None:
+    """Remove a tenant, or revoke one of its keys. Its records stay, and its seeds with them.
+
+    A removed tenant's master secret is gone: records can still be replayed, for they hold their
+    seeds, but no new request gets the same ones.
+    """
+    from vase_sgl.gateway import tenants
+
+    with reported(tenants.TenantFileError):
+        content = tenants.load(file)
+        tenant = next((t for t in content.tenants if t.name == name), None)
+        if tenant is None:
+            raise tenants.TenantFileError(f"there is no tenant {name} in {file}")
+        kept = tuple(t for t in content.tenants if t.name != name)
+        if key is not None:
+            keys = tuple(k for k in tenant.keys if k.id != key)
+            if len(keys) == len(tenant.keys):
+                raise tenants.TenantFileError(
+                    f"tenant {name} has no key {key}; `vase-sgl tenants list` shows them"
+                )
+            kept = (*kept, tenant.model_copy(update={"keys": keys}))
+        tenants.save(file, content.model_copy(update={"tenants": kept}))
+    typer.echo(f"revoked key {key} of {name}" if key else f"removed {name}")

@@ -1,0 +1,40 @@
+"""Connections to a gateway."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import grpc
+
+#: Answers and records can be long; gRPC's own limit is 4 MiB.
+MAX_MESSAGE_BYTES = 64 * 2**20
+
+OPTIONS: list[tuple[str, int | str]] = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # Finds out about a gateway that vanished while an answer is awaited.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tls:
+    """An encrypted connection; PEM contents.
+
+    root_certificates: who may sign the gateway's certificate; None: the system's authorities.
+    certificate, key: the client's own, where the gateway asks for one.
+    """
+
+    root_certificates: bytes | None = None
+    certificate: bytes | None = None
+    key: bytes | None = None
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """What gRPC wants."""
+        return grpc.ssl_channel_credentials(self.root_certificates, self.key, self.certificate)
+
+
+def metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
+    """The metadata that names the caller."""
+    return () if api_key is None else (("authorization", f"Bearer {api_key}"),)

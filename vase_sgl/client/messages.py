@@ -1,0 +1,218 @@
+"""Between the client's own types and protobuf messages."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from typing import Any, Literal, TypedDict, TypeVar, cast
+
+from google.protobuf.message import Message as ProtoMessage
+
+from vase_sgl.client import types
+from vase_sgl.client.errors import InvalidRequest
+from vase_sgl.rpc.v1 import gateway_pb2 as pb
+
+T = TypeVar("T")
+
+_FINISH: dict[int, types.FinishReason] = {
+    pb.FINISH_REASON_STOP: "stop",
+    pb.FINISH_REASON_LENGTH: "length",
+    pb.FINISH_REASON_ABORT: "abort",
+}
+_STATUS: dict[int, Literal["completed", "aborted", "failed"]] = {
+    pb.RECORD_STATUS_COMPLETED: "completed",
+    pb.RECORD_STATUS_ABORTED: "aborted",
+    pb.RECORD_STATUS_FAILED: "failed",
+}
+_OUTCOME: dict[int, Literal["MATCH", "DIVERGED", "INCOMPARABLE"]] = {
+    pb.ReplayVerdict.OUTCOME_MATCH: "MATCH",
+    pb.ReplayVerdict.OUTCOME_DIVERGED: "DIVERGED",
+    pb.ReplayVerdict.OUTCOME_INCOMPARABLE: "INCOMPARABLE",
+}
+
+
+class Options(TypedDict, total=False):
+    """Options of a generation; the gateway's proto file documents ranges and defaults.
+
+    budget, window, policy, num_sinks, protected_share, pool_width, projection_dim: eviction.
+    Give at least a budget, or the policy `full`; with none of them the gateway's default applies.
+    """
+
+    budget: int | None
+    window: int | None
+    policy: str | None
+    num_sinks: int | None
+    protected_share: float | None
+    pool_width: int | None
+    projection_dim: int | None
+    seed: int | None
+    sample_index: int
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    repetition_penalty: float | None
+    frequency_penalty: float | None
+    presence_penalty: float | None
+    stop: Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+
+
+_EVICTION = tuple(pb.EvictionParams.DESCRIPTOR.fields_by_name)
+_SAMPLING = tuple(pb.SamplingParams.DESCRIPTOR.fields_by_name)
+
+
+def generate_request(
+    prompt: types.Prompt, max_new_tokens: int, options: Options
+) -> pb.GenerateRequest:
+    """The request. Raises `InvalidRequest` for what cannot be put into a message at all."""
+    given = {name: value for name, value in options.items() if value is not None}
+    known = Options.__annotations__
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise InvalidRequest(
+            f"unknown option {', '.join(unknown)}; known are {', '.join(known)}",
+            "INVALID_ARGUMENT",
+        )
+    if isinstance(given.get("stop"), str):
+        given["stop"] = [given["stop"]]
+    eviction = {name: given.pop(name) for name in _EVICTION if name in given}
+    sampling = {name: given.pop(name) for name in _SAMPLING if name in given}
+    try:
+        request = pb.GenerateRequest(max_new_tokens=max_new_tokens, **cast("dict[str, Any]", given))
+        if eviction:
+            request.eviction.CopyFrom(pb.EvictionParams(**cast("dict[str, Any]", eviction)))
+        if sampling:
+            request.sampling.CopyFrom(pb.SamplingParams(**cast("dict[str, Any]", sampling)))
+        _set_prompt(request, prompt)
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"an option does not fit: {error}", "INVALID_ARGUMENT") from error
+    return request
+
+
+def _set_prompt(request: pb.GenerateRequest, prompt: types.Prompt) -> None:
+    if isinstance(prompt, str):
+        request.text = prompt
+    elif prompt and isinstance(prompt[0], dict):
+        messages = cast("Sequence[types.Message]", prompt)
+        request.chat.SetInParent()
+        request.chat.messages.extend(pb.ChatMessage(**message) for message in messages)
+    else:
+        request.token_ids.SetInParent()
+        request.token_ids.ids.extend(cast("Sequence[int]", prompt))
+
+
+def cache(holder: Any) -> types.CacheStats | None:
+    """The cache statistics of a message that has the field `cache`."""
+    return _plain(types.CacheStats, holder.cache) if holder.HasField("cache") else None
+
+
+def chunk(message: pb.GenerationChunk) -> types.Chunk:
+    """New output."""
+    return types.Chunk(message.text, tuple(message.token_ids), cache(message))
+
+
+def timings(message: pb.Timings) -> types.Timings:
+    """Durations."""
+    return _plain(types.Timings, message)
+
+
+def result(message: pb.GenerationResult) -> types.Result:
+    """How a generation ended."""
+    return types.Result(
+        finish_reason=_FINISH.get(message.finish_reason, "unknown"),
+        usage=_plain(types.Usage, message.usage),
+        seeds=_plain(types.Seeds, message.seeds),
+        cache=cache(message),
+        round_digests=tuple(message.round_digests),
+        timings=timings(message.timings),
+        full_kv_slots=message.full_kv_slots,
+    )
+
+
+def completion(message: pb.GenerateOnceResponse) -> types.Completion:
+    """A whole answer."""
+    return types.Completion(
+        message.request_id, message.text, tuple(message.token_ids), result(message.result)
+    )
+
+
+def progress(message: pb.ReplayProgress) -> types.ReplayProgress:
+    """How far a replay has come."""
+    return _plain(types.ReplayProgress, message)
+
+
+def verdict(message: pb.ReplayVerdict) -> types.Verdict:
+    """The outcome of a replay."""
+    return _plain(
+        types.Verdict,
+        message,
+        outcome=_OUTCOME[message.outcome],
+        differences=tuple(_plain(types.FingerprintDifference, d) for d in message.differences),
+    )
+
+
+def record(message: pb.Record) -> types.Record:
+    """A whole record."""
+    return _plain(
+        types.Record,
+        message,
+        created=_time(message.created_unix_micros),
+        status=_STATUS[message.status],
+        finish_reason=_FINISH.get(message.finish_reason, "unknown"),
+        prompt_token_ids=tuple(message.prompt_token_ids),
+        output_token_ids=tuple(message.output_token_ids),
+        round_digests=tuple(message.round_digests),
+        sampling={
+            name: list(value) if name in ("stop", "stop_token_ids") else value
+            for name in _SAMPLING
+            for value in (getattr(message.sampling, name),)
+        },
+        eviction=_plain(types.Eviction, message.eviction) if message.HasField("eviction") else None,
+        seeds=_plain(types.Seeds, message.seeds),
+        cache=cache(message),
+        fingerprint=dict(message.fingerprint),
+        timings=timings(message.timings),
+    )
+
+
+def summary(message: pb.RecordSummary) -> types.RecordSummary:
+    """A record in short."""
+    return _plain(
+        types.RecordSummary,
+        message,
+        created=_time(message.created_unix_micros),
+        status=_STATUS[message.status],
+        finish_reason=_FINISH.get(message.finish_reason, "unknown"),
+        usage=_plain(types.Usage, message.usage),
+    )
+
+
+def capacity(message: pb.GetCapacityResponse) -> types.Capacity:
+    """Slots and ceilings."""
+    return _plain(
+        types.Capacity,
+        message,
+        policies=tuple(message.policies),
+        fingerprint=dict(message.fingerprint),
+    )
+
+
+def _plain(kind: type[T], message: ProtoMessage, **given: Any) -> T:
+    """A dataclass from the message's fields of the same names; an absent optional one is None."""
+    descriptor = message.DESCRIPTOR.fields_by_name
+    values = {
+        name: getattr(message, name)
+        if not descriptor[name].has_presence or message.HasField(name)
+        else None
+        for name in kind.__dataclass_fields__  # type: ignore[attr-defined]
+        if name not in given
+    }
+    return kind(**values, **given)
+
+
+def _time(unix_micros: int) -> datetime.datetime:
+    # Whole microseconds: a float of today's seconds would round them.
+    epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+    return epoch + datetime.timedelta(microseconds=unix_micros)
