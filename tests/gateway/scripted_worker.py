@@ -6,6 +6,7 @@ arithmetic, with digests that depend on the eviction seed. Faults are attributes
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import dataclasses
 import hashlib
@@ -42,7 +43,7 @@ class Faults:
 class ScriptedWorker:
     """Serve with `async with ScriptedWorker() as worker`, at `worker.url`."""
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
         self.url = ""
         self.faults = Faults()
         self.fingerprint = dict(FINGERPRINT)
@@ -56,6 +57,7 @@ class ScriptedWorker:
         self.aborted: list[str] = []
         self.running: set[str] = set()
         self.tokens_written = 0
+        self._port = port
         self._runner: web.AppRunner | None = None
 
     async def __aenter__(self) -> Self:
@@ -67,7 +69,7 @@ class ScriptedWorker:
         app.router.add_get("/server_info", self._server_info)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        site = web.TCPSite(self._runner, "127.0.0.1", self._port)
         await site.start()
         assert site._server is not None
         port = site._server.sockets[0].getsockname()[1]  # type: ignore[attr-defined]
@@ -253,3 +255,15 @@ def _hash(*parts: Any) -> int:
 
 def _event(content: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(content).encode() + b"\n\n"
+
+
+async def _serve(port: int) -> None:
+    async with ScriptedWorker(port):
+        await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--host")
+    parser.add_argument("--port", type=int)
+    asyncio.run(_serve(parser.parse_args().port))

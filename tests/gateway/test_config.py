@@ -1,0 +1,69 @@
+"""Configuration: precedence, and errors that name the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vase_sgl.gateway.config import ConfigError, load_config
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "gateway.yaml"
+    file.write_text(text)
+    return file
+
+
+def test_options_beat_the_environment_beats_the_file_beats_the_defaults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(
+        tmp_path,
+        "listen: {host: 0.0.0.0, port: 1}\nworker: {model_path: /m, args: [--tp, '2']}\n"
+        "drain_seconds: 5\n",
+    )
+    monkeypatch.setenv("VASE_LISTEN__PORT", "2")
+    monkeypatch.setenv("VASE_DRAIN_SECONDS", "6")
+    monkeypatch.setenv("VASE_DEFAULT_EVICTION", '{"budget": 128, "window": 32}')
+    config = load_config(file, {"listen": {"port": 3}})
+    assert (config.listen.host, config.listen.port) == ("0.0.0.0", 3)
+    assert config.worker.args == ("--tp", "2") and config.drain_seconds == 6
+    assert config.default_eviction == {"budget": 128, "window": 32}
+    assert config.grpc.max_receive_bytes == 16 * 2**20
+    assert load_config(file).listen.port == 2
+
+
+def test_a_variable_of_another_part_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VASE_CHECK_INTEGRITY", "1")
+    monkeypatch.setenv("VASE_API_KEY", "vsk_x")
+    load_config(overrides={"worker": {"model_path": "/m"}})
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("lisen: {}", "lisen: unknown key; known are listen, tls, grpc"),
+        ("listen: {prt: 1}", "listen.prt: unknown key; known are host, port"),
+        ("listen: {port: 99999}", "listen.port: Input should be less than or equal to 65535"),
+        ("tls: {certificate: a, key: b, ca: c}", "tls.ca: unknown key; known are certificate"),
+        ("worker: {model_path: m, urls: ['http://x']}", "exclude each other; set one"),
+        ("drain_seconds: 3", "no worker: set worker.model_path (or --model-path)"),
+        ("worker: {urls: ['x:1']}", "'x:1' is not a URL; one looks like http://"),
+        ("worker: {urls: ['http://x', 'http://x']}", "a worker is named twice"),
+        ("default_eviction: {budget: 5, window: 9}", "budget 5 must be greater than window 9"),
+        ("default_eviction: {budget: 50, window: 9, seed: 1}", "seeds are derived per request"),
+        ("[1]", "expected keys and values, found a list"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, text: str, problem: str) -> None:
+    file = write(tmp_path, text)
+    with pytest.raises(ConfigError) as error:
+        load_config(file)
+    assert problem in str(error.value) and str(file) in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read configuration"):
+        load_config(tmp_path / "none.yaml")

@@ -1,0 +1,137 @@
+"""The embedded worker: a process that starts, fails, dies and never outlives its owner."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from vase_sgl.gateway.errors import WorkerUnavailable
+from vase_sgl.gateway.worker_embedded import EmbeddedWorker, WorkerStartError, worker_command
+from vase_sgl.gateway.workers import WorkerRequest
+
+SCRIPTED = (sys.executable, "-m", "tests.gateway.scripted_worker")
+
+
+def embedded(
+    command: Sequence[str], tmp_path: Path, start: float = 30, grace: float = 2
+) -> EmbeddedWorker:
+    return EmbeddedWorker(
+        command,
+        log=tmp_path / "logs" / "worker.log",
+        start_timeout_seconds=start,
+        stop_grace_seconds=grace,
+    )
+
+
+def quiet(seconds: float) -> None:
+    """Progress nobody watches."""
+
+
+def process_of(worker: EmbeddedWorker) -> asyncio.subprocess.Process:
+    assert worker._process is not None
+    return worker._process
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+
+
+async def test_it_starts_serves_and_stops(tmp_path: Path) -> None:
+    worker = embedded(SCRIPTED, tmp_path)
+    with pytest.raises(WorkerUnavailable, match="the model is still loading"):
+        await worker.check_health()
+    seconds: list[float] = []
+    await worker.start(seconds.append)
+    process = process_of(worker)
+    assert seconds[0] < 0.5 and os.getsid(process.pid) == process.pid
+    request = WorkerRequest(
+        "0" * 32, (1, 2), {"max_new_tokens": 3, "sampling_seed": 1, "stop": []}, None
+    )
+    chunks = [chunk async for chunk in worker.generate(request)]
+    assert len(chunks[-1].token_ids) == 3
+    await worker.close()
+    assert not is_alive(process.pid)
+
+
+async def test_it_is_told_whom_to_die_with(tmp_path: Path) -> None:
+    script = "import os; print('parent is', os.environ['VASE_PARENT_PID'])"
+    worker = embedded((sys.executable, "-c", script), tmp_path)
+    with pytest.raises(WorkerStartError, match=f"parent is {os.getpid()}"):
+        await worker.start(quiet)
+
+
+async def test_a_failed_start_quotes_the_log(tmp_path: Path) -> None:
+    script = "import sys; print('no model at /x'); sys.exit(3)"
+    worker = embedded((sys.executable, "-c", script), tmp_path)
+    with pytest.raises(WorkerStartError) as error:
+        await worker.start(quiet)
+    text = str(error.value)
+    assert "ended with exit code 3 while starting" in text
+    assert "no model at /x" in text and str(tmp_path / "logs" / "worker.log") in text
+
+
+async def test_a_start_that_takes_too_long_is_given_up(tmp_path: Path) -> None:
+    worker = embedded((sys.executable, "-c", "import time; time.sleep(60)"), tmp_path, start=0.6)
+    with pytest.raises(WorkerStartError, match="raise worker.start_timeout_seconds"):
+        await worker.start(quiet)
+    await worker.close()
+    assert not is_alive(process_of(worker).pid)
+
+
+async def test_a_command_that_is_not_there_is_named(tmp_path: Path) -> None:
+    worker = embedded(("/no/such/command",), tmp_path)
+    with pytest.raises(WorkerStartError, match="cannot start the worker"):
+        await worker.start(quiet)
+    await worker.close()
+
+
+async def test_a_worker_that_died_is_unavailable_and_names_its_log(tmp_path: Path) -> None:
+    worker = embedded(SCRIPTED, tmp_path)
+    await worker.start(quiet)
+    process_of(worker).kill()
+    await process_of(worker).wait()
+    with pytest.raises(WorkerUnavailable, match=r"exit code -9; its log is .*worker\.log"):
+        await worker.check_health()
+    await worker.close()
+
+
+async def test_the_whole_group_is_killed_after_the_grace_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A child that ignores SIGTERM, and its own child."""
+    script = (
+        "import os, signal, subprocess, sys, time;"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']);"
+        "open(os.environ['PID_FILE'], 'w').write(str(child.pid)); time.sleep(60)"
+    )
+    pid_file = tmp_path / "pid"
+    monkeypatch.setenv("PID_FILE", str(pid_file))
+    worker = embedded((sys.executable, "-c", script), tmp_path, grace=0.3)
+    starting = asyncio.create_task(worker.start(quiet))
+    async with asyncio.timeout(10):
+        while not pid_file.exists() or not pid_file.read_text():
+            await asyncio.sleep(0.05)
+    starting.cancel()
+    await asyncio.gather(starting, return_exceptions=True)
+    await worker.close()
+    child = int(pid_file.read_text())
+    assert process_of(worker).returncode == -signal.SIGKILL
+    await asyncio.sleep(0.1)
+    assert not is_alive(child)
+
+
+def test_the_command_runs_the_worker_of_this_installation() -> None:
+    command = worker_command("/models/m", ("--tp-size", "2"))
+    assert command[:4] == [sys.executable, "-m", "vase_sgl.cli", "worker"]
+    assert command[4:] == ["--model-path", "/models/m", "--tp-size", "2"]

@@ -1,0 +1,55 @@
+"""Spans: what they say, and what they never say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from tests.gateway.running import Running
+from vase_sgl.client import InvalidRequest
+from vase_sgl.gateway import telemetry
+
+
+@pytest.fixture
+def spans(monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemorySpanExporter]:
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(telemetry, "_tracer", provider.get_tracer("test"))
+    yield exporter
+    provider.shutdown()
+
+
+async def test_generate_and_replay_have_spans(
+    running: Running, spans: InMemorySpanExporter
+) -> None:
+    answer = await running.client.generate_once(
+        "a-secret-prompt", max_new_tokens=60, budget=32, window=8, policy="random"
+    )
+    await running.client.replay(answer.request_id).verdict()
+    generate, replay = spans.get_finished_spans()
+    eviction = {
+        "vase.tenant": "alice",
+        "vase.policy": "random",
+        "vase.budget": 32,
+        "vase.rounds": 3,
+    }
+    assert (generate.name, dict(generate.attributes or {})) == ("vase.generate", eviction)
+    assert replay.name == "vase.replay"
+    assert dict(replay.attributes or {}) == {**eviction, "vase.outcome": "match"}
+    told = generate.to_json() + replay.to_json()
+    for secret in ("secret-prompt", running.key, str(answer.result.seeds.sampling)):
+        assert secret not in told
+
+
+async def test_a_failed_call_says_only_what_kind(
+    running: Running, spans: InMemorySpanExporter
+) -> None:
+    with pytest.raises(InvalidRequest):
+        await running.client.generate_once("tell me", max_new_tokens=-12345)
+    (span,) = spans.get_finished_spans()
+    assert span.status.description == "InvalidRequest" and "12345" not in span.to_json()

@@ -1,0 +1,103 @@
+"""The tenants file: private, atomic, and specific about what is wrong in it."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.gateway.running import add_tenant
+from vase_sgl.gateway import keys, tenants
+from vase_sgl.gateway.tenants import TenantFileError
+
+
+def test_the_file_is_private_and_holds_no_key(tmp_path: Path) -> None:
+    file = tmp_path / "sub" / "tenants.yaml"
+    key = add_tenant(file, "alice")
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert key.rpartition("_")[2] not in file.read_text()
+    assert "$argon2id$" in file.read_text()
+    assert list(file.parent.iterdir()) == [file]  # no temporary file is left
+
+
+def test_a_failed_write_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "tenants.yaml"
+    add_tenant(file, "alice")
+    before = file.read_bytes()
+
+    def broken(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", broken)
+    with pytest.raises(TenantFileError, match=r"cannot write tenants file .*No space left"):
+        add_tenant(file, "bob")
+    assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
+
+
+def test_saving_and_loading_are_inverse(tmp_path: Path) -> None:
+    file = tmp_path / "tenants.yaml"
+    add_tenant(file, "alice", roles=["audit"], seed_policy="locked", limits={"max_budget": 64})
+    content = tenants.load(file)
+    tenants.save(file, content)
+    assert tenants.load(file) == content
+
+
+def test_secrets_are_not_in_representations(tmp_path: Path) -> None:
+    file = tmp_path / "tenants.yaml"
+    add_tenant(file, "alice")
+    (tenant,) = tenants.load(file).tenants
+    assert tenant.master.secret not in repr(tenant) and "argon2" not in repr(tenant)
+
+
+def test_keys_verify_by_their_hash_only() -> None:
+    made = keys.new_key()
+    assert keys.key_id_of(made.key) == made.key_id
+    assert keys.verify(made.key, made.hash)
+    assert not keys.verify(keys.new_key().key, made.hash)
+    assert not keys.verify(made.key, None)
+    assert not keys.verify(made.key, "not a hash")
+    assert keys.key_id_of(made.key + "0") is None
+
+
+def change(tmp_path: Path, **fields: object) -> str:
+    """The error of a file whose only tenant has these fields."""
+    file = tmp_path / "tenants.yaml"
+    add_tenant(file, "alice")
+    content = yaml.safe_load(file.read_text())
+    content["tenants"][0].update(fields)
+    file.write_text(yaml.safe_dump(content))
+    with pytest.raises(TenantFileError) as error:
+        tenants.load(file)
+    return str(error.value)
+
+
+def test_what_is_wrong_in_the_file_is_named(tmp_path: Path) -> None:
+    assert "tenants.0.role: unknown key" in change(tmp_path, role="audit")
+    assert "tenants.0.roles" in change(tmp_path, roles=["king"])
+    assert "unknown policy lru; choose from vase-attnv" in change(
+        tmp_path, limits={"policies": ["lru"]}
+    )
+    assert "a master secret has 32 bytes" in change(
+        tmp_path, master_secrets=[{"version": 1, "secret": "c2hvcnQ="}]
+    )
+    good = {"version": 1, "secret": "A" * 43 + "="}
+    twice = change(tmp_path, master_secrets=[good, good])
+    assert "every master secret needs a version of its own" in twice
+    assert good["secret"] not in twice
+    assert "tenants.0.name" in change(tmp_path, name="Not Good")
+
+
+def test_a_missing_file_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(TenantFileError, match="vase-sgl tenants add NAME --file"):
+        tenants.load(tmp_path / "none.yaml")
+
+
+def test_a_name_cannot_be_there_twice(tmp_path: Path) -> None:
+    file = tmp_path / "tenants.yaml"
+    add_tenant(file, "alice")
+    with pytest.raises(ValueError, match="tenant name alice is there more than once"):
+        add_tenant(file, "alice")
