@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from vase_sgl.gateway import server
+from vase_sgl.gateway.config import load_config
 from vase_sgl.gateway.errors import WorkerUnavailable
 from vase_sgl.gateway.worker_embedded import EmbeddedWorker, WorkerStartError, worker_command
 from vase_sgl.gateway.workers import WorkerRequest
@@ -82,7 +84,7 @@ async def test_a_failed_start_quotes_the_log(tmp_path: Path) -> None:
 
 async def test_a_start_that_takes_too_long_is_given_up(tmp_path: Path) -> None:
     worker = embedded((sys.executable, "-c", "import time; time.sleep(60)"), tmp_path, start=0.6)
-    with pytest.raises(WorkerStartError, match="raise worker.start_timeout_seconds"):
+    with pytest.raises(WorkerStartError, match=r"raise worker\.start_timeout_seconds"):
         await worker.start(quiet)
     await worker.close()
     assert not is_alive(process_of(worker).pid)
@@ -129,6 +131,32 @@ async def test_the_whole_group_is_killed_after_the_grace_time(
     assert process_of(worker).returncode == -signal.SIGKILL
     await asyncio.sleep(0.1)
     assert not is_alive(child)
+
+
+async def test_a_gateway_interrupted_while_the_model_loads_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid_file = tmp_path / "pid"
+    monkeypatch.setenv("PID_FILE", str(pid_file))
+    script = "import os, time; open(os.environ['PID_FILE'], 'w').write(str(os.getpid()));"
+    monkeypatch.setattr(
+        server, "worker_command", lambda *_: (sys.executable, "-c", script + "time.sleep(60)")
+    )
+    config = load_config(
+        overrides={
+            "listen": {"port": 0},
+            "worker": {"model_path": "m", "log_file": tmp_path / "worker.log"},
+            "audit": {"url": f"sqlite+aiosqlite:///{tmp_path / 'audit.sqlite3'}"},
+            "insecure_no_auth": True,
+        }
+    )
+    starting = asyncio.create_task(server.Gateway.start(config, quiet))
+    async with asyncio.timeout(10):
+        while not pid_file.exists() or not pid_file.read_text():
+            await asyncio.sleep(0.05)
+    starting.cancel()
+    await asyncio.gather(starting, return_exceptions=True)
+    assert not is_alive(int(pid_file.read_text()))
 
 
 def test_the_command_runs_the_worker_of_this_installation() -> None:

@@ -66,6 +66,7 @@ def test_keys_verify_by_their_hash_only() -> None:
 def change(tmp_path: Path, **fields: object) -> str:
     """The error of a file whose only tenant has these fields."""
     file = tmp_path / "tenants.yaml"
+    file.unlink(missing_ok=True)
     add_tenant(file, "alice")
     content = yaml.safe_load(file.read_text())
     content["tenants"][0].update(fields)

@@ -11,7 +11,12 @@ from vase_kernels.reference import Candidates, linear, retention_keys, scores
 POLICIES = ["vase-attnv", "vase-dkv", "random", "streaming"]
 # requests, layers, kv_heads, group, head_dim, candidates, window; small and odd on purpose:
 # there BLAS changes its summation order most readily.
-SHAPES = [(8, 3, 2, 3, 64, 128, 32), (8, 2, 3, 1, 20, 5, 1), (8, 2, 2, 2, 80, 37, 7)]
+SHAPES = [
+    (8, 3, 2, 3, 64, 128, 32),
+    (8, 2, 3, 1, 20, 5, 1),
+    (8, 2, 2, 2, 80, 37, 7),
+    (8, 2, 2, 3, 64, 5, 1),
+]
 
 
 def make_batch(shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
@@ -67,6 +72,24 @@ def test_one_layer_or_one_head_alone(policy, shape):
         part["queries"] = batch["queries"][:, :, h * group : (h + 1) * group]
         part["heads"] = batch["heads"][h, None]
         assert_same_bits(keys_of(policy, batch | part)[:, :, 0], together[:, :, h])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_one_head_of_one_layer_of_one_request(policy, shape):
+    """A batch of one is where a batched product turns into another BLAS routine."""
+    batch, group = make_batch(shape), shape[3]
+    together = keys_of(policy, batch)
+    for n in range(shape[0]):
+        i, h = n % shape[1], n % shape[2]
+        part = {
+            name: batch[name][n, i, h][None, None, None].clone()
+            for name in ("keys", "values", "positions")
+        }
+        part["queries"] = batch["queries"][n, i, h * group : (h + 1) * group][None, None]
+        part |= {"seed": batch["seed"][n, None], "round": batch["round"][n, None]}
+        part |= {"layers": batch["layers"][i, None], "heads": batch["heads"][h, None]}
+        assert_same_bits(keys_of(policy, part)[0, 0, 0], together[n, i, h])
 
 
 @pytest.mark.parametrize("policy", ["vase-attnv", "vase-dkv"])

@@ -38,14 +38,15 @@ def replay(
     from vase_sgl.cli.jsonout import print_json
     from vase_sgl.client import VaseError
 
+    console = Console(stderr=True)
     bar = Progress(
         TextColumn("comparing"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("tokens, round {task.fields[round]}"),
-        console=Console(stderr=True),
+        console=console,
         transient=True,
-        disable=as_json,
+        disable=as_json or not console.is_terminal,
     )
     with reported(VaseError), connect(target, api_key, tls, ca_file) as client, bar:
         running = client.replay(record_id)

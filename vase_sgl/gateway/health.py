@@ -39,10 +39,11 @@ class GatewayHealth(health.aio.HealthServicer):  # type: ignore[name-defined,mis
             watch.cancel()
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Any) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._watches.add(task)
+        # A task of its own: cancelling the call's would leave the stream open at the client.
+        watch = asyncio.create_task(super().Watch(request, context))
+        self._watches.add(watch)
         try:
-            await super().Watch(request, context)
+            await asyncio.gather(watch, return_exceptions=True)
         finally:
-            self._watches.discard(task)
+            watch.cancel()
+            self._watches.discard(watch)

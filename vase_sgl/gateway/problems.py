@@ -21,11 +21,12 @@ def describe(error: ValidationError, model: type[BaseModel] | None = None) -> st
 def _describe(
     location: tuple[int | str, ...], kind: str, message: str, model: type[BaseModel] | None
 ) -> str:
-    where = ".".join(str(part) for part in location) or "file"
+    where = ".".join(str(part) for part in location)
+    prefix = f"{where}: " if where else ""
     if kind != "extra_forbidden":
-        return f"{where}: {message.removeprefix('Value error, ')}"
+        return prefix + message.removeprefix("Value error, ")
     known = _keys(model, location[:-1]) if model else ()
-    return f"{where}: unknown key" + (f"; known are {', '.join(known)}" if known else "")
+    return f"{prefix}unknown key" + (f"; known are {', '.join(known)}" if known else "")
 
 
 def _keys(model: type[BaseModel], path: tuple[int | str, ...]) -> tuple[str, ...]:

@@ -161,7 +161,7 @@ class WorkerRouter:
             if worker.name in self._ready
         ]
         if not ready:
-            reasons = "; ".join(self._failures.values()) or "the model is still loading"
+            reasons = "; ".join(self._failures.values()) or "none has answered yet"
             raise WorkerUnavailable(f"no worker is ready: {reasons}; try again later")
         first = next(self._turn) % len(ready)
         return ready[first:] + ready[:first]

@@ -51,9 +51,9 @@ class AuditStore:
                 f"audit.url cannot be used: {error}; an example is "
                 "sqlite+aiosqlite:///audit.sqlite3"
             ) from error
-        if engine.dialect.name == "sqlite":
-            _prepare_sqlite(engine)
         try:
+            if engine.dialect.name == "sqlite":
+                _prepare_sqlite(engine)
             async with engine.begin() as connection:
                 await _ensure_schema(connection)
         except BaseException as error:

@@ -1,0 +1,165 @@
+"""The command line as a user runs it: exit statuses, output, errors."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.gateway.running import Running
+from vase_sgl.cli import build_app
+
+
+async def run(running: Running, *arguments: str, status: int = 0) -> tuple[str, str]:
+    """Output and errors of `vase-sgl` with these arguments, in this process but another thread."""
+    result = await asyncio.to_thread(
+        CliRunner().invoke, build_app(), arguments, env=environment(running)
+    )
+    assert result.exit_code == status, result.stderr
+    return result.stdout, result.stderr
+
+
+def environment(running: Running) -> dict[str, str]:
+    return {"VASE_TARGET": running.target, "VASE_API_KEY": running.key, "COLUMNS": "200"}
+
+
+async def test_generate_streams_then_replay_compares(running: Running) -> None:
+    budget = ("--budget", "32", "--window", "8", "-n", "60")
+    output, errors = await run(running, "generate", "tell me", *budget)
+    (record,) = [r async for r in running.client.list_records()]
+    assert output == (await running.client.get_record(record.record_id)).text + "\n"
+    assert "60 tokens in" in errors and "40 slots reserved, full KV: 63" in errors
+    assert f"vase-sgl replay {record.record_id}" in errors
+    assert running.worker.bodies[0]["sampling_params"]["custom_params"]["vase"]["budget"] == 32
+
+    output, _ = await run(running, "replay", record.record_id)
+    assert output == "MATCH: 60 tokens and 3 eviction rounds are equal\n"
+    running.worker.faults.other_token_at = 7
+    output, _ = await run(running, "replay", record.record_id, status=3)
+    assert output.startswith("DIVERGED after 7 tokens and 0 eviction rounds\n  token 7: expected")
+    running.worker.fingerprint["device"] = "another"
+    output, _ = await run(running, "replay", record.record_id, status=4)
+    assert "device: recorded none, now another" in output
+    output, _ = await run(running, "replay", "--json", record.record_id, status=4)
+    assert json.loads(output)["outcome"] == "INCOMPARABLE"
+
+
+async def test_generate_as_json(running: Running) -> None:
+    output, _ = await run(running, "generate", "tell me", "-n", "5", "--json", "--plain")
+    answer = json.loads(output)
+    assert len(answer["token_ids"]) == 5 and answer["result"]["finish_reason"] == "length"
+    listed, _ = await run(running, "records", "list", "--json")
+    assert [r["record_id"] for r in json.loads(listed)] == [answer["request_id"]]
+    shown, _ = await run(running, "records", "show", answer["request_id"])
+    assert json.loads(shown)["text"] == answer["text"]
+    table, _ = await run(running, "records", "list")
+    assert answer["request_id"] in table and "completed" in table
+
+
+async def test_errors_are_one_line_and_status_1(running: Running) -> None:
+    _, errors = await run(
+        running, "generate", "tell me", "--budget", "8", "--window", "8", status=1
+    )
+    assert errors.startswith("error: eviction: budget 8 must be greater than window 8")
+    _, errors = await run(running, "generate", "tell me", "--api-key", "vsk_no", status=1)
+    assert errors.startswith("error: this is not an API key")
+    _, errors = await run(running, "replay", "nothing", status=1)
+    assert errors.startswith("error: there is no record 'nothing'")
+    _, errors = await run(running, "generate", "x", "--target", "127.0.0.1:9", status=1)
+    assert errors.startswith("error: cannot connect to the gateway; check host and port")
+    _, errors = await run(running, "generate", "x", "--budgett", "9", status=2)
+    assert "No such option: --budgett" in errors
+
+
+async def test_ctrl_c_aborts(running: Running) -> None:
+    running.worker.token_seconds = 0.02
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "vase_sgl.cli", "generate", "tell me", "-n", "4000"),
+        env={**os.environ, **environment(running)},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert await asyncio.wait_for(process.stdout.read(1), 20) == b"w"
+    process.send_signal(signal.SIGINT)
+    _, errors = await asyncio.wait_for(process.communicate(), 10)
+    assert process.returncode == 130 and errors.decode().strip() == "cancelled"
+    await running.worker.wait_for_abort()
+
+
+async def test_tenants_add_list_remove(running: Running) -> None:
+    file = ("--file", str(running.tenants_file))
+    add = ("tenants", "add", "bob", *file)
+    key, errors = await run(running, *add, "--role", "audit", "--max-budget", "64")
+    assert key.startswith("vsk_") and "not shown again" in errors
+    listed, _ = await run(running, "records", "list", "--json", "--api-key", key.strip())
+    assert json.loads(listed) == []
+    _, errors = await run(running, *add, status=1)
+    assert "tenant bob exists; give it one more key with --another-key" in errors
+    second, _ = await run(running, *add, "--another-key")
+    table, _ = await run(running, "tenants", "list", *file)
+    assert key[4:16] in table and second[4:16] in table and "audit" in table
+
+    remove = ("tenants", "remove", "bob", *file)
+    _, errors = await run(running, *remove, "--key", "0" * 12, status=1)
+    assert "tenant bob has no key 000000000000" in errors
+    await run(running, *remove, "--key", key[4:16])
+    _, errors = await run(running, "records", "list", "--api-key", key.strip(), status=1)
+    assert "unknown or revoked API key" in errors
+    await run(running, "records", "list", "--api-key", second.strip())
+    await run(running, *remove)
+    _, errors = await run(running, *remove, status=1)
+    assert "there is no tenant bob" in errors
+
+
+async def test_a_wrong_tenant_is_not_added(running: Running, tmp_path: Path) -> None:
+    file = ("--file", str(tmp_path / "new.yaml"))
+    _, errors = await run(running, "tenants", "add", "Bob", *file, status=1)
+    assert errors.startswith("error: name: ")
+    _, errors = await run(running, "tenants", "add", "bob", "--role", "king", *file, status=1)
+    assert errors.startswith("error: roles.0: ")
+    assert not (tmp_path / "new.yaml").exists()
+
+
+async def test_audit_verify(running: Running) -> None:
+    await running.client.generate_once("tell me", max_new_tokens=2)
+    url = ("--url", running.audit_url)
+    output, _ = await run(running, "audit", "verify", *url)
+    assert output == "alice: 1 records, chain is whole\n"
+    import sqlite3
+
+    with sqlite3.connect(running.audit_url.removeprefix("sqlite+aiosqlite:///")) as connection:
+        connection.execute("UPDATE records SET text = 'x'")
+    output, _ = await run(running, "audit", "verify", *url, status=1)
+    assert "its content was changed" in output
+
+
+async def test_doctor(running: Running) -> None:
+    output, _ = await run(running, "doctor", "--require", "client", "--require", "gateway")
+    assert "ok      client: grpcio" in output and "ok      gateway:" in output
+    parts = json.loads((await run(running, "doctor", "--json"))[0])
+    assert [part["name"] for part in parts] == ["client", "gateway", "worker", "accelerator"]
+    await run(running, "doctor", "--require", "nothing", status=2)
+
+
+def test_doctor_names_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vase_sgl.cli import doctor
+
+    monkeypatch.setattr(doctor, "CLIENT", ("no-such-distribution",))
+    part = doctor._client()
+    assert not part.runs and part.found == ("no-such-distribution (not installed)",)
+    assert part.cure == "pip install 'vase-sgl[client]'"
+
+
+def test_a_missing_package_names_its_extra() -> None:
+    from vase_sgl.cli.failures import missing_package
+
+    text = missing_package(ModuleNotFoundError("", name="aiohttp.web"))
+    assert text is not None and "pip install 'vase-sgl[gateway]'" in text
+    assert missing_package(ModuleNotFoundError("", name="vase_sgl.oops")) is None

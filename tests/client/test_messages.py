@@ -1,0 +1,53 @@
+"""What never leaves the client because it cannot be right, and what is passed on as it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from vase_sgl.client import InvalidRequest
+from vase_sgl.client.messages import generate_request
+
+
+def test_only_what_is_given_is_sent() -> None:
+    request = generate_request("hi", 5, {"temperature": 0, "budget": None})
+    assert not request.HasField("eviction") and not request.HasField("seed")
+    assert request.sampling.HasField("temperature") and not request.sampling.HasField("top_p")
+    request = generate_request("hi", 5, {"budget": 64, "num_sinks": 0, "seed": 0})
+    assert request.eviction.HasField("num_sinks") and not request.eviction.HasField("window")
+    assert request.HasField("seed") and not request.HasField("sampling")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "kind"),
+    [
+        ("hi", "text"),
+        ("", "text"),
+        ([1, 2], "token_ids"),
+        ((1, 2), "token_ids"),
+        ([], "token_ids"),
+        ([{"role": "user", "content": "hi"}], "chat"),
+    ],
+)
+def test_the_kind_of_prompt_is_told_by_its_type(prompt: Any, kind: str) -> None:
+    assert generate_request(prompt, 5, {}).WhichOneof("input") == kind
+
+
+def test_one_stop_string_is_not_taken_for_its_letters() -> None:
+    assert list(generate_request("hi", 5, {"stop": "END"}).sampling.stop) == ["END"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "text"),
+    [
+        ("hi", {"tempature": 0.5}, "unknown option tempature; known are budget"),
+        ("hi", {"budget": "128"}, "an option does not fit"),
+        ("hi", {"seed": 2**63}, "an option does not fit"),
+        ([1.5], {}, "an option does not fit"),
+        ([{"role": "user", "text": "hi"}], {}, "an option does not fit"),
+    ],
+)
+def test_what_fits_no_message_is_refused(prompt: Any, options: Any, text: str) -> None:
+    with pytest.raises(InvalidRequest, match=text):
+        generate_request(prompt, 5, options)
