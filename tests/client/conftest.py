@@ -1,16 +1,7 @@
-"""A running gateway for each test."""
+"""The gateway that the gateway's own tests run against."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from pathlib import Path
+from tests.gateway.conftest import running
 
-import pytest
-
-from tests.gateway.running import Running, run_gateway
-
-
-@pytest.fixture
-async def running(tmp_path: Path) -> AsyncIterator[Running]:
-    async with run_gateway(tmp_path) as running:
-        yield running
+__all__ = ["running"]

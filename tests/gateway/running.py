@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.gateway.scripted_worker import ScriptedWorker
-from vase_sgl.client import AsyncClient
+from vase_sgl.client import AsyncClient, Tls, Unavailable
 from vase_sgl.gateway import tenants
 from vase_sgl.gateway.config import load_config
 from vase_sgl.gateway.server import Gateway
@@ -48,7 +48,9 @@ def add_tenant(file: Path, name: str, **fields: Any) -> str:
 
 
 @asynccontextmanager
-async def run_gateway(folder: Path, **config: Any) -> AsyncIterator[Running]:
+async def run_gateway(
+    folder: Path, client_tls: Tls | None = None, **config: Any
+) -> AsyncIterator[Running]:
     """Start worker and gateway, wait until ready; `config` overrides configuration keys."""
     tenants_file = folder / "tenants.yaml"
     key = add_tenant(tenants_file, "alice", roles=["generate", "replay", "audit"])
@@ -65,7 +67,7 @@ async def run_gateway(folder: Path, **config: Any) -> AsyncIterator[Running]:
             }
         )
         gateway = await Gateway.start(settings, lambda seconds: None)
-        client = AsyncClient(f"127.0.0.1:{gateway.port}", key)
+        client = AsyncClient(f"127.0.0.1:{gateway.port}", key, tls=client_tls)
         try:
             await until_ready(client)
             yield Running(worker, gateway, client, tenants_file, audit_url, key)
@@ -76,8 +78,6 @@ async def run_gateway(folder: Path, **config: Any) -> AsyncIterator[Running]:
 
 async def until_ready(client: AsyncClient) -> None:
     """Wait until the gateway has a worker."""
-    from vase_sgl.client import Unavailable
-
     async with asyncio.timeout(10):
         while True:
             try:

@@ -50,6 +50,7 @@ class ScriptedWorker:
         self.default_eviction: dict[str, Any] | None = None
         self.max_budget = 4096
         self.context_length = 8192
+        self.hides_vocabulary = False
         self.token_seconds = 0.0
         #: Letters added to each token's text, to make chunks big.
         self.padding = 0
@@ -119,7 +120,7 @@ class ScriptedWorker:
             "evicted_tokens": 224,
             "running_requests": len(self.running),
             "context_length": self.context_length,
-            "vocab_size": VOCAB,
+            **({} if self.hides_vocabulary else {"vocab_size": VOCAB}),
         }
         return web.json_response({"internal_states": [{"vase": vase}]})
 

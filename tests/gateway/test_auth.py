@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -127,7 +128,7 @@ async def test_limits_of_a_tenant_hold(running: Running) -> None:
             "policies": ["random"],
         },
     )
-    asked = {
+    asked: dict[str, dict[str, Any]] = {
         "max_new_tokens: 11 is above the ceiling of tenant small, 10": {"max_new_tokens": 11},
         "eviction.budget: 101 is above the ceiling of tenant small, 100": {"budget": 101},
         "eviction.policy: tenant small may not use vase-attnv; choose one of random": {

@@ -28,6 +28,7 @@ def embedded(
         log=tmp_path / "logs" / "worker.log",
         start_timeout_seconds=start,
         stop_grace_seconds=grace,
+        stall_seconds=60,
     )
 
 

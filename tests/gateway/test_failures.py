@@ -79,7 +79,7 @@ async def test_a_worker_without_the_plugin_is_not_ready(running: Running) -> Non
             InvalidRequest,
             "the worker refused the request: bad par",
         ),
-        ({"cut_after_tokens": 3}, Unavailable, "cannot be reached"),
+        ({"cut_after_tokens": 3}, Unavailable, "was lost while it answered"),
         ({"abort_after_tokens": 3}, VaseError, "the worker gave the request up: out of luck"),
     ],
 )
@@ -113,6 +113,26 @@ async def test_a_generation_without_a_record_has_no_result(
         _ = [chunk async for chunk in stream]
     assert error.value.code == "INTERNAL"
     assert str(error.value) == "Generate failed inside the gateway; its log has the reason"
+
+
+async def test_a_worker_that_falls_silent_is_given_up(tmp_path: Path) -> None:
+    async with ScriptedWorker() as worker:
+        section = {"urls": [worker.url], "stall_seconds": 0.3}
+        async with run_gateway(tmp_path, worker=section) as running:
+            worker.token_seconds = 30
+            with pytest.raises(Unavailable, match="did not answer in time"):
+                await running.client.generate_once("tell me", max_new_tokens=3)
+            (aborted,) = [r.record_id async for r in running.client.list_records()]
+            assert worker.aborted == [aborted]
+
+
+async def test_token_ids_that_cannot_be_checked_are_refused(running: Running) -> None:
+    """An id outside the vocabulary would end the worker."""
+    running.worker.hides_vocabulary = True
+    await asyncio.sleep(0.3)
+    with pytest.raises(InvalidRequest, match="does not report its vocabulary size"):
+        await running.client.generate_once([1, 2], max_new_tokens=2)
+    await running.client.generate_once("tell me", max_new_tokens=2)
 
 
 async def test_requests_go_to_workers_in_turn_and_around_a_dead_one(tmp_path: Path) -> None:

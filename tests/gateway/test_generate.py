@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from tests.gateway.running import Running
 from tests.gateway.scripted_worker import token_of
@@ -97,7 +98,7 @@ async def test_a_chat_and_token_ids_are_prompts_too(running: Running) -> None:
 
 
 async def test_generate_once_equals_the_stream_of_the_same_seed(running: Running) -> None:
-    options = {"max_new_tokens": 60, "budget": 32, "window": 8, "seed": 9}
+    options: dict[str, Any] = {"max_new_tokens": 60, "budget": 32, "window": 8, "seed": 9}
     stream = running.client.generate("tell me", **options)
     tokens = tuple([token async for chunk in stream for token in chunk.token_ids])
     once = await running.client.generate_once("tell me", **options)

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
 from tests.gateway.running import Running
 from vase_sgl.client import Completion, InvalidRequest, NotFound, Verdict
 
-OPTIONS = {"max_new_tokens": 100, "budget": 32, "window": 8, "seed": 3, "temperature": 0.7}
+OPTIONS: dict[str, Any] = {
+    "max_new_tokens": 100,
+    "budget": 32,
+    "window": 8,
+    "seed": 3,
+    "temperature": 0.7,
+}
 
 
 async def generate(running: Running) -> Completion:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -85,7 +86,7 @@ def test_what_is_wrong_in_the_file_is_named(tmp_path: Path) -> None:
     assert "a master secret has 32 bytes" in change(
         tmp_path, master_secrets=[{"version": 1, "secret": "c2hvcnQ="}]
     )
-    good = {"version": 1, "secret": "A" * 43 + "="}
+    good: dict[str, Any] = {"version": 1, "secret": "A" * 43 + "="}
     twice = change(tmp_path, master_secrets=[good, good])
     assert "every master secret needs a version of its own" in twice
     assert good["secret"] not in twice

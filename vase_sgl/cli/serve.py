@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vase_sgl.cli.failures import reported
+from vase_sgl.parent_watch import end_with_parent
 
 if TYPE_CHECKING:
     from vase_sgl.gateway.config import GatewayConfig
@@ -54,6 +55,7 @@ def serve(
     from vase_sgl.gateway.tenants import TenantFileError
     from vase_sgl.gateway.worker_embedded import WorkerStartError
 
+    end_with_parent()
     _set_up_logging(log_level)
     overrides = _without_none(
         {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -28,6 +29,7 @@ def main() -> int:
     parser.add_argument("--max-new-tokens", type=int, default=512)
     options = parser.parse_args()
     console = Console(highlight=False)
+    signal.signal(signal.SIGTERM, _interrupt)  # stop in order, like Ctrl-C
     try:
         with tempfile.TemporaryDirectory(prefix="vase-sgl-demo-") as folder:
             return _run(console, ensure_model(), Path(folder), options.max_new_tokens)
@@ -37,6 +39,10 @@ def main() -> int:
     except GatewayFailed as error:
         console.print(f"the demo failed: {error}", markup=False)
         return 1
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _run(console: Console, model: Path, folder: Path, max_new_tokens: int) -> int:

@@ -16,6 +16,7 @@ from typing import Self
 from rich.console import Console
 
 from vase_sgl.client import Client
+from vase_sgl.parent_watch import PARENT_PID
 
 _START_SECONDS = 300
 _STOP_SECONDS = 30
@@ -59,6 +60,7 @@ class DemoGateway:
     def __enter__(self) -> Self:
         started = time.monotonic()
         environment = os.environ | {
+            PARENT_PID: str(os.getpid()),
             "VASE_WORKER__LOG_FILE": str(self._folder / "worker.log"),
             "PYTHONUNBUFFERED": "1",
         }

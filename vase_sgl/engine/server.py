@@ -11,13 +11,9 @@ from vase_sgl.engine.torchvision_cpu import declare_torchvision_operators
 declare_torchvision_operators()
 
 import argparse  # noqa: E402
-import ctypes  # noqa: E402
 import os  # noqa: E402
-import signal  # noqa: E402
 import socket  # noqa: E402
 import sys  # noqa: E402
-import threading  # noqa: E402
-import time  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
@@ -29,9 +25,8 @@ from vase_sgl.engine.config import (  # noqa: E402
     EngineConfig,
 )
 from vase_sgl.eviction import EvictionLimits  # noqa: E402
+from vase_sgl.parent_watch import end_with_parent  # noqa: E402
 
-#: A worker whose environment names this process id ends with that process.
-PARENT_PID = "VASE_PARENT_PID"
 DEFAULT_PORT = 30000
 
 #: What a budget needs today; `limits.py` refuses a server without them.
@@ -66,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
             value_of(sglang_argv, "--host") or "127.0.0.1",
             int(value_of(sglang_argv, "--port") or DEFAULT_PORT),
         )
-        _end_with_parent()
+        end_with_parent()
         return _serve(sglang_argv)
     except (WorkerError, ValueError) as error:
         print(f"vase-sgl worker: {error}", file=sys.stderr)
@@ -154,26 +149,6 @@ def check_port(host: str, port: int) -> None:
             raise WorkerError(
                 f"cannot listen on {host}:{port} ({error.strerror}); choose another --port"
             ) from error
-
-
-def _end_with_parent() -> None:
-    """If asked to, die with the parent: by the kernel's signal, and by watching its process id."""
-    text = os.environ.get(PARENT_PID)
-    if text is None:
-        return
-    parent = int(text)
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(5)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="vase-parent-watch", daemon=True).start()
 
 
 def _serve(argv: list[str]) -> int:

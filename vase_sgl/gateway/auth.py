@@ -97,6 +97,8 @@ class KeyAuthenticator:
 
     def _use(self, content: TenantFile) -> None:
         self._by_key_id = content.by_key_id()
+        if not self._by_key_id:
+            logger.warning("nobody can call: %s holds no API key", self._path)
         #: SHA-256 of a verified key -> key id, least recently used first.
         self._verified: collections.OrderedDict[bytes, str] = collections.OrderedDict()
 

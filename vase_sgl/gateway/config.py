@@ -82,6 +82,8 @@ class WorkerSection(_Section):
     start_timeout_seconds: float = Field(default=900.0, gt=0)
     #: Seconds between SIGTERM and SIGKILL for the embedded worker.
     stop_grace_seconds: float = Field(default=10.0, ge=0)
+    #: Seconds a worker may send nothing, queueing included, before a generation is given up.
+    stall_seconds: float = Field(default=600.0, gt=0)
     #: Seconds between health checks of a worker.
     health_interval_seconds: float = Field(default=5.0, gt=0)
 

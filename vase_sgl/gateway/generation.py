@@ -122,7 +122,7 @@ class Generations:
         )
         eviction = validation.eviction_of(fields, seed=seeds.eviction, tenant=tenant, info=info)
         token_ids = await _tokenize(worker, prompt)
-        validation.check_prompt_tokens(token_ids, max_new_tokens, tenant, info)
+        validation.check_prompt_tokens(prompt.kind, token_ids, max_new_tokens, tenant, info)
         return _Plan(
             tenant=tenant,
             worker=worker,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import grpc
@@ -42,7 +43,12 @@ class Gateway:
         self._background = Background()
         self._embedded = _embedded_worker(config)
         self._router = WorkerRouter(
-            [self._embedded] if self._embedded else [HttpWorker(u) for u in config.worker.urls],
+            [self._embedded]
+            if self._embedded
+            else [
+                HttpWorker(url, stall_seconds=config.worker.stall_seconds)
+                for url in config.worker.urls
+            ],
             interval_seconds=config.worker.health_interval_seconds,
             on_change=self._health.announce,
         )
@@ -65,16 +71,15 @@ class Gateway:
             options=_options(config),
             maximum_concurrent_rpcs=config.grpc.max_concurrent_calls,
         )
-        port = _bind(server, config)
-        store = await AuditStore.open(config.audit.url)
-        gateway = cls(config, server, store, port)
-        try:
+        async with AsyncExitStack() as undo:
+            port = _bind(server, config)
+            undo.push_async_callback(server.stop, None)
+            store = await AuditStore.open(config.audit.url)
+            undo.push_async_callback(store.close)
+            gateway = cls(config, server, store, port)
+            undo.push_async_callback(gateway._router.close)
             await gateway._serve(progress)
-        except BaseException:
-            await server.stop(None)
-            await gateway._router.close()
-            await store.close()
-            raise
+            undo.pop_all()
         logger.info("serving on %s:%d", config.listen.host, gateway.port)
         return gateway
 
@@ -121,6 +126,7 @@ def _embedded_worker(config: GatewayConfig) -> EmbeddedWorker | None:
         log=section.log_file,
         start_timeout_seconds=section.start_timeout_seconds,
         stop_grace_seconds=section.stop_grace_seconds,
+        stall_seconds=section.stall_seconds,
     )
 
 

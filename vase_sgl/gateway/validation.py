@@ -62,7 +62,11 @@ def prompt_of(request: pb.GenerateRequest) -> Prompt:
 
 
 def check_prompt_tokens(
-    token_ids: tuple[int, ...], max_new_tokens: int, tenant: Tenant, info: WorkerInfo
+    kind: InputKind,
+    token_ids: tuple[int, ...],
+    max_new_tokens: int,
+    tenant: Tenant,
+    info: WorkerInfo,
 ) -> None:
     """The tokenized prompt fits the tenant's limit, the vocabulary and the context."""
     count = len(token_ids)
@@ -72,17 +76,26 @@ def check_prompt_tokens(
         f"input: the prompt has {count} tokens, above the ceiling of tenant {tenant.name}, "
         f"{tenant.limits.max_prompt_tokens}; shorten it",
     )
-    if info.vocab_size is not None:
-        require(
-            max(token_ids) < info.vocab_size,
-            f"token_ids: {max(token_ids)} is no token of this model; ids end at "
-            f"{info.vocab_size - 1}",
-        )
+    if kind == "token_ids":
+        _check_vocabulary(token_ids, info.vocab_size)
     require(
         count + max_new_tokens <= info.context_length,
         f"max_new_tokens: prompt ({count}) and output ({max_new_tokens}) exceed the model's "
         f"context length of {info.context_length} tokens; ask for at most "
         f"{max(info.context_length - count, 0)} or shorten the prompt",
+    )
+
+
+def _check_vocabulary(token_ids: tuple[int, ...], vocab_size: int | None) -> None:
+    """SGLang does not check: an id outside the vocabulary ends its scheduler."""
+    if vocab_size is None:
+        raise InvalidRequest(
+            "token_ids: this worker does not report its vocabulary size, so ids cannot be checked; "
+            "send text or a chat"
+        )
+    require(
+        max(token_ids) < vocab_size,
+        f"token_ids: {max(token_ids)} is no token of this model; ids end at {vocab_size - 1}",
     )
 
 

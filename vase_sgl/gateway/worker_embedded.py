@@ -14,10 +14,7 @@ from pathlib import Path
 
 from vase_sgl.gateway.errors import WorkerUnavailable
 from vase_sgl.gateway.worker_http import HttpWorker
-
-#: The child ends itself when the process with this id is gone, so that it cannot outlive a
-#: gateway that was killed.
-PARENT_PID = "VASE_PARENT_PID"
+from vase_sgl.parent_watch import PARENT_PID
 
 #: Seconds between looks at a worker that is starting.
 _POLL_SECONDS = 0.5
@@ -42,10 +39,11 @@ class EmbeddedWorker(HttpWorker):
         log: Path,
         start_timeout_seconds: float,
         stop_grace_seconds: float,
+        stall_seconds: float,
     ) -> None:
         """Will run `command --host 127.0.0.1 --port FREE` with its output in the file `log`."""
         port = _free_port()
-        super().__init__(f"http://127.0.0.1:{port}")
+        super().__init__(f"http://127.0.0.1:{port}", stall_seconds=stall_seconds)
         self._command = (*command, "--host", "127.0.0.1", "--port", str(port))
         self._log = log
         self._start_timeout = start_timeout_seconds

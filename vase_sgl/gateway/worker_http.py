@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ import aiohttp
 from vase_sgl.gateway.errors import GatewayError, InvalidRequest, WorkerUnavailable
 from vase_sgl.gateway.sse import events
 from vase_sgl.gateway.workers import CacheStats, Finish, WorkerChunk, WorkerInfo, WorkerRequest
+
+logger = logging.getLogger(__name__)
 
 #: Seconds for the short calls: tokenize, abort, server_info.
 SHORT_TIMEOUT = 30.0
@@ -24,8 +27,10 @@ READ_AHEAD_BYTES = 2**16
 class HttpWorker:
     """`Worker` over HTTP. Needs a running event loop from the first call on."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, stall_seconds: float) -> None:
+        """`stall_seconds`: a worker that sends nothing for so long is given up."""
         self._url = url.rstrip("/")
+        self._stall = stall_seconds
         self._session: aiohttp.ClientSession | None = None
 
     @property
@@ -51,7 +56,9 @@ class HttpWorker:
         finished = False
         try:
             # No total timeout: how long an answer takes is the client's deadline to decide.
-            timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
+            timeout = aiohttp.ClientTimeout(
+                total=None, sock_connect=SHORT_TIMEOUT, sock_read=self._stall
+            )
             async with self._http().post(
                 f"{self._url}/generate", json=body, timeout=timeout
             ) as response:
@@ -130,8 +137,17 @@ class HttpWorker:
         )
 
     def _lost(self, error: Exception) -> GatewayError:
-        reason = "no answer in time" if isinstance(error, TimeoutError) else str(error)
-        return WorkerUnavailable(f"worker {self.name} cannot be reached: {reason or repr(error)}")
+        logger.debug("worker %s: %r", self.name, error)
+        match error:
+            case TimeoutError():
+                reason = "did not answer in time"
+            case aiohttp.ClientConnectorError():
+                reason = "cannot be reached"
+            case aiohttp.ClientError():
+                reason = "was lost while it answered"
+            case _:
+                reason = "gave an answer that cannot be understood"
+        return WorkerUnavailable(f"worker {self.name} {reason}; try again later")
 
     def _http(self) -> aiohttp.ClientSession:
         if self._session is None:

@@ -161,8 +161,8 @@ class WorkerRouter:
             if worker.name in self._ready
         ]
         if not ready:
-            reasons = "; ".join(self._failures.values()) or "none has answered yet"
-            raise WorkerUnavailable(f"no worker is ready: {reasons}; try again later")
+            reasons = "; ".join(self._failures.values()) or "none has answered yet; try again later"
+            raise WorkerUnavailable(f"no worker is ready: {reasons}")
         first = next(self._turn) % len(ready)
         return ready[first:] + ready[:first]
 

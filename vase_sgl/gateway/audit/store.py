@@ -45,7 +45,8 @@ class AuditStore:
     async def open(cls, url: str) -> AuditStore:
         """Connect, and create the tables in an empty database. Raises `AuditError`."""
         try:
-            engine = create_async_engine(url)
+            # Hidden: parameters are prompts and seeds, which must not reach a log with an error.
+            engine = create_async_engine(url, hide_parameters=True)
         except (ArgumentError, ImportError) as error:
             raise AuditError(
                 f"audit.url cannot be used: {error}; an example is "
@@ -154,7 +155,7 @@ class AuditStore:
         )
 
 
-def sqlite_folder(url: str) -> Path | None:
+def _sqlite_folder(url: str) -> Path | None:
     """The folder a SQLite URL's file is in; None for another database or one in memory."""
     parsed = make_url(url)
     if not parsed.drivername.startswith("sqlite") or parsed.database in (None, "", ":memory:"):
@@ -175,7 +176,7 @@ async def _ensure_schema(connection: AsyncConnection) -> None:
 
 
 def _prepare_sqlite(engine: AsyncEngine) -> None:
-    folder = sqlite_folder(engine.url.render_as_string(hide_password=False))
+    folder = _sqlite_folder(engine.url.render_as_string(hide_password=False))
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
 

@@ -1397,7 +1397,7 @@ class GetCapacityResponse(_message.Message):
     max_prompt_tokens: _builtins.int
     """Longest prompt this tenant may send, in tokens."""
     slots_per_request: _builtins.int
-    """Slots a request with the budget asked about reserves. Absent without a budget."""
+    """Most slots a request with the budget asked about reserves. Absent without a budget."""
     requests_that_fit: _builtins.int
     """How many more of those requests fit now. Absent without a budget."""
     @_builtins.property

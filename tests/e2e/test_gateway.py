@@ -1,0 +1,108 @@
+"""SDK -> gRPC -> gateway -> HTTP -> SGLang, with a real model and a real socket at every step."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.worker_process import WorkerProcess
+from tests.gateway.running import add_tenant, until_ready
+from vase_sgl.client import AsyncClient, DeadlineExceeded, InvalidRequest, Message
+from vase_sgl.gateway.config import load_config
+from vase_sgl.gateway.server import Gateway
+
+PROMPT = [Message(role="user", content="Tell me about the sea.")]
+
+
+@pytest.fixture
+async def client(worker: WorkerProcess, tmp_path: Path) -> AsyncIterator[AsyncClient]:
+    tenants_file = tmp_path / "tenants.yaml"
+    key = add_tenant(tenants_file, "alice", roles=["generate", "replay"])
+    config = load_config(
+        overrides={
+            "listen": {"port": 0},
+            "worker": {"urls": [worker.url]},
+            "audit": {"url": f"sqlite+aiosqlite:///{tmp_path / 'audit.sqlite3'}"},
+            "tenants_file": tenants_file,
+        }
+    )
+    gateway = await Gateway.start(config, lambda seconds: None)
+    try:
+        async with AsyncClient(f"127.0.0.1:{gateway.port}", key) as connected:
+            await until_ready(connected)
+            yield connected
+    finally:
+        await gateway.stop()
+
+
+async def test_stream_record_and_replay(client: AsyncClient) -> None:
+    stream = client.generate(
+        PROMPT,
+        max_new_tokens=120,
+        budget=48,
+        window=16,
+        policy="vase-attnv",
+        seed=4,
+        temperature=0.8,
+        ignore_eos=True,
+    )
+    tokens, physical, rounds = [], [], []
+    async for chunk in stream:
+        tokens += chunk.token_ids
+        assert chunk.cache is not None
+        physical.append(chunk.cache.physical_length)
+        rounds.append(chunk.cache.rounds)
+    result = stream.result
+    assert len(tokens) == 120 == result.usage.completion_tokens
+    assert max(physical) <= 64
+    assert max(rounds) >= 4 and rounds == sorted(rounds)
+    assert result.cache is not None and result.cache.reserved_slots == 64
+    assert len(result.round_digests) == result.cache.rounds
+    assert result.full_kv_slots >= 120 + result.usage.prompt_tokens - 1
+
+    record = await client.get_record(await stream.request_id)
+    assert list(record.output_token_ids) == tokens
+    assert record.round_digests == result.round_digests
+    assert record.fingerprint["sglang"] == "0.5.23"
+
+    verdict = await client.replay(record.record_id).verdict
+    assert verdict.outcome == "MATCH"
+    assert verdict.tokens_compared == 120
+    assert verdict.rounds_compared == len(result.round_digests)
+
+
+async def test_cancelling_frees_the_slots(client: AsyncClient, worker: WorkerProcess) -> None:
+    stream = client.generate(
+        PROMPT, max_new_tokens=5000, budget=48, window=16, ignore_eos=True, temperature=0
+    )
+    seen = 0
+    async for _ in stream:
+        seen += 1
+        if seen == 30:
+            break
+    stream.cancel()
+    worker.wait_until_idle()
+
+
+async def test_a_deadline_frees_the_slots(client: AsyncClient, worker: WorkerProcess) -> None:
+    stream = client.generate(
+        PROMPT,
+        max_new_tokens=5000,
+        budget=48,
+        window=16,
+        ignore_eos=True,
+        temperature=0,
+        timeout=4,
+    )
+    with pytest.raises(DeadlineExceeded):
+        async for _ in stream:
+            pass
+    worker.wait_until_idle()
+
+
+async def test_the_workers_ceiling_reaches_the_client(client: AsyncClient) -> None:
+    with pytest.raises(InvalidRequest, match="budget"):
+        await client.generate_once(PROMPT, max_new_tokens=5, budget=50000, window=16)
+    assert (await client.generate_once(PROMPT, max_new_tokens=5)).token_ids

@@ -1,0 +1,152 @@
+"""The worker's own endpoints with a real model: budgets over HTTP and the OpenAI client."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.e2e.worker_process import TOTAL_SLOTS, WorkerProcess, body
+from vase_sgl.demo.model import MODEL_NAME
+
+PROMPT = "<|im_start|>user\nTell me about the sea.<|im_end|>\n<|im_start|>assistant\n"
+BUDGET: dict[str, Any] = {
+    "budget": 48,
+    "window": 16,
+    "policy": "vase-attnv",
+    "prompt": "evict",
+    "seed": 1,
+}
+SAMPLED: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95, "sampling_seed": 7}
+
+
+def test_meta_info_reports_the_budget(worker: WorkerProcess) -> None:
+    answer = worker.generate(PROMPT, vase=BUDGET, new=100)
+    info, vase = answer["meta_info"], answer["meta_info"]["vase"]
+    logical = info["prompt_tokens"] + info["completion_tokens"]
+    assert info["completion_tokens"] == len(answer["output_ids"]) == 100
+    assert vase["logical_length"] == logical
+    assert vase["rounds"] >= 3
+    assert vase["evicted_tokens"] == vase["rounds"] * 16
+    assert vase["physical_length"] == logical - 1 - vase["evicted_tokens"] <= 64
+    assert vase["reserved_slots"] == 64
+    assert len(vase["digest"]) == 16 and int(vase["digest"], 16) != 0
+    assert vase["round_digests"][-1] == vase["digest"]
+
+
+def test_a_request_without_a_budget_is_stock(worker: WorkerProcess) -> None:
+    before = worker.state()
+    stock = worker.generate(PROMPT, new=80)
+    assert "vase" not in stock["meta_info"]
+    assert worker.state()["rounds"] == before["rounds"]
+    large = worker.generate(PROMPT, new=80, vase={"budget": 1000, "window": 32})
+    full = worker.generate(PROMPT, new=80, vase={"policy": "full"})
+    assert stock["output_ids"] == large["output_ids"] == full["output_ids"]
+    assert large["meta_info"]["vase"]["rounds"] == full["meta_info"]["vase"]["rounds"] == 0
+
+
+def test_statistics_grow_while_streaming(worker: WorkerProcess) -> None:
+    rounds: list[int] = []
+    with worker.http.stream(
+        "POST", "/generate", json=body(PROMPT, vase=BUDGET, stream=True, new=90)
+    ) as response:
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                info = json.loads(line.removeprefix("data: "))["meta_info"]["vase"]
+                assert info["physical_length"] <= 64
+                rounds.append(info["rounds"])
+    assert rounds == sorted(rounds)
+    assert {0, 1, 2, 3} <= set(rounds)
+
+
+@pytest.mark.parametrize(
+    ("vase", "text"),
+    [
+        ({**BUDGET, "temperature": 1}, "unknown key temperature"),
+        ({**BUDGET, "policy": "lru"}, "unknown policy 'lru'"),
+        ({**BUDGET, "window": 48}, "budget 48 must be greater than window 48"),
+        ({**BUDGET, "budget": 10**6}, "from 1 to 16384"),
+        ({**BUDGET, "budget": TOTAL_SLOTS, "window": 64}, "lower the budget"),
+    ],
+)
+def test_wrong_parameters_are_a_400(worker: WorkerProcess, vase: Any, text: str) -> None:
+    with pytest.raises(httpx.HTTPStatusError) as error:
+        worker.generate(PROMPT, vase=vase, new=8000)
+    assert error.value.response.status_code == 400
+    assert text in error.value.response.text
+    assert worker.http.get("/health").status_code == 200
+
+
+def test_openai_client_with_a_budget(worker: WorkerProcess) -> None:
+    before = worker.state()
+    client = openai.OpenAI(base_url=f"{worker.url}/v1", api_key="none", max_retries=0)
+    answer = client.chat.completions.create(
+        model=MODEL_NAME,
+        messages=[{"role": "user", "content": "Tell me about the sea."}],
+        max_tokens=100,
+        temperature=0.7,
+        seed=3,
+        extra_body={"custom_params": {"vase": BUDGET}, "ignore_eos": True},
+    )
+    assert answer.choices[0].message.content
+    assert answer.usage is not None and answer.usage.completion_tokens == 100
+    after = worker.state()
+    # Chat adds the template's tokens, so at least as many rounds as the plain prompt.
+    assert after["rounds"] - before["rounds"] >= 4
+    assert after["evicted_tokens"] - before["evicted_tokens"] >= 4 * 16
+    with pytest.raises(openai.BadRequestError, match="unknown key horizon"):
+        client.chat.completions.create(
+            model=MODEL_NAME,
+            messages=[{"role": "user", "content": "Hi"}],
+            extra_body={"custom_params": {"vase": {**BUDGET, "horizon": 1}}},
+        )
+
+
+def _outcome(answer: dict[str, Any]) -> tuple[list[int], list[str]]:
+    return answer["output_ids"], answer["meta_info"]["vase"]["round_digests"]
+
+
+def test_alone_among_others_and_after_a_restart(
+    worker: WorkerProcess, model: Path, tmp_path: Path
+) -> None:
+    """At temperature 0.8, past many rounds: same tokens, same digests, in every company."""
+
+    def target(process: WorkerProcess) -> dict[str, Any]:
+        return process.generate(PROMPT, vase=BUDGET, new=90, **SAMPLED)
+
+    def neighbour(index: int) -> dict[str, Any]:
+        return worker.generate(
+            "Count to a hundred. " * (index + 1),
+            vase=None if index % 3 == 0 else {**BUDGET, "policy": "vase-dkv", "seed": index},
+            new=20 + 15 * index,
+            temperature=1.0,
+            sampling_seed=index if index % 2 else None,
+        )
+
+    alone = _outcome(target(worker))
+    with ThreadPoolExecutor(8) as executor:
+        others = [executor.submit(neighbour, index) for index in range(4)]
+        together = executor.submit(target, worker)
+        others += [executor.submit(neighbour, index) for index in range(4, 7)]
+        assert _outcome(together.result()) == alone
+        for other in others:
+            other.result()
+    with WorkerProcess(model, tmp_path) as restarted:
+        assert _outcome(target(restarted)) == alone
+    other_seed = worker.generate(PROMPT, vase={**BUDGET, "seed": 2}, new=90, **SAMPLED)
+    assert set(_outcome(other_seed)[1]).isdisjoint(alone[1])
+
+
+def test_disconnect_frees_every_slot(worker: WorkerProcess) -> None:
+    with worker.http.stream(
+        "POST", "/generate", json=body(PROMPT, vase=BUDGET, stream=True, new=5000)
+    ) as response:
+        for _, line in zip(range(40), response.iter_lines(), strict=False):
+            assert line is not None
+        assert worker.state()["slots"]["reserved"] == 64
+    worker.wait_until_idle()

@@ -1,0 +1,122 @@
+"""What the CPU platform adds: batch-invariant linear layers, seeded sampling, two workarounds."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from sglang.srt.platforms import current_platform
+
+from vase_sgl.engine import linear_cpu, platform_cpu, sampling_cpu, torchvision_cpu
+
+
+class TestLinear:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    @pytest.mark.parametrize(("inputs", "outputs"), [(64, 96), (576, 960), (1536, 576)])
+    @pytest.mark.parametrize("tile", [linear_cpu.DECODE_TILE, linear_cpu.EXTEND_TILE])
+    def test_a_row_is_the_same_in_any_batch(
+        self, dtype: torch.dtype, inputs: int, outputs: int, tile: int
+    ) -> None:
+        generator = torch.Generator().manual_seed(1)
+        weight = torch.randn(outputs, inputs, generator=generator).to(dtype)
+        x = torch.randn(150, inputs, generator=generator).to(dtype)
+
+        def linear(part: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.linear(part, weight)
+
+        whole = linear_cpu.in_tiles(linear, x, tile)
+        torch.testing.assert_close(whole, linear(x), rtol=2e-2, atol=1e-3)
+        for start in (0, 1, 15, 70):
+            for rows in (1, 2, 3, 7, 16, 17, 33, 64, 65):
+                part = linear_cpu.in_tiles(linear, x[start : start + rows], tile)
+                assert torch.equal(part, whole[start : start + rows])
+
+    def test_an_empty_batch(self) -> None:
+        empty = linear_cpu.in_tiles(lambda part: part @ torch.ones(4, 3), torch.ones(0, 4), 16)
+        assert empty.shape == (0, 3)
+
+
+def _draw(probs: torch.Tensor, seeds: range, **limits: float) -> torch.Tensor:
+    rows = len(seeds)
+    return sampling_cpu.draw(
+        probs.expand(rows, -1),
+        torch.tensor(list(seeds)),
+        torch.full((rows,), 5),
+        top_k=torch.full((rows,), int(limits.get("top_k", 1 << 30))),
+        top_p=torch.full((rows,), limits.get("top_p", 1.0)),
+        min_p=torch.full((rows,), limits.get("min_p", 0.0)),
+    )
+
+
+class TestSampling:
+    probs = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2])
+
+    def test_frequencies_follow_the_probabilities(self) -> None:
+        from scipy.stats import chisquare
+
+        counts = torch.bincount(_draw(self.probs, range(4000)), minlength=5)
+        assert chisquare(counts, 4000 * self.probs).pvalue > 0.01
+
+    @pytest.mark.parametrize(
+        ("limits", "allowed"),
+        [
+            ({"top_k": 2}, {1, 3}),
+            ({"top_k": 1}, {1}),
+            ({"top_p": 0.5}, {1, 3}),
+            ({"top_p": 0.39}, {1}),
+            ({"min_p": 0.5}, {1, 3, 4}),
+            ({"top_k": 4, "top_p": 0.9, "min_p": 0.3}, {1, 3, 4}),
+        ],
+    )
+    def test_limits_keep_the_likeliest_tokens(
+        self, limits: dict[str, float], allowed: set[int]
+    ) -> None:
+        assert set(_draw(self.probs, range(500), **limits).tolist()) == allowed
+
+    def test_a_token_without_probability_is_never_drawn(self) -> None:
+        probs = torch.tensor([0.0, 0.5, 0.0, 0.5])
+        assert set(_draw(probs, range(500)).tolist()) == {1, 3}
+
+    def test_position_and_seed_key_the_draw(self) -> None:
+        uniforms = sampling_cpu._uniforms(
+            torch.tensor([1, 1, 2, 2**62]), torch.tensor([10, 11, 10, 10])
+        )
+        assert len(uniforms.unique()) == 4
+        assert ((uniforms >= 0) & (uniforms < 1)).all()
+
+
+class TestPlatform:
+    def test_it_is_the_active_one(self) -> None:
+        assert type(current_platform).__name__ == "PlainCpuPlatform"
+        assert current_platform.get_default_attention_backend() == "torch_native"
+
+    def test_it_leaves_a_gpu_machine_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert platform_cpu.activate() is not None
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        assert platform_cpu.activate() is None
+
+
+class TestTorchvision:
+    def _import(self, before: str) -> subprocess.CompletedProcess[str]:
+        script = f"{before}\nimport torchvision; print(torchvision.__version__)"
+        return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+
+    def test_the_workaround_is_needed_here_and_works(self) -> None:
+        assert torchvision_cpu.declare_torchvision_operators()
+        assert "operator torchvision::nms does not exist" in self._import("").stderr
+        declare = (
+            "from vase_sgl.engine.torchvision_cpu import declare_torchvision_operators as d\n"
+            "assert d() and d()"
+        )
+        done = self._import(declare)
+        assert done.returncode == 0, done.stderr
+
+    def test_a_matching_pair_is_left_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torchvision_cpu, "_library", None)
+        monkeypatch.setattr(torchvision_cpu, "_torchvision_is_cuda_build", lambda: False)
+        assert not torchvision_cpu.declare_torchvision_operators()
+        monkeypatch.setattr(torchvision_cpu, "_torchvision_is_cuda_build", lambda: True)
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        assert not torchvision_cpu.declare_torchvision_operators()

@@ -1,0 +1,94 @@
+"""The plugin fails loudly: signatures, missing hooks, flags, models."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sglang.srt.plugins.hook_registry import HookRegistry
+from sglang.srt.server_args import ServerArgs
+
+from tests.engine.scheduler_harness import SteppedScheduler
+from vase_sgl.engine import limits, plugin
+
+
+@pytest.mark.parametrize("hook", plugin.active_hooks(), ids=lambda hook: hook.target)
+def test_upstream_signatures_are_the_ones_we_rely_on(hook: plugin.Hook) -> None:
+    """The canary: fails with a clear text when SGLang moves."""
+    plugin.check_signature(hook)
+
+
+def test_a_changed_signature_is_named() -> None:
+    hook = dataclasses.replace(plugin.HOOKS[0], parameters=("self", "old"))
+    with pytest.raises(RuntimeError, match=r"_create_generation_req now takes .*expected .*old"):
+        plugin.check_signature(hook)
+
+
+def test_a_hook_that_sglang_did_not_apply_is_named(
+    stepped: SteppedScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugin.verify_applied()
+    lost = plugin.HOOKS[3].path
+    monkeypatch.setattr(HookRegistry, "_patched", HookRegistry._patched - {lost})
+    with pytest.raises(RuntimeError, match=lost):
+        plugin.verify_applied()
+
+
+def test_another_sglang_version_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugin, "SGLANG_VERSION", "9.9.9")
+    with pytest.raises(SystemExit, match=r"written for sglang 9\.9\.9, found 0\.5\.23"):
+        plugin.register()
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"disable_radix_cache": False}, "add --disable-radix-cache"),
+    ({"disable_overlap_schedule": False}, "add --disable-overlap-schedule"),
+    ({"enable_mixed_chunk": True}, "leave out --enable-mixed-chunk"),
+    ({"speculative_algorithm": "EAGLE"}, "leave out --speculative-algorithm"),
+    ({"enable_lora": True}, "leave out --enable-lora"),
+    ({"page_size": 16}, "use --page-size 1"),
+    ({"pp_size": 2}, "use --pp-size 1"),
+    ({"disaggregation_mode": "decode"}, "leave out --disaggregation-mode"),
+    ({"enable_hierarchical_cache": True}, "leave out --enable-hierarchical-cache"),
+]
+
+
+@pytest.mark.parametrize(("flags", "cure"), REFUSED, ids=[next(iter(f)) for f, _ in REFUSED])
+def test_unsupported_flags_are_refused_by_name(
+    tiny_model: Path, flags: dict[str, Any], cure: str
+) -> None:
+    allowed = {"disable_radix_cache": True, "disable_overlap_schedule": True}
+    limits.refuse_unsupported_flags(ServerArgs(model_path=str(tiny_model), **allowed))
+    with pytest.raises(limits.UnsupportedConfiguration, match=cure):
+        limits.refuse_unsupported_flags(ServerArgs(model_path=str(tiny_model), **allowed | flags))
+
+
+def test_a_foreign_kv_pool_is_refused(stepped: SteppedScheduler) -> None:
+    class LatentPool:
+        pass
+
+    class Runner:
+        token_to_kv_pool = LatentPool()
+        token_to_kv_pool_allocator = stepped.scheduler.token_to_kv_pool_allocator
+
+    with pytest.raises(limits.UnsupportedConfiguration, match="KV pool is LatentPool"):
+        limits.refuse_unsupported_pool(Runner())
+
+
+def test_sglang_itself_is_unmodified() -> None:
+    """Every installed SGLang file that the wheel lists with a hash still has that hash."""
+    script = (
+        "import base64, hashlib, importlib.metadata as m\n"
+        "files = [f for f in m.files('sglang') if f.hash and f.suffix == '.py']\n"
+        "bad = [str(f) for f in files if base64.urlsafe_b64encode(hashlib.new(f.hash.mode, "
+        "f.read_binary()).digest()).rstrip(b'=').decode() != f.hash.value]\n"
+        "print(len(files), bad)\n"
+    )
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    count, changed = output.stdout.split(maxsplit=1)
+    assert int(count) > 1000
+    assert changed.strip() == "[]"

@@ -1,0 +1,74 @@
+"""The worker's command line: what it adds to SGLang's, and errors before anything is loaded."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from vase_sgl.engine import server
+from vase_sgl.engine.config import EngineConfig
+from vase_sgl.eviction import ParameterError
+
+
+def test_cpu_defaults_fill_in_what_the_user_left_out() -> None:
+    argv = server.complete_argv(["--model-path", "m", "--max-running-requests=3"], cpu=True)
+    assert server.value_of(argv, "--max-running-requests") == "3"
+    assert server.value_of(argv, "--attention-backend") == "torch_native"
+    assert argv.count("--disable-radix-cache") == 1
+    assert "--disable-cuda-graph" in argv
+
+
+def test_a_gpu_gets_only_what_a_budget_needs() -> None:
+    argv = server.complete_argv(["--model-path", "m"], cpu=False)
+    assert argv == ["--model-path", "m", "--disable-radix-cache", "--disable-overlap-schedule"]
+
+
+def _fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert server.main(list(argv)) == 2
+    return capsys.readouterr().err
+
+
+def test_missing_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "--model-path is missing" in _fails(capsys)
+    assert f"no model at {tmp_path}" in _fails(capsys, "--model-path", str(tmp_path))
+
+
+def test_port_taken(capsys: pytest.CaptureFixture[str], tiny_model: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        text = _fails(capsys, "--model-path", str(tiny_model), "--port", port)
+    assert f"cannot listen on 127.0.0.1:{port}" in text
+    assert "choose another --port" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (("--vase-default", '{"budget": 8, "window": 8}'), "must be greater than window"),
+        (("--vase-default", "{"), "VASE_DEFAULT is wrong"),
+        (("--vase-max-window", "0"), "max_window must be an integer"),
+    ],
+)
+def test_wrong_settings(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_model: Path,
+    flags: tuple[str, str],
+    text: str,
+) -> None:
+    for name in ("VASE_DEFAULT", "VASE_MAX_WINDOW", "VASE_MAX_BUDGET"):
+        monkeypatch.setenv(name, "")  # restored afterwards, whatever the command exports
+        monkeypatch.delenv(name)
+    assert text in _fails(capsys, "--model-path", str(tiny_model), *flags)
+
+
+def test_settings_come_from_the_environment() -> None:
+    config = EngineConfig.from_env(
+        {"VASE_MAX_BUDGET": "512", "VASE_MAX_WINDOW": "32", "VASE_DEFAULT": '{"budget": 256}'}
+    )
+    assert config.limits.max_budget == 512
+    assert config.default == {"budget": 256}
+    with pytest.raises(ParameterError, match="VASE_MAX_BUDGET must be an integer, got 'x'"):
+        EngineConfig.from_env({"VASE_MAX_BUDGET": "x"})

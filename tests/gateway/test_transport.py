@@ -1,0 +1,97 @@
+"""The connection itself: TLS, client certificates, a ceiling on calls."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from tests.gateway.running import Running, run_gateway
+from vase_sgl.client import AsyncClient, RateLimited, Tls, Unavailable
+from vase_sgl.gateway.config import ConfigError
+
+
+def certificate(folder: Path) -> tuple[Path, Path]:
+    """A self-signed certificate of 127.0.0.1, good for server and client, and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.datetime.now(datetime.UTC)
+    signed = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]),
+            critical=False,
+        )
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    files = folder / "cert.pem", folder / "key.pem"
+    files[0].write_bytes(signed.public_bytes(serialization.Encoding.PEM))
+    files[1].write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    return files
+
+
+async def works(running: Running, tls: Tls | None) -> bool:
+    async with AsyncClient(running.target, running.key, tls=tls) as client:
+        try:
+            await client.generate_once("tell me", max_new_tokens=2, timeout=10)
+        except Unavailable:
+            return False
+        return True
+
+
+async def test_tls_takes_only_clients_that_trust_it(tmp_path: Path) -> None:
+    cert, key = certificate(tmp_path)
+    trusting = Tls(root_certificates=cert.read_bytes())
+    config = {"certificate": cert, "key": key}
+    async with run_gateway(tmp_path, client_tls=trusting, tls=config) as running:
+        assert await works(running, trusting)
+        assert not await works(running, Tls())
+        assert not await works(running, None)
+
+
+async def test_a_client_certificate_can_be_asked_for(tmp_path: Path) -> None:
+    cert, key = certificate(tmp_path)
+    anonymous = Tls(root_certificates=cert.read_bytes())
+    known = Tls(cert.read_bytes(), cert.read_bytes(), key.read_bytes())
+    config = {"certificate": cert, "key": key, "client_ca": cert}
+    async with run_gateway(tmp_path, client_tls=known, tls=config) as running:
+        assert await works(running, known)
+        assert not await works(running, anonymous)
+
+
+async def test_a_certificate_that_is_not_there_is_named(tmp_path: Path) -> None:
+    config = {"certificate": tmp_path / "none.pem", "key": tmp_path / "none.key"}
+    with pytest.raises(ConfigError, match=r"tls: cannot read .*none"):
+        async with run_gateway(tmp_path, tls=config):
+            pass
+
+
+async def test_calls_above_the_ceiling_are_refused(tmp_path: Path) -> None:
+    async with run_gateway(tmp_path, grpc={"max_concurrent_calls": 2}) as running:
+        running.worker.token_seconds = 0.02
+        streams = [running.client.generate("tell me", max_new_tokens=500) for _ in range(2)]
+        for stream in streams:
+            await stream.started()
+        with pytest.raises(RateLimited):
+            await running.client.capacity()
+        for stream in streams:
+            stream.cancel()
