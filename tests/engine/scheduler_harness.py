@@ -85,7 +85,7 @@ class SteppedScheduler:
         self.steps = 0
 
     def _randomise_weights(self) -> None:
-        """Weights of ordinary size; upstream's dummy weights are so small that KV hardly matters."""
+        """Weights of ordinary size; with upstream's dummy weights the KV cache hardly matters."""
         generator = torch.Generator().manual_seed(0)
         for name, parameter in self.scheduler.tp_worker.model_runner.model.named_parameters():
             if "norm" in name:

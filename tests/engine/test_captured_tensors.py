@@ -45,9 +45,7 @@ def captured() -> dict[int, Captured]:
 
 @pytest.mark.parametrize("layer", [0, 1, 14, 29])
 @pytest.mark.parametrize("policy", ["vase-attnv", "vase-dkv", "random", "streaming"])
-def test_kept_set_equals_the_oracle(
-    captured: dict[int, Captured], policy: str, layer: int
-) -> None:
+def test_kept_set_equals_the_oracle(captured: dict[int, Captured], policy: str, layer: int) -> None:
     keys, values, queries = captured[layer]
     candidates = BUDGET  # a steady round: `budget` candidates, `window` victims
     positions = torch.arange(candidates).expand(3, -1)

@@ -97,9 +97,7 @@ def test_another_eviction_seed_forgets_other_tokens(stepped: SteppedScheduler) -
 def test_sampling_seed_decides_the_tokens_at_temperature(stepped: SteppedScheduler) -> None:
     def tokens(seed: int | None) -> list[int]:
         stepped.answers.clear()
-        stepped.submit(
-            "sampled", PROMPT, max_new_tokens=40, temperature=1.0, sampling_seed=seed
-        )
+        stepped.submit("sampled", PROMPT, max_new_tokens=40, temperature=1.0, sampling_seed=seed)
         stepped.run()
         return stepped.answers["sampled"].tokens
 

@@ -21,7 +21,9 @@ Row = tuple[torch.Tensor, torch.Tensor, int]
 
 
 class IndependentDecoder:
-    def __init__(self, stepped: SteppedScheduler, vase: dict[str, Any], rope_shift: int = 0) -> None:
+    def __init__(
+        self, stepped: SteppedScheduler, vase: dict[str, Any], rope_shift: int = 0
+    ) -> None:
         runner = stepped.scheduler.tp_worker.model_runner
         self.weights = {name: p.detach().float() for name, p in runner.model.named_parameters()}
         self.vase = vase
@@ -52,9 +54,7 @@ class IndependentDecoder:
         shift = self.rope_shift if self.round else 0
         angle = (self.position - shift) * frequency
         a, b = x[..., :half], x[..., half:]
-        return torch.cat(
-            [a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1
-        )
+        return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
 
     def _forward(self, token: int) -> torch.Tensor:
         w = self.weights

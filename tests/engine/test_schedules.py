@@ -74,7 +74,9 @@ def test_random_schedules(stepped: SteppedScheduler, schedule: list[tuple[str, A
         for action, argument in schedule:
             if action == "submit":
                 rid = f"s{next(_counter):07d}"
-                prompt = [2 + (7 * i + len(submitted)) % (VOCAB - 2) for i in range(argument["prompt"])]
+                prompt = [
+                    2 + (7 * i + len(submitted)) % (VOCAB - 2) for i in range(argument["prompt"])
+                ]
                 stepped.submit(
                     rid, prompt, max_new_tokens=argument["max_new_tokens"], vase=argument["vase"]
                 )

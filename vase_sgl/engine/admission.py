@@ -58,7 +58,7 @@ def _refuse_unsupported(recv_req: Any) -> None:
     }
     for name, used in unsupported.items():
         if used:
-            raise ParameterError(f"a request with a budget cannot use {name}; leave one of them out")
+            raise ParameterError(f"a budget cannot be used with {name}; leave one of them out")
 
 
 def _abort(req: Req, message: str) -> None:
@@ -67,9 +67,7 @@ def _abort(req: Req, message: str) -> None:
     req.sampling_params.max_new_tokens = req.sampling_params.min_new_tokens = 0
 
 
-def bound_max_new_tokens(
-    original: Callable[..., None], scheduler: Scheduler, req: Req
-) -> None:
+def bound_max_new_tokens(original: Callable[..., None], scheduler: Scheduler, req: Req) -> None:
     """AROUND `Scheduler.init_req_max_new_tokens`: a budget lifts the pool's bound on length.
 
     Output is bounded by the context length alone. A request whose static slots exceed the whole

@@ -25,7 +25,7 @@ class EngineConfig:
     check_integrity: prove slot ownership and positions after every decode step (slow; for tests).
     """
 
-    limits: EvictionLimits = EvictionLimits()
+    limits: EvictionLimits = dataclasses.field(default_factory=EvictionLimits)
     default: Mapping[str, Any] | None = None
     check_integrity: bool = False
 

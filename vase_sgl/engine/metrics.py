@@ -37,6 +37,7 @@ def describe(scheduler: Any) -> dict[str, Any]:
         },
         "default": dict(config.default) if config.default is not None else None,
         "context_length": scheduler.model_config.context_len,
+        "vocab_size": scheduler.model_config.vocab_size,
         "slots": {
             "total": scheduler.max_total_num_tokens,
             "available": int(scheduler.token_to_kv_pool_allocator.available_size()),

@@ -14,7 +14,7 @@ from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
 
-class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
+class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
     """Out-of-tree CPU platform without compiled SGLang kernels."""
 
     _enum = PlatformEnum.OOT

@@ -50,9 +50,7 @@ class QueryRing:
 
         Returns [layers, q_heads, window, head_dim].
         """
-        positions = torch.arange(
-            logical_length - window, logical_length, device=self.data.device
-        )
+        positions = torch.arange(logical_length - window, logical_length, device=self.data.device)
         return self.data[:, row, positions % self.window].transpose(1, 2)
 
 

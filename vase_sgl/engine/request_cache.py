@@ -31,7 +31,8 @@ class RequestCache:
     rounds: int = 0
     evicted_tokens: int = 0
     round_sums: list[tuple[torch.Tensor, int]] = dataclasses.field(default_factory=list)
-    _digests: list[int] = dataclasses.field(default_factory=list)
+    _digests: list[str] = dataclasses.field(default_factory=list)
+    _digest: torch.Tensor = dataclasses.field(default_factory=lambda: torch.tensor(0))
 
     @classmethod
     def start(cls, params: EvictionParams, prompt_tokens: int) -> RequestCache:
@@ -60,9 +61,9 @@ class RequestCache:
     def digests(self) -> list[str]:
         """Chained eviction digest after each round. Waits for the device."""
         for sums, index in self.round_sums[len(self._digests) :]:
-            previous = self._digests[-1] if self._digests else 0
-            self._digests.append(chain(previous, int(sums[index])))
-        return [format_digest(digest) for digest in self._digests]
+            self._digest = chain(self._digest, sums[index].cpu())
+            self._digests.append(format_digest(int(self._digest)))
+        return list(self._digests)
 
     def statistics(self, prompt_tokens: int, output_tokens: int, max_new: int) -> dict[str, Any]:
         """What `meta_info["vase"]` says. The newest token has no KV entry yet."""

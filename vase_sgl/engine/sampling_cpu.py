@@ -85,9 +85,7 @@ def draw(
     return torch.tensor(tokens, dtype=torch.int64, device=probs.device)
 
 
-def _draw_row(
-    probs: torch.Tensor, uniform: float, top_k: int, top_p: float, min_p: float
-) -> int:
+def _draw_row(probs: torch.Tensor, uniform: float, top_k: int, top_p: float, min_p: float) -> int:
     values, order = probs.double().sort(descending=True, stable=True)
     values = values[: min(top_k, len(values))]
     before = values.cumsum(0) - values

@@ -1,4 +1,4 @@
-"""Workaround: torchvision from PyPI is a CUDA build and fails to import beside a CPU build of torch.
+"""Workaround: PyPI's torchvision is a CUDA build and fails to import beside a CPU build of torch.
 
 SGLang imports torchvision in every process. Its compiled operators cannot load without CUDA, and
 then `@register_fake("torchvision::nms")` finds no such operator. Declaring the two schemas first
