@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -62,12 +63,12 @@ async def test_stream_record_and_replay(client: AsyncClient) -> None:
     assert len(result.round_digests) == result.cache.rounds
     assert result.full_kv_slots >= 120 + result.usage.prompt_tokens - 1
 
-    record = await client.get_record(await stream.request_id)
+    record = await client.get_record(stream.request_id)
     assert list(record.output_token_ids) == tokens
     assert record.round_digests == result.round_digests
     assert record.fingerprint["sglang"] == "0.5.23"
 
-    verdict = await client.replay(record.record_id).verdict
+    verdict = await client.replay(record.record_id).verdict()
     assert verdict.outcome == "MATCH"
     assert verdict.tokens_compared == 120
     assert verdict.rounds_compared == len(result.round_digests)
@@ -83,7 +84,7 @@ async def test_cancelling_frees_the_slots(client: AsyncClient, worker: WorkerPro
         if seen == 30:
             break
     stream.cancel()
-    worker.wait_until_idle()
+    await asyncio.to_thread(worker.wait_until_idle)  # the gateway runs in this loop
 
 
 async def test_a_deadline_frees_the_slots(client: AsyncClient, worker: WorkerProcess) -> None:
@@ -99,7 +100,7 @@ async def test_a_deadline_frees_the_slots(client: AsyncClient, worker: WorkerPro
     with pytest.raises(DeadlineExceeded):
         async for _ in stream:
             pass
-    worker.wait_until_idle()
+    await asyncio.to_thread(worker.wait_until_idle)  # the gateway runs in this loop
 
 
 async def test_the_workers_ceiling_reaches_the_client(client: AsyncClient) -> None:

@@ -25,6 +25,7 @@ GATEWAY = (
     "aiosqlite",
     "argon2-cffi",
     "cryptography",
+    "greenlet",
     "grpcio-health-checking",
     "grpcio-reflection",
     "opentelemetry-api",

@@ -9,7 +9,7 @@ import typer
 
 #: Top-level packages by the extra that brings them.
 _EXTRAS = {
-    "client": ("grpc", "google", "rich"),
+    "client": ("grpc", "google", "pydantic", "rich"),
     "gateway": (
         "aiohttp",
         "aiosqlite",
@@ -18,7 +18,6 @@ _EXTRAS = {
         "grpc_health",
         "grpc_reflection",
         "opentelemetry",
-        "pydantic",
         "pydantic_settings",
         "sqlalchemy",
         "yaml",
