@@ -31,6 +31,13 @@ def create_request(
 ) -> Req:
     """AROUND `Scheduler._create_generation_req`: attach a `RequestCache`, or abort with a 400."""
     req = original(scheduler, recv_req, *args, **kwargs)
+    vocabulary = scheduler.model_config.vocab_size
+    if req.origin_input_ids and not 0 <= max(req.origin_input_ids) < vocabulary:
+        # Upstream looks the embedding up unchecked, and the IndexError ends the scheduler.
+        _abort(
+            req, f"input_ids: {max(req.origin_input_ids)} is no token; ids end at {vocabulary - 1}"
+        )
+        return req
     config = EngineConfig.from_env()
     custom = req.sampling_params.custom_params
     raw = custom.get(PARAMS_KEY) if isinstance(custom, dict) else None

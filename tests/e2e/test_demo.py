@@ -1,0 +1,94 @@
+"""`make demo` as a user runs it: outcome, exit status, Ctrl-C, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+
+class Marked:
+    """A process whose descendants can be found by an environment variable they inherit."""
+
+    def __init__(self, *command: str) -> None:
+        self.mark = f"VASE_TEST_MARK={uuid.uuid4().hex}"
+        name, value = self.mark.split("=")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", *command],
+            env=os.environ | {name: value, "PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def survivors(self) -> list[str]:
+        """Command lines of living processes that carry the mark."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                if self.mark.encode() in (folder / "environ").read_bytes():
+                    found.append((folder / "cmdline").read_text().replace("\0", " "))
+            except OSError:  # it ended meanwhile
+                continue
+        return found
+
+    def assert_no_survivors(self) -> None:
+        deadline = time.monotonic() + 10
+        while self.survivors() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert self.survivors() == []
+
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
+
+
+def test_demo(model: Path) -> None:
+    demo = Marked("vase_sgl.demo", "--max-new-tokens", "220")
+    output, _ = demo.process.communicate(timeout=280)
+    assert demo.process.returncode == 0, output
+    for expected in (
+        r"serving gRPC on 127\.0\.0\.1:\d+",
+        r"\[logical \d+ \| physical \d+ \| rounds 1 \| slots reserved 160 \| [0-9a-f]{16}\]",
+        r"rounds 3 \|",
+        r"220 tokens in .* 4 eviction rounds",
+        r"MATCH: 220 tokens and 4 eviction rounds compared",
+        r"reserved with the budget +│ 160 ",
+    ):
+        assert re.search(expected, output), f"{expected}\n{output}"
+    digests = re.findall(r"eviction digest, seed \d: ([0-9a-f]{16})", output)
+    assert len(set(digests)) == 2
+    demo.assert_no_survivors()
+
+
+def test_ctrl_c_while_streaming(model: Path) -> None:
+    demo = Marked("vase_sgl.demo")
+    assert demo.process.stdout is not None
+    for line in demo.process.stdout:
+        if "rounds 1 |" in line:
+            break
+    assert len(demo.survivors()) > 3
+    demo.process.send_signal(signal.SIGINT)
+    output, _ = demo.process.communicate(timeout=60)
+    assert demo.process.returncode == 130, output
+    assert "stopped; nothing is left running" in output
+    assert "Traceback" not in output
+    demo.assert_no_survivors()
+
+
+def test_serve_with_a_missing_model(tmp_path: Path) -> None:
+    serve = Marked(
+        *("vase_sgl.cli", "serve", "--model-path", str(tmp_path / "none"), "--grpc-port", "0"),
+        *("--insecure-no-auth", "--audit-url", f"sqlite+aiosqlite:///{tmp_path / 'a.sqlite3'}"),
+    )
+    output, _ = serve.process.communicate(timeout=60)
+    assert serve.process.returncode == 1
+    assert f"no model at {tmp_path / 'none'}" in output
+    assert "Traceback" not in output
+    serve.assert_no_survivors()
