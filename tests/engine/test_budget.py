@@ -236,3 +236,28 @@ class TestRefusals:
         assert answer.finish is not None and answer.finish["type"] == "abort"
         assert "prompt 395" in answer.finish["message"]
         assert "shorten the prompt" in answer.finish["message"]
+
+
+def test_beam_search_beside_a_budget(stepped: SteppedScheduler) -> None:
+    """A stock beam request brings rows that belong to no request; a budget leaves them alone."""
+    stepped.submit("alone", PROMPT, max_new_tokens=20, beam_width=3)
+    stepped.run()
+    beams = stepped.answers["alone"].finish
+    stepped.submit("budget", PROMPT, max_new_tokens=60, vase=BUDGET)
+    stepped.step()
+    stepped.submit("beside", PROMPT, max_new_tokens=20, beam_width=3)
+    stepped.run()
+    assert stepped.answers["beside"].finish == beams == {"type": "length", "length": 20}
+    assert len(stepped.answers["budget"].tokens) == 60
+
+
+def test_beam_search_with_a_budget_is_refused(stepped: SteppedScheduler) -> None:
+    answer = _answer(stepped, BUDGET, beam_width=2)
+    assert answer.finish is not None and "cannot be used with beam_width" in answer.finish["message"]
+
+
+def test_a_token_outside_the_vocabulary_is_refused(stepped: SteppedScheduler) -> None:
+    """Upstream's scheduler ends with an IndexError on it."""
+    answer = _answer(stepped, None, prompt=[5, 10**6])
+    assert answer.finish is not None and answer.finish["status_code"] == 400
+    assert "1000000 is no token; ids end at 255" in answer.finish["message"]

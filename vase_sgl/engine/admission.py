@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from sglang.srt.beam_search.batch_tail import num_beam_member_rows
 from sglang.srt.managers import schedule_policy
 from sglang.srt.managers.schedule_policy import PrefillAdder
 
@@ -58,6 +59,7 @@ def create_request(
 def _refuse_unsupported(recv_req: Any) -> None:
     """Per-request features that read the KV row by logical length, or keep it after the end."""
     unsupported = {
+        "beam_width": (recv_req.sampling_params.beam_width or 1) > 1,
         "session_params": recv_req.session_params is not None,
         "return_routed_experts": bool(recv_req.return_routed_experts),
         "return_indexer_topk": bool(recv_req.return_indexer_topk),
@@ -69,9 +71,9 @@ def _refuse_unsupported(recv_req: Any) -> None:
 
 
 def _abort(req: Req, message: str) -> None:
-    """Answer with a 400. Without output to wait for: upstream still admits the request once."""
+    """Answer with a 400. Upstream still admits the request once, so it must fit any pool."""
     req.set_finish_with_abort(message)
-    req.sampling_params.max_new_tokens = req.sampling_params.min_new_tokens = 0
+    req.sampling_params.max_new_tokens, req.sampling_params.min_new_tokens = 1, 0
 
 
 def bound_max_new_tokens(original: Callable[..., None], scheduler: Scheduler, req: Req) -> None:
@@ -164,7 +166,7 @@ def decode_slots_needed(
         return original(batch, selected_indices)
     indices = range(len(batch.reqs)) if selected_indices is None else selected_indices
     lengths = batch.seq_lens_cpu.tolist()
-    needed = 0
+    needed = num_beam_member_rows([batch.reqs[index] for index in indices])
     for index in indices:
         req = batch.reqs[index]
         cache = evicting_cache_of(req)

@@ -24,7 +24,8 @@ def check_batch(scheduler: Any, batch: Any) -> None:
     pool = BudgetPool.of(batch.req_to_token_pool)
     rows = batch.req_to_token_pool.req_to_token
     owned: list[torch.Tensor] = []
-    for req, length in zip(batch.reqs, batch.seq_lens_cpu.tolist(), strict=True):
+    # Rows beyond the requests are members of beam groups.
+    for req, length in zip(batch.reqs, batch.seq_lens_cpu.tolist(), strict=False):
         if req.finished():
             continue  # its slots have been given back
         allocated = req.kv.kv_allocated_len

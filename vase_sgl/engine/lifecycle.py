@@ -87,11 +87,17 @@ def _plan_round(
 
 
 def _grow(batch: ScheduleBatch, lengths: list[int]) -> None:
+    """One more slot for every row that has none for its next token.
+
+    Rows beyond the requests are members of beam groups; they always grow.
+    """
     growing = [i for i, req in enumerate(batch.reqs) if lengths[i] >= req.kv.kv_allocated_len]
-    if not growing:
+    members = range(len(batch.reqs), len(lengths))
+    if not growing and not members:
         return
-    slots = alloc_token_slots(batch.tree_cache, len(growing))
-    index = torch.tensor(growing, device=batch.req_pool_indices.device)
+    rows = [*growing, *members]
+    slots = alloc_token_slots(batch.tree_cache, len(rows))
+    index = torch.tensor(rows, device=batch.req_pool_indices.device)
     batch.req_to_token_pool.write(
         (batch.req_pool_indices[index], batch.seq_lens[index]), slots.to(torch.int32)
     )
