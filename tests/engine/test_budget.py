@@ -253,7 +253,9 @@ def test_beam_search_beside_a_budget(stepped: SteppedScheduler) -> None:
 
 def test_beam_search_with_a_budget_is_refused(stepped: SteppedScheduler) -> None:
     answer = _answer(stepped, BUDGET, beam_width=2)
-    assert answer.finish is not None and "cannot be used with beam_width" in answer.finish["message"]
+    assert (
+        answer.finish is not None and "cannot be used with beam_width" in answer.finish["message"]
+    )
 
 
 def test_a_token_outside_the_vocabulary_is_refused(stepped: SteppedScheduler) -> None:

@@ -131,8 +131,13 @@ def _signal_group(process: asyncio.subprocess.Process, number: signal.Signals) -
 
 
 def worker_command(model_path: str, args: Sequence[str]) -> list[str]:
-    """The command of the embedded worker, without host and port."""
-    return [sys.executable, "-m", "vase_sgl.cli", "worker", "--model-path", model_path, *args]
+    """The command of the embedded worker, without host and port.
+
+    Its stream carries what is new: with the whole output in every event, a long answer would cost
+    the square of its length.
+    """
+    worker = [sys.executable, "-m", "vase_sgl.cli", "worker"]
+    return [*worker, "--model-path", model_path, "--incremental-streaming-output", *args]
 
 
 def _free_port() -> int:

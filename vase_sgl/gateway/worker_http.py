@@ -53,7 +53,7 @@ class HttpWorker:
             "stream": True,
             "sampling_params": sampling,
         }
-        finished = False
+        finished, output = False, _Output()
         try:
             # No total timeout: how long an answer takes is the client's deadline to decide.
             timeout = aiohttp.ClientTimeout(
@@ -66,7 +66,7 @@ class HttpWorker:
                 async for event in events(response.content.iter_any()):
                     if event == b"[DONE]":
                         break
-                    chunk = _chunk(json.loads(event))
+                    chunk = output.add(json.loads(event))
                     finished = chunk.finish is not None
                     yield chunk
         except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, TypeError) as error:
@@ -160,26 +160,49 @@ class HttpWorker:
         return self._session
 
 
-def _chunk(event: Mapping[str, Any]) -> WorkerChunk:
-    """One /generate event. Raises `InvalidRequest` or `WorkerUnavailable` for an error event."""
-    if "error" in event:
-        message = _error_message(event)
-        code = event["error"].get("code") if isinstance(event["error"], Mapping) else None
-        if code in (None, 400, 422):
-            raise InvalidRequest(f"the worker refused the request: {message}")
-        raise WorkerUnavailable(f"the worker gave up: {message}")
-    meta = event["meta_info"]
-    finish = meta.get("finish_reason")
-    vase = meta.get("vase")
-    return WorkerChunk(
-        text=event["text"],
-        token_ids=tuple(event["output_ids"]),
-        cache=None if vase is None else _cache(vase),
-        finish=None
-        if finish is None
-        else Finish(finish["type"], finish.get("message") or "", finish.get("status_code")),
-        round_digests=() if vase is None else tuple(vase.get("round_digests", ())),
-    )
+class _Output:
+    """The output of one generation so far. `add` mutates it.
+
+    SGLang streams either all of the output with every event or, under
+    `--incremental-streaming-output`, what is new; `completion_tokens` tells which.
+    """
+
+    def __init__(self) -> None:
+        self._text = ""
+        self._token_ids: list[int] = []
+
+    def add(self, event: Mapping[str, Any]) -> WorkerChunk:
+        """One /generate event. Raises `InvalidRequest` or `WorkerUnavailable` for an error."""
+        _raise_for_error(event)
+        meta, text, token_ids = event["meta_info"], event["text"], event["output_ids"]
+        if len(token_ids) == meta["completion_tokens"]:
+            self._text, self._token_ids = text, list(token_ids)
+        else:
+            self._text += text
+            self._token_ids += token_ids
+        if len(self._token_ids) != meta["completion_tokens"]:
+            raise WorkerUnavailable("the worker's stream lost output; try again")
+        finish = meta.get("finish_reason")
+        vase = meta.get("vase")
+        return WorkerChunk(
+            text=self._text,
+            token_ids=tuple(self._token_ids),
+            cache=None if vase is None else _cache(vase),
+            finish=None
+            if finish is None
+            else Finish(finish["type"], finish.get("message") or "", finish.get("status_code")),
+            round_digests=() if vase is None else tuple(vase.get("round_digests", ())),
+        )
+
+
+def _raise_for_error(event: Mapping[str, Any]) -> None:
+    if "error" not in event:
+        return
+    message = _error_message(event)
+    code = event["error"].get("code") if isinstance(event["error"], Mapping) else None
+    if code in (None, 400, 422):
+        raise InvalidRequest(f"the worker refused the request: {message}")
+    raise WorkerUnavailable(f"the worker gave up: {message}")
 
 
 def _cache(vase: Mapping[str, Any]) -> CacheStats:
