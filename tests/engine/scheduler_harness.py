@@ -38,6 +38,8 @@ class _Collector:
         self.answers: dict[str, Answer] = {}
 
     def send_output(self, output: Any, *_: Any) -> None:
+        if isinstance(output, AbortReq):
+            self.answers.setdefault(output.rid, Answer()).finish = output.finished_reason
         if not hasattr(output, "output_ids"):
             return
         info = unwrap_from_pickle(output.customized_info) if output.customized_info else {}

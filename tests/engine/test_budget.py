@@ -140,18 +140,44 @@ def test_a_full_pool_of_saturated_budgets_retracts_nobody(stepped: SteppedSchedu
 
 
 def test_full_kv_neighbours_are_retracted_first_and_budgets_never(
-    stepped: SteppedScheduler,
+    stepped: SteppedScheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Unbudgeted requests outgrow the pool (their estimate is optimistic); budgets run on."""
+    """Unbudgeted requests, admitted on an optimistic estimate, outgrow the pool; budgets run on."""
+    ratio = stepped.scheduler.new_token_ratio_tracker
+    monkeypatch.setattr(ratio, "current", 0.0)
+    monkeypatch.setattr(ratio, "min", 0.0)
     for index in range(3):
         vase = {"budget": 40, "window": 8, "policy": "random", "seed": index}
         stepped.submit(f"budget{index}", PROMPT, max_new_tokens=400, vase=vase)
     for index in range(5):
         stepped.submit(f"stock{index}", PROMPT, max_new_tokens=150, ignore_eos=False)
-    stepped.run()
+    retracted: set[str] = set()
+    while not stepped.idle:
+        stepped.step()
+        waiting = stepped.scheduler.waiting_queue
+        retracted |= {req.rid for req in waiting if req.retraction_count}
+    assert retracted and all(rid.startswith("stock") for rid in retracted)
     for index in range(3):
         answer = stepped.answers[f"budget{index}"]
         assert len(answer.tokens) == 400 and answer.finish == {"type": "length", "length": 400}
+
+
+def test_a_budgeted_request_is_never_restarted(
+    stepped: SteppedScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Were one retracted all the same, a new prefill would rebuild another cache: it ends, 503."""
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+
+    for name in ("first", "second"):
+        stepped.submit(name, PROMPT, max_new_tokens=60, vase=BUDGET)
+    for _ in range(15):
+        stepped.step()
+    checks = iter([False])  # no room once, whatever the pool says
+    monkeypatch.setattr(ScheduleBatch, "check_decode_mem", lambda *_, **__: next(checks, True))
+    stepped.run()
+    finishes = [stepped.answers[name].finish or {} for name in ("first", "second")]
+    assert sorted(finish["type"] for finish in finishes) == ["abort", "length"]
+    assert [f["status_code"] for f in finishes if f["type"] == "abort"] == [503]
 
 
 def test_stock_requests_are_untouched_by_budgeted_neighbours(stepped: SteppedScheduler) -> None:

@@ -29,7 +29,8 @@ def main() -> int:
     parser.add_argument("--max-new-tokens", type=int, default=512)
     options = parser.parse_args()
     console = Console(highlight=False)
-    signal.signal(signal.SIGTERM, _interrupt)  # stop in order, like Ctrl-C
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     try:
         with tempfile.TemporaryDirectory(prefix="vase-sgl-demo-") as folder:
             return _run(console, ensure_model(), Path(folder), options.max_new_tokens)
@@ -41,8 +42,20 @@ def main() -> int:
         return 1
 
 
+_interrupted = False
+
+
 def _interrupt(*_: object) -> None:
+    """Stop in order. The exception may be raised, and lost, in a callback of gRPC: so the loops
+    look at the flag as well."""
+    global _interrupted
+    _interrupted = True
     raise KeyboardInterrupt
+
+
+def _raise_if_interrupted() -> None:
+    if _interrupted:
+        raise KeyboardInterrupt
 
 
 def _run(console: Console, model: Path, folder: Path, max_new_tokens: int) -> int:
@@ -76,6 +89,7 @@ def _generate(console: Console, client: Client, *, seed: int, max_new_tokens: in
     with stream, RoundView(console) as view:
         chunks = []
         for chunk in stream:
+            _raise_if_interrupted()
             view.add(chunk)
             chunks.append(chunk)
     result = stream.result
@@ -96,6 +110,7 @@ def _replay(console: Console, client: Client, record_id: str) -> bool:
     replay = client.replay(record_id)
     with console.status("running it again") as status:
         for step in replay:
+            _raise_if_interrupted()
             status.update(
                 f"{step.tokens_compared}/{step.tokens_total} tokens and "
                 f"{step.rounds_compared}/{step.rounds_total} rounds are equal"
