@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from pathlib import Path
 
 from sqlalchemy import event, func, insert, select
@@ -118,13 +119,14 @@ class AuditStore:
     async def verify(self, tenant: str) -> str | None:
         """Where the tenant's chain is broken and how; None if it is whole."""
         check = ChainCheck()
-        async for stored in self._chain(tenant):
-            problem = check.add(stored)
-            if problem is not None:
-                return problem
+        async with aclosing(self._chain(tenant)) as chain:
+            async for stored in chain:
+                problem = check.add(stored)
+                if problem is not None:
+                    return problem
         return None
 
-    async def _chain(self, tenant: str) -> AsyncIterator[StoredRecord]:
+    async def _chain(self, tenant: str) -> AsyncGenerator[StoredRecord, None]:
         last = 0
         async with self._engine.connect() as connection:
             while True:
