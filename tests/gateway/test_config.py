@@ -67,3 +67,16 @@ def test_what_is_wrong_is_named(tmp_path: Path, text: str, problem: str) -> None
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot read configuration"):
         load_config(tmp_path / "none.yaml")
+
+
+def test_the_documented_example_shows_every_key_with_its_default() -> None:
+    example = Path(__file__).parents[2] / "docs" / "serve.example.yaml"
+    config = load_config(example)
+    defaults = load_config(overrides={"worker": {"model_path": "Qwen/Qwen3-8B"}})
+    assert config.model_dump() == defaults.model_dump()
+    text = example.read_text()
+    for section in ("worker", "listen", "grpc", "audit"):
+        for key in type(getattr(config, section)).model_fields:
+            assert f"{key}:" in text, f"{section}.{key}"
+    for key in type(config).model_fields:
+        assert f"{key}:" in text, key
