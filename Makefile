@@ -43,8 +43,8 @@ demo: model ## Serve a real model with a fixed KV budget, stream, replay, compar
 	@$(BIN)/python -m vase_sgl.demo
 
 .PHONY: test
-test: model ## Run the default test suite
-	@$(BIN)/python -m pytest
+test: model ## Run the default test suite (two processes, about 7 minutes)
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .PHONY: lint
 lint: $(READY) ## ruff, mypy --strict, buf lint

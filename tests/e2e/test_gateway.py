@@ -14,6 +14,8 @@ from vase_sgl.client import AsyncClient, DeadlineExceeded, InvalidRequest, Messa
 from vase_sgl.gateway.config import load_config
 from vase_sgl.gateway.server import Gateway
 
+pytestmark = pytest.mark.xdist_group("worker")  # shares one worker process
+
 PROMPT = [Message(role="user", content="Tell me about the sea.")]
 
 

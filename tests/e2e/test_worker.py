@@ -14,6 +14,8 @@ import pytest
 from tests.e2e.worker_process import TOTAL_SLOTS, WorkerProcess, body
 from vase_sgl.demo.model import MODEL_NAME
 
+pytestmark = pytest.mark.xdist_group("worker")  # shares one worker process
+
 PROMPT = "<|im_start|>user\nTell me about the sea.<|im_end|>\n<|im_start|>assistant\n"
 BUDGET: dict[str, Any] = {
     "budget": 48,
