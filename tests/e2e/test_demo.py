@@ -17,7 +17,7 @@ import pytest
 class Marked:
     """A process whose descendants can be found by an environment variable they inherit."""
 
-    def __init__(self, *command: str) -> None:
+    def __init__(self, *command: str, folder: Path | None = None) -> None:
         self.mark = f"VASE_TEST_MARK={uuid.uuid4().hex}"
         name, value = self.mark.split("=")
         self.process = subprocess.Popen(
@@ -26,6 +26,7 @@ class Marked:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            cwd=folder,
         )
 
     def survivors(self) -> list[str]:
@@ -88,7 +89,8 @@ def test_ctrl_c_while_streaming(model: Path) -> None:
 def test_serve_with_a_missing_model(tmp_path: Path) -> None:
     serve = Marked(
         *("vase_sgl.cli", "serve", "--model-path", str(tmp_path / "none"), "--grpc-port", "0"),
-        *("--insecure-no-auth", "--audit-url", f"sqlite+aiosqlite:///{tmp_path / 'a.sqlite3'}"),
+        "--insecure-no-auth",
+        folder=tmp_path,  # records and log go below the working directory
     )
     output, _ = serve.process.communicate(timeout=60)
     assert serve.process.returncode == 1
