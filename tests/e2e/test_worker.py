@@ -84,6 +84,15 @@ def test_wrong_parameters_are_a_400(worker: WorkerProcess, vase: Any, text: str)
     assert worker.http.get("/health").status_code == 200
 
 
+def test_an_empty_prompt_is_a_400(worker: WorkerProcess) -> None:
+    """Unchecked, it ends SGLang's scheduler and the server with it."""
+    with pytest.raises(httpx.HTTPStatusError) as error:
+        worker.generate("", vase=BUDGET, new=5)
+    assert error.value.response.status_code == 400
+    assert "the prompt is empty" in error.value.response.text
+    assert worker.http.get("/health").status_code == 200
+
+
 def test_openai_client_with_a_budget(worker: WorkerProcess) -> None:
     before = worker.state()
     client = openai.OpenAI(base_url=f"{worker.url}/v1", api_key="none", max_retries=0)

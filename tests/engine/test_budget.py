@@ -284,8 +284,21 @@ def test_beam_search_with_a_budget_is_refused(stepped: SteppedScheduler) -> None
     )
 
 
-def test_a_token_outside_the_vocabulary_is_refused(stepped: SteppedScheduler) -> None:
-    """Upstream's scheduler ends with an IndexError on it."""
-    answer = _answer(stepped, None, prompt=[5, 10**6])
-    assert answer.finish is not None and answer.finish["status_code"] == 400
-    assert "1000000 is no token; ids end at 255" in answer.finish["message"]
+@pytest.mark.parametrize("vase", [None, BUDGET], ids=["stock", "budget"])
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ([5, 10**6], "1000000 is no token; ids are from 0 to 255"),
+        ([5, -3], "-3 is no token"),
+        ([], "the prompt is empty"),
+    ],
+    ids=["beyond the vocabulary", "negative", "empty"],
+)
+def test_a_prompt_that_would_end_the_scheduler_is_refused(
+    stepped: SteppedScheduler, prompt: list[int], text: str, vase: dict[str, Any] | None
+) -> None:
+    stepped.submit("bad", prompt, max_new_tokens=5, vase=vase)
+    stepped.run()
+    finish = stepped.answers["bad"].finish
+    assert finish is not None and finish["status_code"] == 400
+    assert text in finish["message"]

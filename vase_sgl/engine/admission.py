@@ -32,12 +32,8 @@ def create_request(
 ) -> Req:
     """AROUND `Scheduler._create_generation_req`: attach a `RequestCache`, or abort with a 400."""
     req = original(scheduler, recv_req, *args, **kwargs)
-    vocabulary = scheduler.model_config.vocab_size
-    if req.origin_input_ids and not 0 <= max(req.origin_input_ids) < vocabulary:
-        # Upstream looks the embedding up unchecked, and the IndexError ends the scheduler.
-        _abort(
-            req, f"input_ids: {max(req.origin_input_ids)} is no token; ids end at {vocabulary - 1}"
-        )
+    if (problem := _prompt_problem(req, recv_req, scheduler.model_config.vocab_size)) is not None:
+        _abort(req, problem)
         return req
     config = EngineConfig.from_env()
     custom = req.sampling_params.custom_params
@@ -54,6 +50,17 @@ def create_request(
         return req
     attach(req, RequestCache.start(params, len(req.origin_input_ids)))
     return req
+
+
+def _prompt_problem(req: Req, recv_req: Any, vocabulary: int) -> str | None:
+    """Why the prompt cannot run; upstream does not check, and its scheduler ends on the error."""
+    ids = req.origin_input_ids
+    if not ids and recv_req.input_embeds is None:
+        return "the prompt is empty; send at least one token"
+    for token in (min(ids), max(ids)):
+        if not 0 <= token < vocabulary:
+            return f"input_ids: {token} is no token; ids are from 0 to {vocabulary - 1}"
+    return None
 
 
 def _refuse_unsupported(recv_req: Any) -> None:
