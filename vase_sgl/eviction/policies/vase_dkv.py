@@ -18,4 +18,4 @@ class VaseDKV(SinkPolicy):
 
     def validate(self, budget: int, window: int) -> None:
         super().validate(budget, window)
-        require_int("projection_dim", self.projection_dim, 1, 256)
+        require_int("projection_dim", self.projection_dim, 1, 32)

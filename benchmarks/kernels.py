@@ -1,0 +1,303 @@
+"""Time of one eviction round: the kernels, the torch reference, and a gather of the whole cache.
+
+    python benchmarks/kernels.py --check [--json results.json]
+
+Shapes are Qwen3-14B's: 40 layers, 8 KV heads, groups of 5, head_dim 128, bfloat16, window 64. A
+round is in steady state: budget + window rows become budget rows. `floor` is the time in which
+the bytes that must move could be copied at the copy bandwidth measured on this device; the share
+is floor / time. Without a GPU only the torch reference runs, on one layer and one request.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton  # type: ignore[import-untyped]
+from torch import Tensor
+from vase_kernels.evict import PoolView, evict
+from vase_kernels.reference import Candidates, evict_reference, select_victims_batched
+from vase_kernels.requests import DueRequest, pack
+from vase_kernels.workspace import Maxima, Workspace
+
+POLICIES = ("vase-attnv", "vase-dkv", "random", "streaming")
+#: The interpreter counts as a device for the kernels, to try this file on tiny shapes.
+RUNS_KERNELS = torch.cuda.is_available() or triton.knobs.runtime.interpret
+#: The comparison needs all of a layer's scores at once; larger cases would not say more.
+MAX_COMPARED_ROWS = 40_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    layers: int
+    kv_heads: int
+    group: int
+    head_dim: int
+    window: int
+    budget: int
+    requests: int
+
+    @property
+    def columns(self) -> int:
+        return self.budget + self.window
+
+    @property
+    def pool_bytes(self) -> int:
+        rows = self.requests * self.columns * self.layers * self.kv_heads
+        return 2 * rows * self.head_dim * 2
+
+    def floor_bytes(self, policy: str) -> int:
+        """Candidates read once by the vase policies, window rows moved, keys and positions."""
+        row = self.head_dim * 2
+        scored = 2 * self.budget * row if policy.startswith("vase") else 0
+        moved = 4 * self.window * row
+        columns = 8 * self.budget
+        return self.requests * self.layers * self.kv_heads * (scored + moved + columns)
+
+
+class Case:
+    """A filled pool in its second round, and the ways to carry out that round."""
+
+    def __init__(self, shape: Shape, policy: str, device: torch.device) -> None:
+        self.shape, self.policy = shape, policy
+        n, columns = shape.requests, shape.columns
+        slots = torch.randperm(n * columns, device=device).to(torch.int32)
+        self.req_to_token = slots.view(n, columns)
+        rows = (n * columns, shape.kv_heads, shape.head_dim)
+        self.k, self.v = (
+            [torch.randn(rows, device=device, dtype=torch.bfloat16) for _ in range(shape.layers)]
+            for _ in range(2)
+        )
+        self.positions = torch.zeros(
+            shape.layers, n * columns, shape.kv_heads, dtype=torch.int32, device=device
+        )
+        order = torch.arange(columns, dtype=torch.int32, device=device)
+        self.positions[:, self.req_to_token.long()] = order[None, None, :, None]
+        self.ring = torch.randn(
+            shape.layers,
+            n,
+            shape.window,
+            shape.kv_heads * shape.group,
+            shape.head_dim,
+            device=device,
+            dtype=torch.bfloat16,
+        )
+        requests = [
+            DueRequest(
+                row=i,
+                length=columns,
+                budget=shape.budget,
+                window=shape.window,
+                round=2,
+                logical_length=columns,
+                seed=i,
+                num_protected=shape.budget // 4,
+            )
+            for i in range(n)
+        ]
+        self.requests = requests
+        self.table = pack(requests, n).to(device)
+
+    def kernels(self) -> Callable[[], Tensor]:
+        shape = self.shape
+        view = PoolView.of(self.k, self.v, self.positions, self.req_to_token)
+        maxima = Maxima(shape.requests, shape.columns, shape.budget, shape.window, shape.group)
+        workspace = Workspace(
+            maxima, layers=shape.layers, kv_heads=shape.kv_heads, device=self.table.device
+        )
+        return lambda: evict(self.policy, view, self.table, self.ring, workspace).round_sums
+
+    def reference(self) -> Callable[[], Tensor]:
+        """`evict_reference` on the same device."""
+        return lambda: (
+            evict_reference(
+                self.policy,
+                self.k,
+                self.v,
+                self.positions,
+                self.req_to_token,
+                self._queries(),
+                budget=self.shape.budget,
+                window=self.shape.window,
+                **self._counters(),
+            ).round_sums
+        )
+
+    def gather_all(self) -> Callable[[], Tensor]:
+        """Score alike, then gather every kept row and copy it back, as VaSE's own code does."""
+
+        def step() -> Tensor:
+            shape, n = self.shape, self.shape.requests
+            slots, queries, counters = self.req_to_token.long(), self._queries(), self._counters()
+            older = slots[:, : shape.budget]
+            heads = torch.arange(shape.kv_heads, device=slots.device)
+            victims = slots
+            for layer in range(shape.layers):
+                k, v = (x[layer][older].transpose(1, 2) for x in (self.k, self.v))
+                candidates = Candidates(
+                    keys=(k,),
+                    values=(v,),
+                    queries=queries[:, layer, None],
+                    positions=self.positions[layer][older].transpose(1, 2)[:, None].long(),
+                    seed=counters["seeds"],
+                    round=counters["rounds"],
+                    layers=torch.tensor([layer], device=slots.device),
+                    heads=heads,
+                )
+                victims = select_victims_batched(
+                    self.policy, candidates, shape.window, budget=shape.budget
+                )
+                gone = torch.zeros(
+                    n, shape.kv_heads, shape.columns, dtype=torch.bool, device=slots.device
+                ).scatter_(-1, victims[:, 0], True)
+                kept = gone.to(torch.uint8).argsort(dim=-1, stable=True)[..., : shape.budget]
+                source = slots[:, None].expand_as(gone).gather(-1, kept)
+                for buffer in (self.k[layer], self.v[layer]):
+                    rows = buffer[source, heads[None, :, None]]
+                    buffer[older] = rows.transpose(1, 2)
+            return victims
+
+        return step
+
+    def _queries(self) -> Tensor:
+        return self.ring.permute(1, 0, 3, 2, 4)
+
+    def _counters(self) -> dict[str, Any]:
+        """Columns of the table by the reference's names."""
+        names = {"rounds": "round", "logical_lengths": "logical_length", "seeds": "seed"}
+        device = self.table.device
+        return {
+            name: torch.tensor([getattr(r, field) for r in self.requests], device=device)
+            for name, field in names.items()
+        }
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def seconds(step: Callable[[], Any], repeats: int) -> float:
+    """Median time of a call, after one to warm up."""
+    step()
+    times = []
+    for _ in range(repeats):
+        synchronize()
+        started = time.perf_counter()
+        step()
+        synchronize()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes read and written per second by a large copy."""
+    source = torch.empty(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8)
+    source = source.to(device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / seconds(lambda: target.copy_(source), 10)
+
+
+def measure(case: Case, repeats: int, bandwidth: float) -> dict[str, Any]:
+    shape, policy = case.shape, case.policy
+    floor = shape.floor_bytes(policy)
+    out: dict[str, Any] = {
+        "policy": policy,
+        **dataclasses.asdict(shape),
+        "floor_bytes": floor,
+        "floor_ms": floor / bandwidth * 1e3,
+    }
+    if RUNS_KERNELS:
+        elapsed = seconds(case.kernels(), repeats)
+        out["kernels_ms"] = elapsed * 1e3
+        out["gb_per_s"] = floor / elapsed / 1e9
+        out["share_of_floor"] = floor / bandwidth / elapsed
+    if shape.requests * shape.columns <= MAX_COMPARED_ROWS:
+        out["reference_ms"] = seconds(case.reference(), max(1, repeats // 10)) * 1e3
+        if RUNS_KERNELS:
+            out["gather_all_ms"] = seconds(case.gather_all(), max(1, repeats // 10)) * 1e3
+    return out
+
+
+def check(device: torch.device) -> None:
+    """Kernels and reference forget the same tokens, on a small pool; `SystemExit` if not."""
+    shape = Shape(2, 2, 5, 128, 16, 128, 2)
+    for policy in POLICIES:
+        case = Case(shape, policy, device)
+        k, v = ([x.clone() for x in side] for side in (case.k, case.v))
+        positions = case.positions.clone()
+        expected = case.reference()()
+        case.k, case.v, case.positions = k, v, positions
+        if not torch.equal(case.kernels()(), expected):
+            raise SystemExit(f"{policy}: digests of kernels and reference differ")
+    print("check: kernels and reference forget the same tokens")
+
+
+def shapes(args: argparse.Namespace) -> Iterator[Shape]:
+    """Cases that fit the device."""
+    base = Shape(args.layers, 8, 5, 128, 64, 0, 0)
+    for budget, requests in itertools.product(args.budgets, args.requests):
+        shape = dataclasses.replace(base, budget=budget, requests=requests)
+        if torch.cuda.is_available():
+            free, _ = torch.cuda.mem_get_info()
+            if shape.pool_bytes * 1.3 > free:
+                print(f"B {budget}, {requests} requests: pool does not fit", file=sys.stderr)
+                continue
+        yield shape
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
+    return {
+        "command": " ".join(sys.argv),
+        "device": name or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": triton.__version__,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--check", action="store_true", help="compare results before timing")
+    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--layers", type=int, default=40 if gpu else 1)
+    parser.add_argument("--budgets", type=int, nargs="+", default=[2048, 4096, 8192])
+    parser.add_argument("--requests", type=int, nargs="+", default=[1, 4, 16, 64] if gpu else [1])
+    parser.add_argument("--repeats", type=int, default=30 if gpu else 3)
+    args = parser.parse_args()
+
+    device = torch.device("cuda" if gpu else "cpu")
+    torch.manual_seed(0)
+    if not gpu:
+        print("no GPU: times below are the torch reference's on this CPU, not the kernels'")
+    if args.check and RUNS_KERNELS:
+        check(device)
+    bandwidth = copy_bandwidth(device)
+    print(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s")
+    results = []
+    for policy, shape in itertools.product(POLICIES, shapes(args)):
+        row = measure(Case(shape, policy, device), args.repeats, bandwidth)
+        results.append(row)
+        numbers = (f"{k} {x:.3g}" for k, x in row.items() if isinstance(x, float))
+        print(f"{policy:11} B {shape.budget:5} due {shape.requests:3}", *numbers, flush=True)
+    if args.json:
+        report = {**machine(device), "copy_bytes_per_s": bandwidth, "results": results}
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""The table of due requests, and how a kernel reads one request's fields and token positions."""
+
+# mypy: disable-error-code="import-untyped,no-untyped-def,no-any-return,misc,untyped-decorator"
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+#: Columns a block of vase-dkv's Gaussian has.
+MAX_PROJECTION = 32
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DueRequest:
+    """One request of a round; its fields are the columns of the table, in this order.
+
+    row : index into `req_to_token`, and into the query ring
+    length : columns it holds, at least `budget + window`
+    budget, window : tokens kept, window included; recent tokens that are never evicted
+    round : counted from 1; in round 1 the token-position store need not be written before
+    logical_length : tokens seen so far
+    seed : eviction seed in [0, 2**63)
+    num_sinks : token positions below it are never evicted
+    num_protected : vase-attnv; candidates kept for their range, int(budget * protected_share)
+    pool_width : vase-attnv; odd
+    projection_dim : vase-dkv; columns of the Gaussian, at most `MAX_PROJECTION`
+    """
+
+    row: int
+    length: int
+    budget: int
+    window: int
+    round: int
+    logical_length: int
+    seed: int
+    num_sinks: int = 4
+    num_protected: int = 0
+    pool_width: int = 5
+    projection_dim: int = 20
+
+    def __post_init__(self) -> None:
+        if not 0 < self.window < self.budget or self.length < self.budget + self.window:
+            raise ValueError(
+                f"need 0 < window < budget and budget + window rows, got window {self.window}, "
+                f"budget {self.budget}, {self.length} rows"
+            )
+        # Sinks rank first among the protected, so the larger number covers both.
+        evictable = self.length - self.window - max(self.num_sinks, self.num_protected)
+        if self.length - self.budget > evictable:
+            raise ValueError(
+                f"{self.length - self.budget} victims are more than the {evictable} candidates "
+                "that may go"
+            )
+        if self.pool_width % 2 == 0:
+            raise ValueError(f"pool_width must be odd, got {self.pool_width}")
+        if not 0 < self.projection_dim <= MAX_PROJECTION:
+            raise ValueError(f"projection_dim {self.projection_dim} is not in [1, 32]")
+
+
+TABLE_WIDTH = tl.constexpr(len(dataclasses.fields(DueRequest)))
+ROW = tl.constexpr(0)
+LENGTH = tl.constexpr(1)
+BUDGET = tl.constexpr(2)
+WINDOW = tl.constexpr(3)
+ROUND = tl.constexpr(4)
+LOGICAL_LENGTH = tl.constexpr(5)
+SEED = tl.constexpr(6)
+NUM_SINKS = tl.constexpr(7)
+NUM_PROTECTED = tl.constexpr(8)
+POOL_WIDTH = tl.constexpr(9)
+PROJECTION_DIM = tl.constexpr(10)
+
+
+def pack(requests: Sequence[DueRequest], max_requests: int) -> Tensor:
+    """The table of a batch on the CPU: int64 [max_requests, 11].
+
+    A row of zeros is no request: programs of rows with length 0 return at once. So the table has
+    one shape for every batch, and copying it over a table on the GPU is all a captured graph
+    needs to run another batch.
+    """
+    if len(requests) > max_requests:
+        raise ValueError(f"{len(requests)} requests do not fit a table of {max_requests}")
+    table = torch.zeros(max_requests, TABLE_WIDTH.value, dtype=torch.int64)
+    if requests:
+        table[: len(requests)] = torch.tensor([dataclasses.astuple(r) for r in requests])
+    return table
+
+
+@triton.jit
+def field(requests, n, NAME: tl.constexpr):
+    """One field of request `n`: an int64 scalar."""
+    return tl.load(requests + n * TABLE_WIDTH + NAME)
+
+
+@triton.jit
+def slots_of(columns, mask, requests, n, req_to_token, context):
+    """Slots int64 of a request's columns; 0 where masked out."""
+    row = field(requests, n, ROW)
+    return tl.load(req_to_token + row * context + columns, mask=mask, other=0).to(tl.int64)
+
+
+@triton.jit
+def positions_of(
+    columns,
+    mask,
+    requests,
+    n,
+    layer,
+    head,
+    req_to_token,
+    context,
+    store,
+    num_slots,
+    HEADS: tl.constexpr,
+):
+    """Token positions int32 of a request's columns in one layer and head.
+
+    Columns below the budget are looked up in `store` [layers, num_slots, HEADS] from the second
+    round on; every other row still lies where it was appended.
+    """
+    unmoved = columns + (field(requests, n, LOGICAL_LENGTH) - field(requests, n, LENGTH))
+    stored = mask & (columns < field(requests, n, BUDGET)) & (field(requests, n, ROUND) != 1)
+    slots = slots_of(columns, stored, requests, n, req_to_token, context)
+    kept = tl.load(store + (layer * num_slots + slots) * HEADS + head, mask=stored, other=0)
+    return tl.where(stored, kept, unmoved.to(tl.int32))

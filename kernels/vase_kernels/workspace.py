@@ -1,0 +1,64 @@
+"""Scratch of the eviction kernels, allocated once."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Maxima:
+    """The largest batch a workspace serves; grids and scratch have these sizes always.
+
+    requests : due in one call
+    columns : tokens of one request's row, so prompt + window for a first round
+    budget : kept tokens
+    window, group : queries of a window; query heads of a KV head
+    """
+
+    requests: int
+    columns: int
+    budget: int
+    window: int = 64
+    group: int = 1
+
+
+class Workspace:
+    """Scratch for `evict`, whose content before a call does not matter.
+
+    Bytes: about (8 * columns + 12 * budget + 8 * window * group) per request, layer and KV head.
+    One call at a time: calls that share a workspace must be on one stream.
+
+    round_sums : int64 [requests], faults : int32 [requests]
+        What the last call reported.
+    """
+
+    def __init__(
+        self, maxima: Maxima, *, layers: int, kv_heads: int, device: torch.device | str
+    ) -> None:
+        self.maxima = maxima
+        self.layers, self.kv_heads = layers, kv_heads
+        places = (maxima.requests, layers * kv_heads)
+
+        def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        self.order = empty(*places, maxima.columns, dtype=torch.int32)
+        self.weights = empty(*places, maxima.columns, dtype=torch.float32)
+        self.stats = empty(*places, 2, maxima.window * maxima.group, dtype=torch.float32)
+        self.edges = empty(*places, dtype=torch.int64)
+        self.holes = empty(*places, maxima.budget, dtype=torch.int64)
+        self.sources = empty(*places, maxima.budget, dtype=torch.int32)
+        self.num_holes = empty(*places, dtype=torch.int32)
+        self.round_sums = empty(maxima.requests, dtype=torch.int64)
+        self.faults = empty(maxima.requests, dtype=torch.int32)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in self.tensors.values())

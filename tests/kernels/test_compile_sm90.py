@@ -1,0 +1,158 @@
+"""Every kernel compiles for sm_90 within its budget of shared memory, without spills. No GPU."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from vase_kernels import evict
+from vase_kernels.overwrite import move_kernel, plan_kernel
+from vase_kernels.scores_attnv import draw_kernel, ranges_kernel, stats_kernel, weights_kernel
+from vase_kernels.scores_dkv import dkv_kernel
+from vase_kernels.scores_simple import simple_kernel
+from vase_kernels.select import select_kernel
+
+TARGET = GPUTarget("cuda", 90, 32)
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+MAX_SHARED = 100 * 1024
+
+POINTERS = {
+    "order": "*i32",
+    "edges": "*i64",
+    "faults": "*i32",
+    "holes": "*i64",
+    "sources": "*i32",
+    "num_holes": "*i32",
+    "round_sums": "*i64",
+    "weights": "*fp32",
+    "stats": "*fp32",
+    "requests": "*i64",
+    "req_to_token": "*i32",
+    "store": "*i32",
+    "k_pointers": "*i64",
+    "v_pointers": "*i64",
+}
+DTYPES = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "e4m3": torch.float8_e4m3fn,
+    "e5m2": torch.float8_e5m2,
+}
+#: Every dtype at the usual head_dim, the others where registers and shared memory are scarcest.
+CASES = [(dtype, 128) for dtype in DTYPES] + [
+    ("bf16", 64),
+    ("bf16", 96),
+    ("bf16", 256),
+    ("e4m3", 256),
+    ("fp32", 256),
+]
+
+
+def compiled(kernel: Any, queries: str = "*bf16", options: Any = None, **constants: Any) -> Any:
+    signature, divisible = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in POINTERS or name == "queries":
+            signature[name] = POINTERS.get(name, queries)
+            divisible[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if name == "scale" else "i32"
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=divisible)
+    return triton.compile(source, target=TARGET, options=options)
+
+
+def check(binary: Any, tmp_path: Path, max_stack: int = 0) -> None:
+    assert binary.metadata.shared < MAX_SHARED
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(binary.asm["cubin"])
+    usage = subprocess.run(
+        [CUOBJDUMP, "-res-usage", cubin], check=True, capture_output=True, text=True
+    ).stdout
+    numbers = {name: int(x) for name, x in re.findall(r"(REG|LOCAL|STACK):(\d+)", usage)}
+    assert 0 < numbers["REG"] <= 255
+    assert numbers["LOCAL"] == 0 and numbers["STACK"] <= max_stack, usage
+
+
+def rows(dtype: torch.dtype, head_dim: int) -> dict[str, Any]:
+    return {
+        "ELEMENT": evict.ELEMENTS[dtype],
+        "HEADS": 8,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": triton.next_power_of_2(head_dim),
+    }
+
+
+def attention(dtype: torch.dtype, head_dim: int) -> tuple[str, dict[str, Any]]:
+    """Query pointer and constants of the kernels that read queries."""
+    queries = torch.bfloat16 if dtype.itemsize == 1 else dtype
+    block_q, block = evict.attention_blocks(head_dim, queries)
+    return f"*{evict.ELEMENTS[queries]}", rows(dtype, head_dim) | {
+        "GROUP": 5,
+        "BLOCK_Q": block_q,
+        "BLOCK": block,
+        "DOT": evict.dot_operand(evict.common_dtype(dtype, queries)),
+    }
+
+
+def ranges(dtype: torch.dtype, head_dim: int) -> dict[str, Any]:
+    return rows(dtype, head_dim) | {"BLOCK": evict.range_block(head_dim)}
+
+
+def dkv(dtype: torch.dtype, head_dim: int) -> dict[str, Any]:
+    part = evict.part_dtype(dtype)
+    return rows(dtype, head_dim) | {
+        "BLOCK_J": evict.MAX_PROJECTION,
+        "PART": evict.ELEMENTS[part],
+        "DOT": evict.dot_operand(part),
+        "BLOCK": evict.projection_block(head_dim, part),
+    }
+
+
+COLUMNS = {"HEADS": 8, "BLOCK": evict.BLOCK_COLUMNS}
+
+
+@pytest.mark.parametrize(("name", "head_dim"), CASES)
+def test_kernels_that_read_rows(name, head_dim, tmp_path):
+    dtype = DTYPES[name]
+    queries, constants = attention(dtype, head_dim)
+    for kernel in (stats_kernel, weights_kernel):
+        check(compiled(kernel, queries, {"num_stages": 2}, **constants), tmp_path)
+    check(compiled(ranges_kernel, **ranges(dtype, head_dim)), tmp_path)
+    binary = compiled(dkv_kernel, options={"num_warps": 8, "num_stages": 2}, **dkv(dtype, head_dim))
+    # The one exception: three TF32 products of 256 columns and G hold more than the registers.
+    check(binary, tmp_path, max_stack=256 if (dtype.itemsize, head_dim) == (4, 256) else 0)
+
+
+@pytest.mark.parametrize("head_dim", [64, 256])
+@pytest.mark.parametrize("bits", [tl.uint8, tl.int16, tl.int32], ids=str)
+def test_moves(bits, head_dim, tmp_path):
+    shape = rows(torch.bfloat16, head_dim) | {"ELEMENT": bits, "BLOCK": evict.BLOCK_PAIRS}
+    binary = compiled(move_kernel, **shape)
+    check(binary, tmp_path)
+    # Rows behind integer addresses are read in wide words all the same.
+    assert re.search(r"ld\.global\S*\.v[24]\.b32", binary.asm["ptx"])
+
+
+@pytest.mark.parametrize(
+    ("kernel", "constants"),
+    [
+        (select_kernel, {"VICTIMS": True}),
+        (select_kernel, {"VICTIMS": False}),
+        (plan_kernel, {}),
+        (draw_kernel, {}),
+        (simple_kernel, {"RANDOM": True}),
+        (simple_kernel, {"RANDOM": False}),
+    ],
+)
+def test_kernels_that_read_columns(kernel, constants, tmp_path):
+    check(compiled(kernel, **COLUMNS, **constants), tmp_path)

@@ -1,0 +1,175 @@
+"""A pool with due requests, run through the kernels and through the reference."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+from vase_kernels.evict import PoolView, Result, evict
+from vase_kernels.reference import evict_reference
+from vase_kernels.requests import DueRequest, pack
+from vase_kernels.workspace import Maxima, Workspace
+
+FIELDS = {
+    "vase-attnv": ("num_sinks", "pool_width"),
+    "vase-dkv": ("num_sinks", "projection_dim"),
+    "random": ("num_sinks",),
+    "streaming": ("num_sinks",),
+}
+POLICIES = tuple(FIELDS)
+ALLOCATION_GUARD = 3  # slots before and after the pool in its allocation
+
+
+def due(row: int, length: int, budget: int, window: int, **fields: Any) -> DueRequest:
+    """A request in its first round, unless told otherwise."""
+    fields = {"round": 1, "seed": (977 << 33) + row, "logical_length": length} | fields
+    return DueRequest(row=row, length=length, budget=budget, window=window, **fields)
+
+
+@dataclasses.dataclass
+class Scene:
+    """The pool's buffers lie inside larger allocations, so that guard rows can be compared."""
+
+    allocations: list[Tensor]  # K of every layer, then V
+    positions: Tensor
+    req_to_token: Tensor
+    ring: Tensor
+    first_layer: int = 5
+    first_head: int = 6
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        return [x[ALLOCATION_GUARD:-ALLOCATION_GUARD] for x in self.allocations]
+
+    @property
+    def k(self) -> list[Tensor]:
+        return self.buffers[: len(self.buffers) // 2]
+
+    @property
+    def v(self) -> list[Tensor]:
+        return self.buffers[len(self.buffers) // 2 :]
+
+    @property
+    def view(self) -> PoolView:
+        return PoolView.of(
+            self.k,
+            self.v,
+            self.positions,
+            self.req_to_token,
+            first_layer=self.first_layer,
+            first_head=self.first_head,
+        )
+
+    def clone(self) -> Scene:
+        return dataclasses.replace(
+            self,
+            allocations=[x.clone() for x in self.allocations],
+            positions=self.positions.clone(),
+        )
+
+
+def make_scene(
+    requests: list[DueRequest],
+    *,
+    layers: int = 2,
+    heads: int = 2,
+    group: int = 1,
+    dim: int = 64,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    spare: int = 7,
+) -> Scene:
+    """Rows are as each request's `row` says; later rounds get stored positions in any order."""
+    g = torch.Generator().manual_seed(seed)
+    rows = max(r.row for r in requests) + 2
+    context = max(r.length for r in requests) + 5
+    num_slots = sum(r.length for r in requests) + spare
+    slots = torch.randperm(num_slots, generator=g).to(torch.int32)
+    req_to_token = torch.zeros(rows, context, dtype=torch.int32)
+    positions = torch.full((layers, num_slots, heads), -1, dtype=torch.int32)
+    allocations = [
+        torch.empty(num_slots + 2 * ALLOCATION_GUARD, heads, dim).to(dtype)
+        for _ in range(2 * layers)
+    ]
+    ring_window = max(r.window for r in requests) + 3
+    ring = torch.zeros(layers, rows, ring_window, heads * group, dim, dtype=query_dtype(dtype))
+    for x in allocations:
+        x.copy_(torch.randn(x.shape, generator=g).to(dtype))
+    used = 0
+    for r in requests:
+        # Content depends on the request alone, so that it can be placed elsewhere.
+        own = torch.Generator().manual_seed(r.seed % 2**31 + r.length)
+        mine = slots[used : used + r.length]
+        used += r.length
+        req_to_token[r.row, : r.length] = mine
+        for x in allocations:
+            rows_of = torch.randn(r.length, heads, dim, generator=own).to(dtype)
+            x.view(torch.uint8)[mine.long() + ALLOCATION_GUARD] = rows_of.view(torch.uint8)
+        queries = torch.randn(layers, r.window, heads * group, dim, generator=own)
+        at = torch.arange(r.logical_length - r.window, r.logical_length) % ring_window
+        ring[:, r.row, at] = queries.to(ring.dtype)
+        if r.round > 1:
+            older = r.logical_length - (r.length - r.budget)
+            for layer in range(layers):
+                for head in range(heads):
+                    choice = torch.randperm(older, generator=own)[: r.budget].to(torch.int32)
+                    positions[layer, mine[: r.budget].long(), head] = choice
+    return Scene(allocations, positions, req_to_token, ring)
+
+
+def query_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.bfloat16 if dtype.itemsize == 1 else dtype
+
+
+def make_workspace(scene: Scene, requests: list[DueRequest], extra: int = 0) -> Workspace:
+    layers, _, heads = scene.positions.shape
+    maxima = Maxima(
+        requests=len(requests) + extra,
+        columns=max(r.length for r in requests) + extra,
+        budget=max(r.budget for r in requests) + extra,
+        window=max(r.window for r in requests),
+        group=scene.ring.shape[3] // heads,
+    )
+    return Workspace(maxima, layers=layers, kv_heads=heads, device="cpu")
+
+
+def run_kernels(
+    policy: str, scene: Scene, requests: list[DueRequest], workspace: Workspace | None = None
+) -> Result:
+    workspace = workspace or make_workspace(scene, requests)
+    table = pack(requests, workspace.maxima.requests)
+    return evict(policy, scene.view, table, scene.ring, workspace)
+
+
+def run_reference(policy: str, scene: Scene, r: DueRequest) -> Any:
+    """The reference, one request at a time: a ragged batch is no batch to it."""
+    at = torch.arange(r.logical_length - r.window, r.logical_length) % scene.ring.shape[2]
+    fields = {name: getattr(r, name) for name in FIELDS[policy]}
+    if policy == "vase-attnv":
+        fields["protected_share"] = r.num_protected / r.budget
+    return evict_reference(
+        policy,
+        scene.k,
+        scene.v,
+        scene.positions,
+        scene.req_to_token[r.row, None, : r.length],
+        scene.ring[None, :, r.row, at].transpose(2, 3),
+        budget=r.budget,
+        window=r.window,
+        seeds=torch.tensor([r.seed]),
+        rounds=torch.tensor([r.round]),
+        logical_lengths=torch.tensor([r.logical_length]),
+        first_layer=scene.first_layer,
+        first_head=scene.first_head,
+        return_victims=True,
+        **fields,
+    )
+
+
+def assert_same_bytes(a: Scene, b: Scene) -> None:
+    """Whole allocations: kept rows, rows given up, neighbours, guard rows."""
+    assert torch.equal(a.positions, b.positions)
+    for x, y in zip(a.allocations, b.allocations, strict=True):
+        assert torch.equal(x.view(torch.uint8), y.view(torch.uint8))
