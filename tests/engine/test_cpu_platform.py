@@ -94,7 +94,11 @@ class TestPlatform:
 
     def test_it_leaves_a_gpu_machine_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
         assert platform_cpu.activate() is not None
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+        assert platform_cpu.activate() is None
+
+    def test_it_leaves_sglangs_own_cpu_engine_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("SGLANG_USE_CPU_ENGINE", "1")
         assert platform_cpu.activate() is None
 
 

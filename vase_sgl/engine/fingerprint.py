@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from vase_sgl import __version__
+from vase_sgl.engine import platform_cpu
 
 _CHUNK = 1 << 20
 
@@ -38,8 +39,8 @@ def fingerprint(scheduler: Any) -> dict[str, str]:
 
 
 def _is_deterministic(args: Any) -> bool:
-    # The CPU platform always brings batch-invariant layers and seeded sampling.
-    return bool(args.enable_deterministic_inference) or not torch.cuda.is_available()
+    # Our CPU platform always brings batch-invariant layers and seeded sampling.
+    return bool(args.enable_deterministic_inference) or platform_cpu.is_active()
 
 
 def _device_name() -> str:

@@ -6,6 +6,7 @@ torch_native attention, PyTorch sampling.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -30,8 +31,14 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
 
 def is_active() -> bool:
-    """True if this platform serves: an activated out-of-tree platform would win over CUDA."""
-    return not torch.cuda.is_available()
+    """True if this platform serves.
+
+    An activated out-of-tree platform would win over CUDA and every other one, so it stays away
+    from machines with an accelerator, and where SGLang's own CPU engine was asked for.
+    """
+    # Read here: SGLang's own helper resolves the platform when it is imported.
+    upstream = os.environ.get("SGLANG_USE_CPU_ENGINE", "").lower() in ("1", "true")
+    return not torch.accelerator.is_available() and not upstream
 
 
 def activate() -> str | None:

@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     options, sglang_argv = _parse(sys.argv[1:] if argv is None else argv)
     try:
         _export_settings(options)
-        sglang_argv = complete_argv(sglang_argv, cpu=not torch.cuda.is_available())
+        sglang_argv = complete_argv(sglang_argv, cpu=not torch.accelerator.is_available())
         check_model(value_of(sglang_argv, "--model-path"))
         check_port(
             value_of(sglang_argv, "--host") or "127.0.0.1",
