@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang.srt.server_args import ServerArgs
 
@@ -65,6 +66,12 @@ def test_unsupported_flags_are_refused_by_name(
     limits.refuse_unsupported_flags(ServerArgs(model_path=str(tiny_model), **allowed))
     with pytest.raises(limits.UnsupportedConfiguration, match=cure):
         limits.refuse_unsupported_flags(ServerArgs(model_path=str(tiny_model), **allowed | flags))
+
+
+def test_the_scheduler_itself_refuses(stepped: SteppedScheduler, tiny_model: Path) -> None:
+    """Also without our command line: the hook runs before anything of the scheduler is built."""
+    with pytest.raises(limits.UnsupportedConfiguration, match="add --disable-radix-cache"):
+        Scheduler(ServerArgs(model_path=str(tiny_model)), None)
 
 
 def test_a_foreign_kv_pool_is_refused(stepped: SteppedScheduler) -> None:

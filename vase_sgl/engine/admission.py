@@ -10,7 +10,7 @@ from sglang.srt.beam_search.batch_tail import num_beam_member_rows
 from sglang.srt.managers import schedule_policy
 from sglang.srt.managers.schedule_policy import PrefillAdder
 
-from vase_sgl.engine.config import EngineConfig
+from vase_sgl.engine.config import engine_config
 from vase_sgl.engine.request_cache import (
     RequestCache,
     attach,
@@ -35,7 +35,7 @@ def create_request(
     if (problem := _prompt_problem(req, recv_req, scheduler.model_config.vocab_size)) is not None:
         _abort(req, problem)
         return req
-    config = EngineConfig.from_env()
+    config = engine_config()
     custom = req.sampling_params.custom_params
     raw = custom.get(PARAMS_KEY) if isinstance(custom, dict) else None
     if raw is None:

@@ -55,7 +55,7 @@ class Compaction:
         return bool(self._queued)
 
     def run(self, pool: BudgetPool) -> None:
-        """Carry out the queued rounds. Mutates KV rows, token positions and `round_sums`."""
+        """Carry out the queued rounds. Mutates KV rows, token positions and `unread_sums`."""
         due, self._queued = self._queued, []
         if not due:
             return
@@ -94,6 +94,6 @@ class Compaction:
             **params.policy.fields(),
         )
         for index, request in enumerate(group):
-            request.cache.round_sums.append((result.round_sums, index))
+            request.cache.unread_sums.append((result.round_sums, index))
             self.rounds += 1
             self.evicted_tokens += len(request.slots) - params.budget

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Mapping
@@ -48,6 +49,12 @@ class EngineConfig:
         if check not in ("0", "1"):
             raise ParameterError(f"{CHECK_INTEGRITY} must be 0 or 1, got {check!r}")
         return cls(limits=limits, default=default, check_integrity=check == "1")
+
+
+@functools.cache
+def engine_config() -> EngineConfig:
+    """The settings of this process, read once."""
+    return EngineConfig.from_env()
 
 
 def _read_int(env: Mapping[str, str], name: str, default: int) -> int:

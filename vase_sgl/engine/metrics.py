@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vase_sgl.engine.config import EngineConfig
+from vase_sgl.engine.config import engine_config
 from vase_sgl.engine.fingerprint import fingerprint
 from vase_sgl.engine.pool import BudgetPool
 from vase_sgl.engine.request_cache import cache_of
@@ -19,7 +19,7 @@ def report_state(result: Any, controller: Any, recv_req: Any) -> Any:
 
 def describe(scheduler: Any) -> dict[str, Any]:
     """Slots (one slot = one token in every layer), rounds so far, limits, fingerprint."""
-    config = EngineConfig.from_env()
+    config = engine_config()
     pool = BudgetPool.of(scheduler.req_to_token_pool)
     running = scheduler.running_batch.reqs
     reserved = 0

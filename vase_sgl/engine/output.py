@@ -30,12 +30,10 @@ def _statistics(req: Req) -> dict[str, Any] | None:
     if cache is None:
         return None
     statistics = cache.statistics(
-        len(req.origin_input_ids),
-        len(req.output_ids_through_stop),
-        req.sampling_params.max_new_tokens,
+        len(req.output_ids_through_stop), req.sampling_params.max_new_tokens
     )
     if req.finished():
-        statistics["round_digests"] = cache.digests()
+        statistics["round_digests"] = list(cache.digests())
     return statistics
 
 

@@ -33,7 +33,7 @@ from vase_sgl.engine import (
     positions,
     sampling_cpu,
 )
-from vase_sgl.engine.config import EngineConfig
+from vase_sgl.engine.config import engine_config
 from vase_sgl.engine.pool import BudgetPool
 from vase_sgl.engine.query_ring import recording_backend
 
@@ -237,7 +237,7 @@ def active_hooks() -> tuple[Hook, ...]:
     hooks = HOOKS
     if platform_cpu.is_active():
         hooks += _CPU_HOOKS
-    if EngineConfig.from_env().check_integrity:
+    if engine_config().check_integrity:
         hooks += (_INTEGRITY_HOOK,)
     return hooks
 

@@ -10,7 +10,7 @@ import torch
 from sglang.srt.runtime_context import get_parallel
 
 from vase_sgl.engine.compaction import Compaction
-from vase_sgl.engine.config import EngineConfig
+from vase_sgl.engine.config import EngineConfig, engine_config
 from vase_sgl.engine.query_ring import QueryRing
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class BudgetPool:
         """The pool of a model runner, created on first use."""
         key = model_runner.req_to_token_pool
         if key not in _pools:
-            _pools[key] = cls(model_runner, EngineConfig.from_env())
+            _pools[key] = cls(model_runner, engine_config())
         return _pools[key]
 
     @classmethod

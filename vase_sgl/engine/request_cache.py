@@ -21,8 +21,8 @@ class RequestCache:
 
     trigger: physical length at which the next round is due.
     rounds: rounds planned so far; evicted_tokens: tokens evicted so far, per layer and KV head.
-    round_sums: per round, a tensor and this request's index in it (see `vase_kernels` digest);
-        read only when somebody asks for the digest.
+    unread_sums: per round not read yet, a tensor and this request's index in it (see
+        `vase_kernels` digest); read only when somebody asks for the digest.
     """
 
     params: EvictionParams
@@ -30,7 +30,7 @@ class RequestCache:
     trigger: int
     rounds: int = 0
     evicted_tokens: int = 0
-    round_sums: list[tuple[torch.Tensor, int]] = dataclasses.field(default_factory=list)
+    unread_sums: list[tuple[torch.Tensor, int]] = dataclasses.field(default_factory=list)
     _digests: list[str] = dataclasses.field(default_factory=list)
     _digest: torch.Tensor = dataclasses.field(default_factory=lambda: torch.tensor(0))
 
@@ -59,22 +59,23 @@ class RequestCache:
         self.trigger = self.steady_slots
 
     def digests(self) -> list[str]:
-        """Chained eviction digest after each round. Waits for the device."""
-        for sums, index in self.round_sums[len(self._digests) :]:
+        """Chained eviction digest after each round. Waits for the device; not to be changed."""
+        for sums, index in self.unread_sums:
             self._digest = chain(self._digest, sums[index].cpu())
             self._digests.append(format_digest(int(self._digest)))
-        return list(self._digests)
+        self.unread_sums.clear()
+        return self._digests
 
-    def statistics(self, prompt_tokens: int, output_tokens: int, max_new: int) -> dict[str, Any]:
+    def statistics(self, output_tokens: int, max_new_tokens: int) -> dict[str, Any]:
         """What `meta_info["vase"]` says. The newest token has no KV entry yet."""
         digests = self.digests()
-        logical = prompt_tokens + output_tokens
+        logical = self.prompt_tokens + output_tokens
         return {
             "rounds": self.rounds,
             "evicted_tokens": self.evicted_tokens,
             "physical_length": max(logical - 1, 0) - self.evicted_tokens,
             "logical_length": logical,
-            "reserved_slots": self.max_slots(max_new),
+            "reserved_slots": self.max_slots(max_new_tokens),
             "digest": digests[-1] if digests else format_digest(0),
         }
 
