@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from array import array
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ class Answer:
 
     tokens: list[int] = dataclasses.field(default_factory=list)
     statistics: dict[str, Any] | None = None
+    cached_tokens: int = 0
     finish: dict[str, Any] | None = None
 
 
@@ -47,6 +49,7 @@ class _Collector:
             answer = self.answers.setdefault(rid, Answer())
             answer.tokens += list(output.output_ids[index] or [])
             answer.finish = output.finished_reasons[index] or answer.finish
+            answer.cached_tokens = output.cached_tokens[index]
             if "vase" in info and info["vase"][index] is not None:
                 answer.statistics = info["vase"][index]
 
@@ -65,8 +68,6 @@ class SteppedScheduler:
             "sampling_backend": "pytorch",
             "grammar_backend": "none",
             "disable_cuda_graph": True,
-            "disable_radix_cache": True,
-            "disable_overlap_schedule": True,
             "max_total_tokens": slots,
             "max_running_requests": max_running,
             "mem_fraction_static": 0.3,
@@ -85,6 +86,18 @@ class SteppedScheduler:
         )
         self._randomise_weights()
         self.steps = 0
+        self.configure()
+
+    def configure(self, *, overlap: bool = False, prefix_cache: bool = False) -> None:
+        """Turn the overlap loop and the radix cache on or off; nothing may be running."""
+        scheduler = self.scheduler
+        assert self.idle
+        assert scheduler.flush_cache()
+        scheduler.enable_overlap = scheduler.enable_skip_finishing_decode = overlap
+        scheduler.tree_cache.disable = not prefix_cache
+        scheduler.result_queue = deque()
+        scheduler.last_batch = None
+        self.overlap = overlap
 
     def _randomise_weights(self) -> None:
         """Weights of ordinary size; with upstream's dummy weights the KV cache hardly matters."""
@@ -102,6 +115,11 @@ class SteppedScheduler:
 
     @property
     def free_slots(self) -> int:
+        """Slots a request could have: nobody's, or only the prefix tree's."""
+        return self.unowned_slots + int(self.scheduler.tree_cache.evictable_size())
+
+    @property
+    def unowned_slots(self) -> int:
         return int(self.scheduler.token_to_kv_pool_allocator.available_size())
 
     @property
@@ -152,21 +170,42 @@ class SteppedScheduler:
         self.scheduler.process_input_requests([AbortReq(rid=rid)])
 
     def step(self) -> None:
-        """One turn of `Scheduler.event_loop_normal`, with upstream's own checks on."""
+        """One turn of upstream's event loop, with upstream's own checks on."""
         scheduler = self.scheduler
         plan = scheduler.get_next_batch_to_run(
             running_batch=scheduler.running_batch, last_batch=scheduler.last_batch
         )
         scheduler.running_batch = plan.running_batch
         batch = plan.batch_to_run
-        if batch:
-            result = scheduler.run_batch(batch)
-            scheduler.process_batch_result(batch, result)
-        else:
-            scheduler.on_idle()
+        turn = self._overlapped_turn if self.overlap else self._normal_turn
+        turn(batch)
         scheduler.last_batch = batch
         scheduler.invariant_checker.self_check_during_busy()
         self.steps += 1
+
+    def _normal_turn(self, batch: Any) -> None:
+        """The middle of `Scheduler.event_loop_normal`."""
+        if batch:
+            self.scheduler.process_batch_result(batch, self.scheduler.run_batch(batch))
+        else:
+            self.scheduler.on_idle()
+
+    def _overlapped_turn(self, batch: Any) -> None:
+        """The middle of `Scheduler.event_loop_overlap`: results are one step behind."""
+        scheduler = self.scheduler
+        at_once = scheduler.is_disable_overlap_for_batch(batch, last_batch=scheduler.last_batch)
+        if at_once:
+            scheduler.process_batch_result(*scheduler.result_queue.popleft())
+        result = None
+        if batch:
+            result = scheduler.run_batch(batch)
+            scheduler.result_queue.append((batch.copy(), result))
+        if scheduler.last_batch:
+            if not at_once:
+                scheduler.process_batch_result(*scheduler.result_queue.popleft())
+        elif batch is None:
+            scheduler.on_idle()
+        scheduler.launch_batch_sample_if_needed(result, batch)
 
     def run(self, limit: int = 3000) -> None:
         """Step until nothing is left, then once more for the idle checks."""

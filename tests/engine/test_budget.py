@@ -240,7 +240,7 @@ class TestRefusals:
             ({"budget": True}, "budget must be an integer"),
             ({"window": 8}, "vase.budget is missing"),
             ({"budget": 24, "window": 8, "seed": -1}, "seed must be an integer from 0"),
-            ({"budget": 24, "window": 8, "prompt": "keep"}, "prompt must be one of evict"),
+            ({"budget": 24, "window": 8, "prompt": "all"}, "prompt must be one of evict, keep"),
             ({"budget": 20, "window": 16, "protected_share": 0.5}, "protects 10 tokens"),
             ({"budget": 24, "window": 8, "pool_width": 4}, "pool_width must be odd"),
             ({"budget": 24, "window": 22}, "num_sinks 4 does not fit"),

@@ -46,8 +46,6 @@ def test_another_sglang_version_ends_the_process(monkeypatch: pytest.MonkeyPatch
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"disable_radix_cache": False}, "add --disable-radix-cache"),
-    ({"disable_overlap_schedule": False}, "add --disable-overlap-schedule"),
     ({"enable_mixed_chunk": True}, "leave out --enable-mixed-chunk"),
     ({"speculative_algorithm": "EAGLE"}, "leave out --speculative-algorithm"),
     ({"enable_lora": True}, "leave out --enable-lora"),
@@ -62,16 +60,15 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_unsupported_flags_are_refused_by_name(
     tiny_model: Path, flags: dict[str, Any], cure: str
 ) -> None:
-    allowed = {"disable_radix_cache": True, "disable_overlap_schedule": True}
-    limits.refuse_unsupported_flags(ServerArgs(model_path=str(tiny_model), **allowed))
+    limits.refuse_unsupported_flags(ServerArgs(model_path=str(tiny_model)))
     with pytest.raises(limits.UnsupportedConfiguration, match=cure):
-        limits.refuse_unsupported_flags(ServerArgs(model_path=str(tiny_model), **allowed | flags))
+        limits.refuse_unsupported_flags(ServerArgs(model_path=str(tiny_model), **flags))
 
 
 def test_the_scheduler_itself_refuses(stepped: SteppedScheduler, tiny_model: Path) -> None:
     """Also without our command line: the hook runs before anything of the scheduler is built."""
-    with pytest.raises(limits.UnsupportedConfiguration, match="add --disable-radix-cache"):
-        Scheduler(ServerArgs(model_path=str(tiny_model)), None)
+    with pytest.raises(limits.UnsupportedConfiguration, match="leave out --enable-mixed-chunk"):
+        Scheduler(ServerArgs(model_path=str(tiny_model), enable_mixed_chunk=True), None)
 
 
 def test_a_foreign_kv_pool_is_refused(stepped: SteppedScheduler) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -24,6 +25,7 @@ budgets = st.integers(9, 60).flatmap(
             "budget": st.just(budget),
             "window": st.integers(1, min(budget - 1, 24)),
             "policy": st.sampled_from(["vase-attnv", "vase-dkv", "random", "streaming"]),
+            "prompt": st.sampled_from(["evict", "keep"]),
             "num_sinks": st.just(0),
             "seed": st.integers(0, 2**63 - 1),
         }
@@ -41,6 +43,7 @@ def _complete(vase: dict[str, Any]) -> dict[str, Any]:
 requests = st.fixed_dictionaries(
     {
         "prompt": st.integers(1, 150),
+        "shares_prompt": st.booleans(),
         "max_new_tokens": st.integers(1, 90),
         "vase": st.one_of(st.none(), st.just({"policy": "full"}), budgets.map(_complete)),
     }
@@ -60,35 +63,49 @@ def test_integrity_check_is_installed() -> None:
     assert any(hook.function is plugin._check_integrity for hook in plugin.active_hooks())
 
 
-@settings(
-    max_examples=200,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+@pytest.mark.parametrize(
+    ("overlap", "prefix_cache", "examples"),
+    [(False, False, 60), (True, False, 60), (False, True, 60), (True, True, 120)],
 )
-@given(schedule=actions)
-def test_random_schedules(stepped: SteppedScheduler, schedule: list[tuple[str, Any]]) -> None:
+def test_random_schedules(
+    stepped: SteppedScheduler, overlap: bool, prefix_cache: bool, examples: int
+) -> None:
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    @given(schedule=actions)
+    def check(schedule: list[tuple[str, Any]]) -> None:
+        _check_schedule(stepped, schedule)
+
+    with torch.inference_mode():
+        stepped.configure(overlap=overlap, prefix_cache=prefix_cache)
+        check()
+        stepped.configure()
+
+
+def _check_schedule(stepped: SteppedScheduler, schedule: list[tuple[str, Any]]) -> None:
     submitted: list[tuple[str, dict[str, Any]]] = []
     aborted: set[str] = set()
-    with torch.inference_mode():
-        for action, argument in schedule:
-            if action == "submit":
-                rid = f"s{next(_counter):07d}"
-                prompt = [
-                    2 + (7 * i + len(submitted)) % (VOCAB - 2) for i in range(argument["prompt"])
-                ]
-                stepped.submit(
-                    rid, prompt, max_new_tokens=argument["max_new_tokens"], vase=argument["vase"]
-                )
-                submitted.append((rid, argument))
-            elif action == "step":
-                for _ in range(argument):
-                    stepped.step()
-            elif submitted:
-                rid = submitted[argument % len(submitted)][0]
-                stepped.abort(rid)
-                aborted.add(rid)
-        stepped.run()
+    for action, argument in schedule:
+        if action == "submit":
+            rid = f"s{next(_counter):07d}"
+            start = 0 if argument["shares_prompt"] else len(submitted)
+            prompt = [2 + (7 * i + start) % (VOCAB - 2) for i in range(argument["prompt"])]
+            stepped.submit(
+                rid, prompt, max_new_tokens=argument["max_new_tokens"], vase=argument["vase"]
+            )
+            submitted.append((rid, argument))
+        elif action == "step":
+            for _ in range(argument):
+                stepped.step()
+        elif submitted:
+            rid = submitted[argument % len(submitted)][0]
+            stepped.abort(rid)
+            aborted.add(rid)
+    stepped.run()
     assert stepped.free_slots == POOL
     assert not stepped.running
     for rid, request in submitted:
@@ -118,10 +135,13 @@ def expected_rounds(prompt: int, new: int, vase: dict[str, Any]) -> tuple[int, i
     if vase["policy"] == "full":
         return 0, 0
     budget, window = vase["budget"], vase["window"]
-    length, trigger, rounds, evicted = prompt, max(prompt, budget) + window, 0, 0
+    length, trigger, kept = prompt, max(prompt, budget) + window, budget
+    if vase.get("prompt") == "keep":
+        trigger, kept = prompt + budget + window, prompt + budget
+    rounds = evicted = 0
     for _ in range(new - 1):  # the first token comes from the prefill
         if length == trigger:
-            rounds, evicted = rounds + 1, evicted + length - budget
-            length, trigger = budget, budget + window
+            rounds, evicted = rounds + 1, evicted + length - kept
+            length, trigger = kept, kept + window
         length += 1
     return rounds, evicted

@@ -48,7 +48,12 @@ def create_request(
     except ParameterError as error:
         _abort(req, f"custom_params.{PARAMS_KEY}: {error}")
         return req
-    attach(req, RequestCache.start(params, len(req.origin_input_ids)))
+    cache = RequestCache(
+        params,
+        len(req.origin_input_ids),
+        prefix_cache=not scheduler.tree_cache.disable,
+    )
+    attach(req, cache)
     return req
 
 
@@ -113,7 +118,7 @@ _ADMISSION_SLACK = 2
 
 
 class ReservingPrefillAdder(PrefillAdder):
-    """Charges a budgeted request `max(prompt, budget) + window` slots and nothing more."""
+    """Charges a budgeted request the slots it may ever hold (`RequestCache.max_slots`)."""
 
     def _get_running_request_total_token_offset(self, req: Req) -> int:
         cache = evicting_cache_of(req)
@@ -167,7 +172,7 @@ def decode_slots_needed(
     """AROUND `ScheduleBatch.new_tokens_required_next_decode`: saturated requests take no slot.
 
     Upstream counts one slot per request; with the pool full of saturated budgets that would
-    retract requests for room nobody needs.
+    retract requests for room nobody needs. A first round takes what it copies of a shared prompt.
     """
     if not any(cache_of(req) for req in batch.reqs):
         return original(batch, selected_indices)
@@ -177,8 +182,10 @@ def decode_slots_needed(
     for index in indices:
         req = batch.reqs[index]
         cache = evicting_cache_of(req)
-        due = cache is not None and lengths[index] >= cache.trigger
-        if not due and lengths[index] >= req.kv.kv_allocated_len:
+        if cache is not None and lengths[index] >= cache.trigger:
+            shared = max(0, req.kv.cache_protected_len - cache.pinned)
+            needed += min(shared, cache.params.budget)
+        elif lengths[index] >= req.kv.kv_allocated_len:
             needed += 1
     return needed
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import time
 from itertools import groupby
@@ -19,14 +20,19 @@ if TYPE_CHECKING:
 class DueRequest:
     """One request whose physical length reached its trigger.
 
-    slots: [physical length] int64, the row as it was when the round was planned.
-    logical_length: tokens processed so far; the recent window holds its last ones.
+    round: number of this round, from 1.
+    slots: [columns] int64, the request's row as the round works on it, without pinned columns.
+        All columns below the budget are the request's own.
+    logical_length: tokens with a KV entry so far; the recent window holds the last ones.
+    copied: slots (source, target), int64 each, whose rows are copied first: a shared prompt.
     """
 
     cache: RequestCache
     row: int
+    round: int
     slots: torch.Tensor
     logical_length: int
+    copied: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def shape(self) -> tuple[object, ...]:
@@ -41,6 +47,9 @@ class Compaction:
 
     def __init__(self) -> None:
         self._queued: list[DueRequest] = []
+        # The overlap scheduler runs one step ahead: tensors of a plan live until its forward is
+        # surely done.
+        self._in_flight: collections.deque[list[DueRequest]] = collections.deque(maxlen=4)
         self.rounds = 0
         self.evicted_tokens = 0
         self.seconds = 0.0
@@ -60,6 +69,10 @@ class Compaction:
         if not due:
             return
         started = time.perf_counter()
+        self._in_flight.append(due)
+        for request in due:
+            if request.copied is not None:
+                pool.copy_rows(*request.copied)
         due.sort(key=lambda request: repr(request.shape))
         for _, group in groupby(due, key=lambda request: request.shape):
             self._run_group(pool, list(group))
@@ -86,14 +99,23 @@ class Compaction:
             budget=params.budget,
             window=params.window,
             seeds=torch.tensor([request.cache.params.seed for request in group], device=device),
-            rounds=torch.tensor([request.cache.rounds for request in group], device=device),
+            rounds=torch.tensor([request.round for request in group], device=device),
             logical_lengths=torch.tensor(
                 [request.logical_length for request in group], device=device
             ),
             first_head=pool.first_head,
             **params.policy.fields(),
         )
+        sums = _to_host(result.round_sums)
         for index, request in enumerate(group):
-            request.cache.unread_sums.append((result.round_sums, index))
+            request.cache.unread_sums.append((sums, index))
             self.rounds += 1
             self.evicted_tokens += len(request.slots) - params.budget
+
+
+def _to_host(sums: torch.Tensor) -> torch.Tensor:
+    """A host copy that is complete when the step's tokens are: same stream, copied before them."""
+    if sums.device.type == "cpu":
+        return sums
+    host = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
+    return host.copy_(sums, non_blocking=True)

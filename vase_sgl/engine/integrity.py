@@ -14,55 +14,66 @@ class IntegrityError(RuntimeError):
     """A budget invariant does not hold. The server must not go on."""
 
 
-def check_batch(scheduler: Any, batch: Any) -> None:
-    """Raise `IntegrityError` unless, for every budgeted request of a decode batch:
+def check_running(scheduler: Any) -> None:
+    """Raise `IntegrityError` unless, for the requests that are decoding:
 
-    lengths are within bounds; the slots of all requests are distinct and not free; every kept
-    (layer, head) set of positions has no duplicate, contains the whole recent window, and (before
-    the first round) is everything.
+    lengths are within bounds; every private slot has one owner and is not free; slots shared with
+    the prefix tree are not free and no round may write them; every kept (layer, head) set of
+    positions has no duplicate and contains the whole recent window.
     """
-    pool = BudgetPool.of(batch.req_to_token_pool)
-    rows = batch.req_to_token_pool.req_to_token
-    owned: list[torch.Tensor] = []
+    batch = scheduler.running_batch
+    rows = batch.req_to_token_pool.req_to_token if batch.reqs else None
+    private: list[torch.Tensor] = []
+    shared: list[torch.Tensor] = []
     # Rows beyond the requests are members of beam groups.
-    for req, length in zip(batch.reqs, batch.seq_lens_cpu.tolist(), strict=False):
-        if req.finished():
+    for req, length in zip(batch.reqs, _lengths(batch), strict=False):
+        if rows is None or req.finished():
             continue  # its slots have been given back
-        allocated = req.kv.kv_allocated_len
-        slots = rows[req.kv.req_pool_idx, :allocated].to(torch.int64)
-        owned.append(slots)
+        kv = req.kv
+        slots = rows[kv.req_pool_idx, : kv.kv_allocated_len].to(torch.int64)
+        private.append(slots[kv.cache_protected_len :])
+        shared.append(slots[: kv.cache_protected_len])
         cache = evicting_cache_of(req)
         if cache is None:
             continue
+        allocated, limit = kv.kv_allocated_len, cache.trigger
         _require(length <= allocated, req, f"{length} entries in {allocated} slots")
-        limit = cache.trigger
         _require(length <= limit, req, f"{length} entries, round due at {limit}")
         _require(allocated <= limit, req, f"{allocated} slots, reservation {limit}")
-        if cache.rounds:
-            _check_positions(pool, req, cache, slots[:length])
-    if not owned:
+        if cache.planned_rounds:
+            writable = kv.cache_protected_len - cache.pinned
+            _require(writable <= 0, req, f"{writable} columns of the prefix tree are writable")
+            _check_positions(BudgetPool.of(batch.req_to_token_pool), req, cache, slots[:length])
+    if not private:
         return
-    taken = torch.cat(owned)
-    _require(len(taken.unique()) == len(taken), None, "a slot is owned twice")
+    owned, tree = torch.cat(private), torch.cat(shared)
+    _require(len(owned.unique()) == len(owned), None, "a slot is owned twice")
+    _require(not torch.isin(owned, tree).any(), None, "a shared slot is owned by a request too")
     allocator = scheduler.token_to_kv_pool_allocator
     free = torch.cat([allocator.free_pages, allocator.release_pages]).to(torch.int64)
-    _require(not torch.isin(taken, free).any(), None, "an owned slot is in the free list")
+    _require(not torch.isin(owned, free).any(), None, "an owned slot is in the free list")
+    _require(not torch.isin(tree, free).any(), None, "a shared slot is in the free list")
+
+
+def _lengths(batch: Any) -> list[int]:
+    return batch.seq_lens_cpu.tolist() if batch.reqs else []
 
 
 def _check_positions(pool: BudgetPool, req: Any, cache: Any, slots: torch.Tensor) -> None:
     """Kept positions of one request, all layers and heads at once."""
-    budget = cache.params.budget
-    logical = len(slots) + cache.evicted_tokens
-    kept = pool.token_positions[:, slots[:budget], :]  # [layers, budget, heads]
+    params = cache.params
+    logical = len(slots) + cache.evicted_by(cache.planned_rounds)
+    # [layers, budget, heads]
+    kept = pool.token_positions[:, slots[cache.pinned : cache.kept_length], :]
     ordered = kept.sort(dim=1).values
     _require(bool((ordered.diff(dim=1) > 0).all()), req, "a token position is kept twice")
-    newest = logical - (len(slots) - budget) - 1
+    newest = logical - (len(slots) - cache.kept_length) - 1
     window = torch.arange(
-        newest - cache.params.window + 1, newest + 1, dtype=kept.dtype, device=kept.device
+        newest - params.window + 1, newest + 1, dtype=kept.dtype, device=kept.device
     )
-    tail = ordered[:, -cache.params.window :, :]
+    tail = ordered[:, -params.window :, :]
     _require(bool((tail == window[:, None]).all()), req, "the recent window is not kept whole")
-    _require(bool((ordered[:, 0] >= 0).all()), req, "a negative token position")
+    _require(bool((ordered[:, 0] >= cache.pinned).all()), req, "a pinned position was moved")
 
 
 def _require(condition: bool, req: Any, text: str) -> None:

@@ -22,8 +22,8 @@ def alloc_for_decode(batch: ScheduleBatch, token_per_req: int) -> torch.Tensor:
 
     A batch without budgets takes the stock path. Otherwise, in this order: shorten the physical
     length of due requests and queue their round, allocate slots for rows that still grow, give
-    back surplus slots of long prompts (allocations before frees: a slot freed here may still be
-    the source of this step's compaction).
+    back surplus slots of long prompts and locks on shared ones (allocations before frees: a slot
+    freed here may still be the source of this step's compaction).
 
     Mutates `batch.seq_lens`, `batch.seq_lens_cpu` (replaced, never written in place), the
     requests' `kv` records and token rows. Returns slots [batch] int64 for the new tokens.
@@ -41,7 +41,7 @@ def alloc_for_decode(batch: ScheduleBatch, token_per_req: int) -> torch.Tensor:
         cache = evicting_cache_of(req)
         if cache is not None and lengths[index] >= cache.trigger:
             due.append(_plan_round(batch, req, cache, lengths[index], frees))
-            lengths[index] = cache.params.budget
+            lengths[index] = cache.kept_length
     if due:
         pool.compaction.queue(due)
         batch.seq_lens_cpu = torch.tensor(lengths, dtype=batch.seq_lens_cpu.dtype)
@@ -52,7 +52,7 @@ def alloc_for_decode(batch: ScheduleBatch, token_per_req: int) -> torch.Tensor:
     for free in frees:
         free()
     if frees:
-        batch.batch_is_full = False  # slots came back although nobody left: reopen admission
+        batch.batch_is_full = False  # room came back although nobody left: reopen admission
     for req in batch.reqs:
         req.kv.kv_committed_len = req.kv.kv_allocated_len
     rows = batch.req_to_token_pool.req_to_token
@@ -66,14 +66,19 @@ def _plan_round(
     length: int,
     frees: list[Callable[[], None]],
 ) -> DueRequest:
-    if length != cache.trigger:
+    if length != cache.trigger or req.decode_batch_idx < 1:
         raise RuntimeError(
-            f"request {req.rid} holds {length} KV entries but was due at {cache.trigger}"
+            f"request {req.rid} holds {length} KV entries after {req.decode_batch_idx} decode "
+            f"steps but was due at {cache.trigger}"
         )
     row = req.kv.req_pool_idx
-    slots = batch.req_to_token_pool.req_to_token[row, :length].to(torch.int64)
-    cache.record_round(length)
-    if length > cache.steady_slots:
+    slots = batch.req_to_token_pool.req_to_token[row, cache.pinned : length].to(torch.int64)
+    shared = max(0, req.kv.cache_protected_len - cache.pinned)
+    logical_length = cache.plan_round()
+    copied = None
+    if shared:
+        slots, copied = _leave_prefix_tree(batch, req, cache, slots, shared, frees)
+    elif length > cache.steady_slots:
         surplus = [(cache.steady_slots, length)]
         frees.append(partial(batch.tree_cache.free_kv_row, req.kv, surplus))
         req.kv.kv_allocated_len = cache.steady_slots
@@ -81,9 +86,46 @@ def _plan_round(
     return DueRequest(
         cache=cache,
         row=row,
+        round=cache.planned_rounds,
         slots=slots,
-        logical_length=cache.params.budget + cache.evicted_tokens,
+        logical_length=logical_length,
+        copied=copied,
     )
+
+
+def _leave_prefix_tree(
+    batch: ScheduleBatch,
+    req: Req,
+    cache: RequestCache,
+    slots: torch.Tensor,
+    shared: int,
+    frees: list[Callable[[], None]],
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """Give the request private slots in place of the `shared` leading columns of the tree.
+
+    Columns below the budget are copied, because the round writes them; shared columns beyond it
+    are only read by the round. The `window` columns after the budget, which the next tokens fill,
+    become private slots that the round has read. Surplus slots and the lock on the prefix are
+    given back after this step's allocations (`frees`).
+
+    Mutates the request's row and `kv` record. Returns the row for the round, and (source, target)
+    of the copy.
+    """
+    budget, window = cache.params.budget, cache.params.window
+    num_copied = min(shared, budget)
+    fresh = alloc_token_slots(batch.tree_cache, num_copied).to(torch.int64)
+    source = torch.cat([fresh, slots[num_copied:]])
+    private = slots[max(shared, budget) :]
+    row = torch.cat([source[:budget], private[:window]])
+    batch.req_to_token_pool.write(
+        (req.kv.req_pool_idx, slice(0, cache.steady_slots)), row.to(torch.int32)
+    )
+    frees.append(partial(batch.tree_cache.token_to_kv_pool_allocator.free, private[window:]))
+    frees.append(partial(batch.tree_cache.unlock, req.lock))
+    req.lock = None
+    req.kv.cache_protected_len = req.kv.cache_inserted_len = 0
+    req.kv.kv_allocated_len = cache.steady_slots
+    return source, (slots[:num_copied], fresh)
 
 
 def _grow(batch: ScheduleBatch, lengths: list[int]) -> None:

@@ -6,8 +6,6 @@ from typing import Any
 
 #: flag -> (value that is refused unless it equals this, what to do)
 _REQUIRED: dict[str, tuple[object, str]] = {
-    "disable_radix_cache": (True, "add --disable-radix-cache"),
-    "disable_overlap_schedule": (True, "add --disable-overlap-schedule"),
     "speculative_algorithm": (None, "leave out --speculative-algorithm"),
     "enable_mixed_chunk": (False, "leave out --enable-mixed-chunk"),
     "enable_two_batch_overlap": (False, "leave out --enable-two-batch-overlap"),

@@ -33,7 +33,7 @@ def _statistics(req: Req) -> dict[str, Any] | None:
         len(req.output_ids_through_stop), req.sampling_params.max_new_tokens
     )
     if req.finished():
-        statistics["round_digests"] = list(cache.digests())
+        statistics["round_digests"] = cache.digests(statistics["rounds"])
     return statistics
 
 

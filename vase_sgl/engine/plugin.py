@@ -73,8 +73,7 @@ def _check_flags(scheduler: Any, server_args: Any, *args: Any, **kwargs: Any) ->
 
 def _check_integrity(result: None, scheduler: Any, batch: Any, *args: Any) -> None:
     """AFTER `Scheduler.process_batch_result`."""
-    if batch.forward_mode.is_decode():
-        integrity.check_batch(scheduler, batch)
+    integrity.check_running(scheduler)
 
 
 _INIT_NEW = (

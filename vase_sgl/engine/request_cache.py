@@ -19,63 +19,111 @@ if TYPE_CHECKING:
 class RequestCache:
     """Budget bookkeeping of one request. Everything here is host arithmetic on its own lengths.
 
-    trigger: physical length at which the next round is due.
-    rounds: rounds planned so far; evicted_tokens: tokens evicted so far, per layer and KV head.
-    unread_sums: per round not read yet, a tensor and this request's index in it (see
-        `vase_kernels` digest); read only when somebody asks for the digest.
+    prefix_cache: the worker shares prompts between requests, so the first round of prompt mode
+        `evict` copies what is shared.
+    planned_rounds: rounds planned so far. Under the overlap scheduler the plan is one step ahead
+        of the answer, so what an answer reports goes by its own length (`rounds_at`).
+    unread_sums: per round not read yet, a host tensor that the device fills before the step's
+        tokens, and this request's index in it (see `vase_kernels` digest).
     """
 
     params: EvictionParams
     prompt_tokens: int
-    trigger: int
-    rounds: int = 0
-    evicted_tokens: int = 0
+    prefix_cache: bool
+    planned_rounds: int = 0
     unread_sums: list[tuple[torch.Tensor, int]] = dataclasses.field(default_factory=list)
     _digests: list[str] = dataclasses.field(default_factory=list)
     _digest: torch.Tensor = dataclasses.field(default_factory=lambda: torch.tensor(0))
-
-    @classmethod
-    def start(cls, params: EvictionParams, prompt_tokens: int) -> RequestCache:
-        return cls(params, prompt_tokens, trigger=params.max_slots(prompt_tokens))
 
     @property
     def evicts(self) -> bool:
         return self.params.policy.evicts
 
     @property
+    def pinned(self) -> int:
+        """Leading columns that no round touches: the prompt in mode `keep`."""
+        return self.prompt_tokens if self.params.prompt == "keep" else 0
+
+    @property
+    def kept_length(self) -> int:
+        """Physical length right after a round."""
+        return self.pinned + self.params.budget
+
+    @property
     def steady_slots(self) -> int:
-        """Slots owned from the first round on."""
-        return self.params.budget + self.params.window
+        """Slots the request's row spans from the first round on."""
+        return self.kept_length + self.params.window
+
+    @property
+    def first_trigger(self) -> int:
+        """Physical (and logical) length at which the first round is due."""
+        return self.params.max_slots(self.prompt_tokens)
+
+    @property
+    def trigger(self) -> int:
+        """Physical length at which the next round is due."""
+        return self.steady_slots if self.planned_rounds else self.first_trigger
+
+    @property
+    def copied_slots(self) -> int:
+        """Most slots the first round takes to copy a shared prompt before it writes."""
+        if not self.prefix_cache or self.params.prompt == "keep":
+            return 0
+        return min(self.prompt_tokens, self.params.budget)
 
     def max_slots(self, max_new_tokens: int) -> int:
-        """Slots the request may ever own; the newest token's entry is never needed."""
+        """Slots the request may still hold at once, the shared prompt included.
+
+        With a prefix cache and prompt mode `evict` the peak is the first round, for one moment:
+        the shared prompt and its copy. From then on the request holds `steady_slots`.
+        """
         total = self.prompt_tokens + max_new_tokens
-        return min(self.trigger, total) if self.evicts else total
+        if self.evicts and self.planned_rounds:
+            return self.steady_slots
+        if not self.evicts or total <= self.first_trigger:
+            return total
+        return self.first_trigger + self.copied_slots
 
-    def record_round(self, physical_length: int) -> None:
-        """A round has been planned at `physical_length`; the row shrinks to the budget."""
-        self.rounds += 1
-        self.evicted_tokens += physical_length - self.params.budget
-        self.trigger = self.steady_slots
+    def plan_round(self) -> int:
+        """Count one more planned round; returns its logical length (tokens with a KV entry)."""
+        logical_length = self.trigger + self.evicted_by(self.planned_rounds)
+        self.planned_rounds += 1
+        return logical_length
 
-    def digests(self) -> list[str]:
-        """Chained eviction digest after each round. Waits for the device; not to be changed."""
-        for sums, index in self.unread_sums:
-            self._digest = chain(self._digest, sums[index].cpu())
+    def rounds_at(self, logical_length: int) -> int:
+        """Rounds that an answer of `logical_length` tokens (prompt and output) has behind it.
+
+        A round due at E entries runs before the forward of token E, whose answer has E + 2 tokens.
+        """
+        beyond = logical_length - 2 - self.first_trigger
+        return 0 if beyond < 0 or not self.evicts else 1 + beyond // self.params.window
+
+    def evicted_by(self, rounds: int) -> int:
+        """Tokens evicted in the first `rounds` rounds, per layer and KV head."""
+        if rounds == 0:
+            return 0
+        return self.first_trigger - self.kept_length + (rounds - 1) * self.params.window
+
+    def digests(self, rounds: int) -> list[str]:
+        """Chained eviction digest after each of the first `rounds` rounds."""
+        while len(self._digests) < rounds:
+            sums, index = self.unread_sums.pop(0)
+            self._digest = chain(self._digest, sums[index])
             self._digests.append(format_digest(int(self._digest)))
-        self.unread_sums.clear()
-        return self._digests
+        return self._digests[:rounds]
 
     def statistics(self, output_tokens: int, max_new_tokens: int) -> dict[str, Any]:
         """What `meta_info["vase"]` says. The newest token has no KV entry yet."""
-        digests = self.digests()
         logical = self.prompt_tokens + output_tokens
+        rounds = self.rounds_at(logical)
+        digests = self.digests(rounds)
+        evicted = self.evicted_by(rounds)
         return {
-            "rounds": self.rounds,
-            "evicted_tokens": self.evicted_tokens,
-            "physical_length": max(logical - 1, 0) - self.evicted_tokens,
+            "rounds": rounds,
+            "evicted_tokens": evicted,
+            "physical_length": max(logical - 1, 0) - evicted,
             "logical_length": logical,
-            "reserved_slots": self.max_slots(max_new_tokens),
+            "reserved_slots": self.steady_slots if rounds else self.max_slots(max_new_tokens),
             "digest": digests[-1] if digests else format_digest(0),
         }
 

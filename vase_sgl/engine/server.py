@@ -29,9 +29,6 @@ from vase_sgl.parent_watch import end_with_parent  # noqa: E402
 
 DEFAULT_PORT = 30000
 
-#: What a budget needs today; `limits.py` refuses a server without them.
-_REQUIRED_FLAGS = ("--disable-radix-cache", "--disable-overlap-schedule")
-
 #: Defaults on a machine without an accelerator. Any of them may be given explicitly instead.
 _CPU_DEFAULTS = {
     "--device": "cpu",
@@ -110,9 +107,8 @@ def _export_settings(options: argparse.Namespace) -> None:
 def complete_argv(argv: list[str], *, cpu: bool) -> list[str]:
     """SGLang's arguments with ours added where the user gave none."""
     completed = list(argv)
-    switches = _REQUIRED_FLAGS + (_CPU_SWITCHES if cpu else ())
-    completed += [switch for switch in switches if switch not in completed]
     if cpu:
+        completed += [switch for switch in _CPU_SWITCHES if switch not in completed]
         for flag, value in _CPU_DEFAULTS.items():
             if value_of(completed, flag) is None:
                 completed += [flag, value]

@@ -12,8 +12,9 @@ from typing import Any
 from vase_sgl.eviction.policies import Policy, policy_class
 from vase_sgl.eviction.policies.base import ParameterError, require, require_int
 
-#: Prompt modes served today. `evict`: the budget covers prompt and output (the paper's setting).
-PROMPT_MODES = ("evict",)
+#: `evict`: the budget covers prompt and output (the paper's setting). `keep`: prompt tokens are
+#: never evicted and the budget covers generated tokens.
+PROMPT_MODES = ("evict", "keep")
 DEFAULT_WINDOW = 64
 DEFAULT_POLICY = "vase-attnv"
 MAX_SEED = 2**63 - 1
@@ -97,5 +98,10 @@ class EvictionParams:
         }
 
     def max_slots(self, prompt_tokens: int) -> int:
-        """KV slots the request ever owns: `max(prompt, budget) + window` (prompt mode `evict`)."""
+        """KV entries at which the first round is due, and the most the request ever has.
+
+        `max(prompt, budget) + window`; in prompt mode `keep`, `prompt + budget + window`.
+        """
+        if self.prompt == "keep":
+            return prompt_tokens + self.budget + self.window
         return max(prompt_tokens, self.budget) + self.window
