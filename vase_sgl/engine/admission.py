@@ -44,6 +44,8 @@ def create_request(
         return req
     try:
         params = EvictionParams.parse(raw, config.limits)
+        if params.prompt == "keep":
+            raise ParameterError("prompt keep is not served by this engine yet; use evict")
         _refuse_unsupported(recv_req)
     except ParameterError as error:
         _abort(req, f"custom_params.{PARAMS_KEY}: {error}")
