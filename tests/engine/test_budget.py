@@ -10,10 +10,11 @@ import torch
 from tests.engine.scheduler_harness import Answer, SteppedScheduler
 from tests.engine.test_schedules import expected_rounds
 from tests.engine.tiny_model import CONTEXT
+from vase_sgl import eviction
 
 POOL = 400
 PROMPT = [2 + (11 * i) % 250 for i in range(30)]
-POLICIES = ["vase-attnv", "vase-dkv", "random", "streaming"]
+POLICIES = [name for name, policy in eviction.POLICIES.items() if policy.evicts]
 BUDGET: dict[str, Any] = {"budget": 24, "window": 8, "seed": 3}
 
 

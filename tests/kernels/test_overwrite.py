@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vase_kernels.reference import evict, evict_reference, move_plan, select_victims
+from vase_kernels.reference import SCORERS, evict, evict_reference, move_plan, select_victims
 
 from tests.kernels import oracle
 
@@ -86,7 +86,7 @@ def test_wrong_number_of_victims_or_columns_is_refused():
 LAYERS, HEADS, GROUP, DIM, NUM_SLOTS = 2, 3, 2, 16, 160
 BUDGET, WINDOW = 12, 4
 FIRST_LAYER, FIRST_HEAD = 5, 6
-POLICIES = ["vase-attnv", "vase-dkv", "random", "streaming"]
+POLICIES = list(SCORERS)
 
 
 def make_pool(num_requests: int, num_columns: int, dtype=torch.bfloat16) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vase_kernels.reference.candidates import Candidates
 from vase_kernels.reference.digest import round_sum
 from vase_kernels.reference.overwrite import move_plan
-from vase_kernels.reference.scores import Candidates
 from vase_kernels.reference.select import scorer, select_victims_batched
 
 #: Layers are handled together up to this many candidates; the result does not depend on it.
@@ -74,7 +74,7 @@ def evict_reference(
         Slot ids of requests with the same physical length, `num_columns` >= pinned + budget +
         window. All ids from column `pinned` on are distinct; pinned slots may be shared.
     queries : Tensor [N, layers, q_heads, window, head_dim] or None
-        Post-RoPE queries of the window, needed by `vase-attnv`.
+        Post-RoPE queries of the window, needed by policies that score by attention.
     budget, window : int
         Tokens kept, window included; recent tokens that are never evicted.
     pinned : int
@@ -107,7 +107,7 @@ def evict_reference(
             f"need 0 < window < budget and budget + window rows, got window {window}, "
             f"budget {budget}, {num_columns} rows beside {pinned} pinned"
         )
-    reads_rows = scorer(policy, fields).reads_rows
+    chosen = scorer(policy, fields)
     num_candidates = num_columns - window
     num_heads = token_positions.shape[-1]
     heads = torch.arange(first_head, first_head + num_heads, device=slots.device)
@@ -124,8 +124,8 @@ def evict_reference(
         layers = torch.arange(group.start, group.stop, device=slots.device)
         positions = _positions(token_positions[group], slots, rounds, logical_lengths, budget)
         candidates = Candidates(
-            keys=_PoolRows(k_buffers[group], candidate_rows) if reads_rows else None,
-            values=_PoolRows(v_buffers[group], candidate_rows) if reads_rows else None,
+            keys=_PoolRows(k_buffers[group], candidate_rows) if chosen.reads_keys else None,
+            values=_PoolRows(v_buffers[group], candidate_rows) if chosen.reads_values else None,
             queries=None if queries is None else queries[:, group],
             positions=positions[..., :num_candidates],
             seed=seeds,
