@@ -44,6 +44,7 @@ def test_one_stop_string_is_not_taken_for_its_letters() -> None:
         ("hi", {"tempature": 0.5}, "unknown option tempature; known are budget"),
         ("hi", {"budget": "128"}, "an option does not fit"),
         ("hi", {"seed": 2**63}, "an option does not fit"),
+        ("hi", {"prompt_mode": "drop"}, "unknown prompt_mode 'drop'; choose one of evict, keep"),
         ([1.5], {}, "an option does not fit"),
         ([{"role": "user", "text": "hi"}], {}, "an option does not fit"),
     ],

@@ -10,10 +10,11 @@ import torch
 from tests.engine.scheduler_harness import Answer, SteppedScheduler
 from tests.engine.test_schedules import expected_rounds
 from tests.engine.tiny_model import CONTEXT
+from vase_sgl import eviction
 
 POOL = 400
 PROMPT = [2 + (11 * i) % 250 for i in range(30)]
-POLICIES = ["vase-attnv", "vase-dkv", "random", "streaming"]
+POLICIES = [name for name, policy in eviction.POLICIES.items() if policy.evicts]
 BUDGET: dict[str, Any] = {"budget": 24, "window": 8, "seed": 3}
 
 
@@ -240,7 +241,7 @@ class TestRefusals:
             ({"budget": True}, "budget must be an integer"),
             ({"window": 8}, "vase.budget is missing"),
             ({"budget": 24, "window": 8, "seed": -1}, "seed must be an integer from 0"),
-            ({"budget": 24, "window": 8, "prompt": "all"}, "prompt must be one of evict, keep"),
+            ({"budget": 24, "window": 8, "prompt": "drop"}, "prompt must be one of evict, keep"),
             ({"budget": 20, "window": 16, "protected_share": 0.5}, "protects 10 tokens"),
             ({"budget": 24, "window": 8, "pool_width": 4}, "pool_width must be odd"),
             ({"budget": 24, "window": 22}, "num_sinks 4 does not fit"),

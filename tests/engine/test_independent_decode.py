@@ -15,6 +15,7 @@ import torch
 from tests.engine.scheduler_harness import SteppedScheduler
 from tests.engine.tiny_model import CONFIG
 from tests.kernels import oracle
+from vase_sgl.eviction.policies import POLICIES
 
 LAYERS, HEADS, KV_HEADS, DIM = 2, 4, 2, 16
 Row = tuple[torch.Tensor, torch.Tensor, int]
@@ -32,16 +33,21 @@ class IndependentDecoder:
         self.queries: list[list[torch.Tensor]] = [[] for _ in range(LAYERS)]
         self.position = 0
         self.round = 0
+        self.pinned = 0
 
     def generate(self, prompt: list[int], new: int) -> list[int]:
         for token in prompt:
             logits = self._forward(token)
         tokens = [int(logits.argmax())]
-        trigger = max(len(prompt), self.vase["budget"]) + self.vase["window"]
+        budget, window = self.vase["budget"], self.vase["window"]
+        trigger = max(len(prompt), budget) + window
+        if self.vase.get("prompt") == "keep":
+            self.pinned = len(prompt)
+            trigger = self.pinned + budget + window
         while len(tokens) < new:
             if len(self.rows[0][0]) == trigger:
                 self._evict()
-                trigger = self.vase["budget"] + self.vase["window"]
+                trigger = self.pinned + budget + window
             tokens.append(int(self._forward(tokens[-1]).argmax()))
         return tokens
 
@@ -86,7 +92,8 @@ class IndependentDecoder:
         self.round += 1
         budget, window = self.vase["budget"], self.vase["window"]
         for layer in range(LAYERS):
-            older = [rows[:-window] for rows in self.rows[layer]]
+            unpinned = [rows[self.pinned :] for rows in self.rows[layer]]
+            older = [rows[:-window] for rows in unpinned]
             positions = torch.tensor([[row[2] for row in rows] for rows in older])
             key = oracle.retention_keys(
                 self.vase["policy"],
@@ -100,9 +107,10 @@ class IndependentDecoder:
                 first_head=0,
                 round=self.round,
             )
-            count = len(self.rows[layer][0]) - budget
+            count = len(unpinned[0]) - budget
             for head, gone in enumerate(oracle.victims(key, positions, count)):
-                self._overwrite(self.rows[layer][head], gone, budget, window)
+                self._overwrite(unpinned[head], gone, budget, window)
+                self.rows[layer][head][self.pinned :] = unpinned[head]
 
     @staticmethod
     def _overwrite(rows: list[Row], gone: list[int], budget: int, window: int) -> None:
@@ -126,16 +134,27 @@ def _engine_tokens(
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("length", [12, 45])
-@pytest.mark.parametrize("policy", ["vase-attnv", "vase-dkv", "random", "streaming"])
+@pytest.mark.parametrize(
+    ("prompt_mode", "length", "production"),
+    [("evict", 12, False), ("evict", 45, True), ("keep", 45, True)],
+)
+@pytest.mark.parametrize("policy", sorted(set(POLICIES) - {"full"}))
 def test_tokens_equal_the_independent_decoder(
-    stepped: SteppedScheduler, policy: str, length: int
+    stepped: SteppedScheduler, policy: str, prompt_mode: str, length: int, production: bool
 ) -> None:
+    """`production`: overlap loop and prefix cache on, and the prompt already in the tree."""
     assert CONFIG["num_hidden_layers"] == LAYERS
-    vase = {"budget": 24, "window": 8, "policy": policy, "seed": 2**40 + 7}
+    vase = {"budget": 24, "window": 8, "policy": policy, "prompt": prompt_mode, "seed": 2**40 + 7}
     prompt = [2 + (17 * i + length) % 250 for i in range(length)]
     expected = IndependentDecoder(stepped, vase).generate(prompt, 70)
-    assert _engine_tokens(stepped, vase, prompt, 70) == expected
+    stepped.configure(overlap=production, prefix_cache=production)
+    if production:
+        stepped.submit("before", prompt, max_new_tokens=2)
+        stepped.run()
+    found = _engine_tokens(stepped, vase, prompt, 70)
+    assert (stepped.answers["compared"].cached_tokens > 0) == production
+    stepped.configure()
+    assert found == expected
 
 
 @torch.inference_mode()

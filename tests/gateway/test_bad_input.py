@@ -56,6 +56,11 @@ CASES: list[tuple[Any, dict[str, Any], str]] = [
         {**EVICT, "policy": "random", "pool_width": 3},
         "eviction: unknown key pool_width in vase; policy random takes",
     ),
+    (
+        "a",
+        {**EVICT, "policy": "rkv", "mix_lambda": 1.5},
+        "eviction: mix_lambda must be a number from 0 to 1, got 1.5",
+    ),
 ]
 
 
@@ -90,7 +95,7 @@ async def test_what_only_a_raw_message_can_get_wrong(running: Running) -> None:
                 text="a",
                 eviction=pb.EvictionParams(budget=99, prompt_mode=7),  # type: ignore[arg-type]
             ),
-            "eviction.prompt_mode: unknown mode 7",
+            "eviction.prompt_mode: unknown mode 7; use PROMPT_MODE_EVICT or PROMPT_MODE_KEEP",
         ),
     ]
     for request, text in cases:

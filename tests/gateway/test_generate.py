@@ -78,6 +78,34 @@ async def test_the_worker_gets_token_ids_and_explicit_parameters(running: Runnin
     }
 
 
+async def test_policy_fields_and_prompt_mode_reach_worker_and_record(running: Running) -> None:
+    answer = await running.client.generate_once(
+        "tell me",
+        max_new_tokens=2,
+        budget=32,
+        window=8,
+        policy="rkv",
+        prompt_mode="keep",
+        mix_lambda=0.5,
+    )
+    (body,) = running.worker.bodies
+    vase = body["sampling_params"]["custom_params"]["vase"]
+    assert vase == {
+        "budget": 32,
+        "window": 8,
+        "policy": "rkv",
+        "prompt": "keep",
+        "seed": vase["seed"],
+        "num_sinks": 0,
+        "pool_width": 5,
+        "mix_lambda": 0.5,
+    }
+    eviction = (await running.client.get_record(answer.request_id)).eviction
+    assert eviction is not None
+    assert (eviction.policy, eviction.prompt_mode, eviction.mix_lambda) == ("rkv", "keep", 0.5)
+    assert eviction.projection_dim is None
+
+
 async def test_without_eviction_nothing_is_said_about_it(running: Running) -> None:
     answer = await running.client.generate_once("tell me", max_new_tokens=3)
     assert "custom_params" not in running.worker.bodies[0]["sampling_params"]

@@ -77,6 +77,23 @@ def gaussian(seed: int, layer: int, head: int, round: int, rows: int, columns: i
     return np.array(normals[: rows * columns]).reshape(rows, columns)
 
 
+def redundancy(k: FloatArray) -> FloatArray:
+    """R-KV's, of the candidates of one head; k [C, D]. Pair by pair, unlike the package."""
+    mean = np.zeros(len(k))
+    for i, left in enumerate(k):
+        for j, right in enumerate(k):
+            if i != j:
+                norms = (np.linalg.norm(left) + 1e-8) * (np.linalg.norm(right) + 1e-8)
+                mean[i] += left @ right / norms / len(k)
+    e = np.exp(mean - mean.max())
+    result: FloatArray = e / e.sum()
+    return result
+
+
+#: Sinks of each policy unless a request says otherwise.
+SINKS = {"snapkv": 0, "rkv": 0, "knorm": 0, "evict-largest-values": 0}
+
+
 def retention_keys(
     policy: str,
     keys: torch.Tensor,
@@ -89,13 +106,15 @@ def retention_keys(
     layer: int,
     first_head: int,
     round: int,
-    num_sinks: int = 4,
+    num_sinks: int | None = None,
     protected_share: float = 0.25,
     pool_width: int = 5,
     projection_dim: int = 20,
+    mix_lambda: float = 0.1,
 ) -> FloatArray:
     """[kv_heads, candidates]; arguments as `vase_kernels.reference.select_victims` takes them."""
     num_heads, num_candidates = positions.shape
+    num_sinks = SINKS.get(policy, 4) if num_sinks is None else num_sinks
     out = np.empty((num_heads, num_candidates))
     for h in range(num_heads):
         head, place = first_head + h, positions[h].tolist()
@@ -105,11 +124,26 @@ def retention_keys(
             key = [float(p) for p in place]
         elif policy == "random":
             key = [uniform(w[0]) for w in words]
-        elif policy == "vase-dkv":
-            g = gaussian(seed, layer, head, round, k.shape[1], projection_dim)
+        elif policy in ("vase-dkv", "curdkv"):
+            drawn = round if policy == "vase-dkv" else 0
+            g = gaussian(seed, layer, head, drawn, k.shape[1], projection_dim)
             key = list(((k @ g) ** 2).sum(1) * ((v @ g) ** 2).sum(1))
-        else:
+        elif policy == "knorm":
+            key = list(-(k**2).sum(1))
+        elif policy == "evict-largest-values":
+            key = list(v.min(1).astype(np.float32) - v.max(1).astype(np.float32))
+        elif policy in ("snapkv", "rkv"):
             assert queries is not None
+            group = queries.shape[0] // num_heads
+            q = to_float64(queries[h * group : (h + 1) * group])
+            key = list(attention_weight(q, k, pool_width))
+            if policy == "rkv":
+                spread = redundancy(k)
+                key = [
+                    mix_lambda * a - (1 - mix_lambda) * r for a, r in zip(key, spread, strict=True)
+                ]
+        else:
+            assert policy == "vase-attnv" and queries is not None
             group = queries.shape[0] // num_heads
             q = to_float64(queries[h * group : (h + 1) * group])
             weight = attention_weight(q, k, pool_width)

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from vase_kernels.reference import Candidates, linear, retention_keys, scores
+from vase_kernels.reference import SCORERS, Candidates, linear, measures, retention_keys
 
-POLICIES = ["vase-attnv", "vase-dkv", "random", "streaming"]
+POLICIES = list(SCORERS)
 # requests, layers, kv_heads, group, head_dim, candidates, window; small and odd on purpose:
 # there BLAS changes its summation order most readily.
 SHAPES = [
@@ -92,11 +92,11 @@ def test_one_head_of_one_layer_of_one_request(policy, shape):
         assert_same_bits(keys_of(policy, part)[0, 0, 0], together[n, i, h])
 
 
-@pytest.mark.parametrize("policy", ["vase-attnv", "vase-dkv"])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_scratch_size_and_threads_do_not_matter(policy, monkeypatch):
     batch = make_batch(SHAPES[0])
     together = keys_of(policy, batch)
-    monkeypatch.setattr(scores, "_SCRATCH_FLOATS", 1)
+    monkeypatch.setattr(measures, "_SCRATCH_FLOATS", 1)
     assert_same_bits(keys_of(policy, batch), together)
     threads = torch.get_num_threads()
     try:

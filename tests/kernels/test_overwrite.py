@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vase_kernels.reference import evict, evict_reference, move_plan, select_victims
+from vase_kernels.reference import SCORERS, evict, evict_reference, move_plan, select_victims
 
 from tests.kernels import oracle
 
@@ -86,7 +86,7 @@ def test_wrong_number_of_victims_or_columns_is_refused():
 LAYERS, HEADS, GROUP, DIM, NUM_SLOTS = 2, 3, 2, 16, 160
 BUDGET, WINDOW = 12, 4
 FIRST_LAYER, FIRST_HEAD = 5, 6
-POLICIES = ["vase-attnv", "vase-dkv", "random", "streaming"]
+POLICIES = list(SCORERS)
 
 
 def make_pool(num_requests: int, num_columns: int, dtype=torch.bfloat16) -> dict[str, Any]:
@@ -124,6 +124,8 @@ def naive_evict(policy: str, pool: dict[str, Any]) -> tuple[list[int], list[Any]
     """One head at a time, rows listed in Python."""
     sums, forgotten = [], []
     num_columns = pool["slots"].shape[1]
+    pinned = pool.get("pinned", 0)
+    end = pinned + BUDGET
     for n, slots in enumerate(pool["slots"].tolist()):
         total, seen = 0, []
         for layer in range(LAYERS):
@@ -132,17 +134,19 @@ def naive_evict(policy: str, pool: dict[str, Any]) -> tuple[list[int], list[Any]
                 k, v = (pool[name][layer] for name in ("k_buffers", "v_buffers"))
                 first, length = int(pool["rounds"][n]) == 1, int(pool["logical_lengths"][n])
                 place = [
-                    int(store[slot, head]) if c < BUDGET and not first else length - num_columns + c
+                    int(store[slot, head])
+                    if pinned <= c < end and not first
+                    else length - num_columns + c
                     for c, slot in enumerate(slots)
                 ]
-                old = slots[:-WINDOW]
+                old = slots[pinned:-WINDOW]
                 victims = select_victims(
                     policy,
                     k[old, head][None],
                     v[old, head][None],
                     pool["queries"][n, layer, head * GROUP : (head + 1) * GROUP],
-                    torch.tensor(place[:-WINDOW])[None],
-                    num_columns - BUDGET,
+                    torch.tensor(place[pinned:-WINDOW])[None],
+                    num_columns - end,
                     budget=BUDGET,
                     seed=int(pool["seeds"][n]),
                     layer=FIRST_LAYER + layer,
@@ -150,6 +154,7 @@ def naive_evict(policy: str, pool: dict[str, Any]) -> tuple[list[int], list[Any]
                     round=int(pool["rounds"][n]),
                     num_sinks=pool["num_sinks"],
                 )[0].tolist()
+                victims = [pinned + c for c in victims]
                 gone = [place[c] for c in victims]
                 seen.append(gone)
                 round = int(pool["rounds"][n])
@@ -157,13 +162,13 @@ def naive_evict(policy: str, pool: dict[str, Any]) -> tuple[list[int], list[Any]
                     oracle.token_hash(FIRST_LAYER + layer, FIRST_HEAD + head, round, p)
                     for p in gone
                 )
-                late = [c for c in range(BUDGET, num_columns) if c not in victims]
+                late = [c for c in range(end, num_columns) if c not in victims]
                 late.sort(key=place.__getitem__)
-                for d, s in zip([c for c in victims if c < BUDGET], late, strict=True):
+                for d, s in zip([c for c in victims if c < end], late, strict=True):
                     k[slots[d], head] = k[slots[s], head]
                     v[slots[d], head] = v[slots[s], head]
                     place[d] = place[s]
-                for c in range(BUDGET):
+                for c in range(pinned, end):
                     store[slots[c], head] = place[c]
         sums.append(total % 2**64)
         forgotten.append(seen)
@@ -174,13 +179,17 @@ def assert_same_pool(a: dict[str, Any], b: dict[str, Any]) -> None:
     assert torch.equal(a["token_positions"], b["token_positions"])
     for name in ("k_buffers", "v_buffers"):
         for ours, theirs in zip(a[name], b[name], strict=True):
-            assert torch.equal(ours.float(), theirs.float())
+            assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
 
 
-@pytest.mark.parametrize("num_columns", [BUDGET + WINDOW, 37])
+@pytest.mark.parametrize(
+    ("pinned", "num_columns"),
+    [(0, BUDGET + WINDOW), (0, 37), (1, BUDGET + WINDOW + 1), (21, BUDGET + WINDOW + 21), (9, 37)],
+)
 @pytest.mark.parametrize("policy", POLICIES)
-def test_rounds_equal_the_naive_implementation(policy, num_columns):
-    ours = make_pool(3, num_columns)
+def test_rounds_equal_the_naive_implementation(policy, pinned, num_columns):
+    ours = make_pool(3, num_columns) | {"pinned": pinned}
+    end = pinned + BUDGET
     theirs = copy_of(ours)
     for round in range(1, 4):
         got = evict_reference(policy, **ours, return_victims=True)
@@ -190,13 +199,71 @@ def test_rounds_equal_the_naive_implementation(policy, num_columns):
         assert got.victims.flatten(1, 2).tolist() == forgotten
         assert_same_pool(ours, theirs)
         for pool in (ours, theirs):  # the next window arrives in the freed slots
-            pool["slots"] = pool["slots"][:, : BUDGET + WINDOW]
+            pool["slots"] = pool["slots"][:, : end + WINDOW]
             pool["rounds"] = pool["rounds"] + 1
             pool["logical_lengths"] = pool["logical_lengths"] + WINDOW
             g = torch.Generator().manual_seed(round)
             fresh = torch.randn(3, WINDOW, HEADS, DIM, generator=g).bfloat16()
             for buffer in (*pool["k_buffers"], *pool["v_buffers"]):
-                buffer[pool["slots"][:, BUDGET:]] = fresh
+                buffer[pool["slots"][:, end:]] = fresh
+
+
+def forget_pinned_rows(pool: dict[str, Any]) -> None:
+    """Fill the pinned columns with what no score or position survives."""
+    pinned = pool["slots"][:, : pool["pinned"]].flatten()
+    for buffer in (*pool["k_buffers"], *pool["v_buffers"]):
+        buffer[pinned] = torch.nan
+    pool["token_positions"][:, pinned] = -99
+
+
+@pytest.mark.parametrize("round", [1, 4])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_pinned_columns_are_not_there(policy, round):
+    """Their content does not matter, and the rest is a request of its own, with its positions."""
+    pinned = 7
+    whole = make_pool(2, pinned + BUDGET + WINDOW) | {"pinned": pinned}
+    whole["rounds"] += round - 1
+    whole["logical_lengths"] += 40 * (round - 1)
+    g = torch.Generator().manual_seed(0)
+    older = torch.randperm(pinned + BUDGET, generator=g)[:BUDGET].to(torch.int32) + pinned
+    whole["token_positions"][:, whole["slots"][:, pinned : pinned + BUDGET]] = older[:, None]
+    forget_pinned_rows(whole)
+    suffix = copy_of(whole) | {"pinned": 0, "slots": whole["slots"][:, pinned:].clone()}
+    got = evict_reference(policy, **whole, return_victims=True)
+    expected = evict_reference(policy, **suffix, return_victims=True)
+    assert torch.equal(got.round_sums, expected.round_sums)
+    assert got.victims is not None and expected.victims is not None
+    assert torch.equal(got.victims, expected.victims)
+    assert bool((got.victims >= pinned).all())
+    assert_same_pool(whole, suffix)
+
+
+def test_a_kept_prompt_loses_no_token_however_long_the_answer():
+    """Round after round on the plan of prompt mode `keep`: R victims each time, none of them of
+    the prompt, and every generated token is either kept once or gone once."""
+    pinned = 11
+    pool = make_pool(1, pinned + BUDGET + WINDOW) | {"pinned": pinned}
+    prompt = [buffer[pool["slots"][0, :pinned]].clone() for buffer in pool["k_buffers"]]
+    gone: list[set[int]] = [set() for _ in range(LAYERS * HEADS)]
+    for _ in range(6):
+        victims = evict_reference("vase-attnv", **pool, return_victims=True).victims
+        assert victims is not None and victims.shape[-1] == WINDOW
+        length = int(pool["logical_lengths"])
+        kept = pool["token_positions"][:, pool["slots"][0, pinned : pinned + BUDGET]]
+        for place, (forgotten, left) in enumerate(
+            zip(
+                victims[0].flatten(0, 1).tolist(),
+                kept.transpose(1, 2).flatten(0, 1).tolist(),
+                strict=True,
+            )
+        ):
+            assert gone[place].isdisjoint(forgotten)
+            gone[place].update(forgotten)
+            assert sorted([*gone[place], *left]) == list(range(pinned, length))
+        pool["rounds"] = pool["rounds"] + 1
+        pool["logical_lengths"] = pool["logical_lengths"] + WINDOW
+    for buffer, before in zip(pool["k_buffers"], prompt, strict=True):
+        assert torch.equal(buffer[pool["slots"][0, :pinned]], before)
 
 
 def test_requests_in_different_rounds_share_a_call():
@@ -212,13 +279,15 @@ def test_requests_in_different_rounds_share_a_call():
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("num_columns", [BUDGET + WINDOW, 37])
-def test_only_columns_within_the_budget_change(policy, num_columns):
-    pool = make_pool(2, num_columns)
+@pytest.mark.parametrize(
+    ("pinned", "num_columns"), [(0, BUDGET + WINDOW), (0, 37), (21, BUDGET + WINDOW + 21), (9, 37)]
+)
+def test_only_columns_within_the_budget_change(policy, pinned, num_columns):
+    pool = make_pool(2, num_columns) | {"pinned": pinned}
     before = copy_of(pool)
     evict_reference(policy, **pool)
     guard = torch.ones(NUM_SLOTS, dtype=torch.bool)
-    guard[pool["slots"][:, :BUDGET]] = False
+    guard[pool["slots"][:, pinned : pinned + BUDGET]] = False
     assert torch.equal(pool["token_positions"][:, guard], before["token_positions"][:, guard])
     assert bool((pool["token_positions"][:, ~guard] >= 0).all())
     for name in ("k_buffers", "v_buffers"):
@@ -263,8 +332,12 @@ def test_float8_pools_evict():
 def test_too_few_columns_are_refused_before_anything_is_written():
     pool = make_pool(1, BUDGET + WINDOW - 1)
     before = copy_of(pool)
-    with pytest.raises(ValueError, match="budget 12, 15 rows"):
+    with pytest.raises(ValueError, match="budget 12, 15 rows beside 0 pinned"):
         evict_reference("random", **pool)
+    with pytest.raises(ValueError, match="budget 12, 14 rows beside 1 pinned"):
+        evict_reference("random", **pool, pinned=1)
+    with pytest.raises(ValueError, match="pinned must not be negative, got -1"):
+        evict_reference("random", **pool, pinned=-1)
     pool["budget"], pool["num_sinks"] = 8, 9
     with pytest.raises(ValueError, match="more than policy random may evict"):
         evict_reference("random", **pool)

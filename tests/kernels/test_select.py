@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from vase_kernels.reference import select_victims
+from vase_kernels.reference import SCORERS, select_victims
 from vase_kernels.reference.order import smallest
 
 INF, NAN = math.inf, math.nan
@@ -59,8 +59,8 @@ def test_victims_come_in_order_of_token_position():
     case = inputs()
     g = torch.Generator().manual_seed(5)
     case["positions"] = torch.stack([torch.randperm(99, generator=g)[:24] for _ in range(2)])
-    for policy in ("vase-attnv", "vase-dkv", "random", "streaming"):
-        victims = select_victims(policy, num_victims=9, **case)
+    for policy in SCORERS:
+        victims = select_victims(policy, num_victims=9, num_sinks=4, **case)
         places = case["positions"].gather(-1, victims)
         assert bool((places.diff(dim=-1) > 0).all())
         assert bool((places >= 4).all())
@@ -99,6 +99,59 @@ def test_nan_goes_first_and_infinite_scores_stay_below_sinks():
     assert everything_but_sinks.tolist() == [list(range(4, 24))] * 2
 
 
+def test_curdkv_draws_one_projection_per_request():
+    """Rounds differ for vase-dkv and not for curdkv, seeds differ for both."""
+    case = inputs(candidates=200)
+    for policy, same in (("vase-dkv", False), ("curdkv", True)):
+        first, later = (
+            select_victims(policy, num_victims=90, **case | {"round": round}) for round in (1, 2)
+        )
+        assert torch.equal(first, later) is same
+        other = select_victims(policy, num_victims=90, **case | {"round": 1, "seed": 18})
+        assert not torch.equal(first, other)
+
+
+def test_rkv_evicts_copies_and_snapkv_does_not():
+    case = inputs(candidates=40, dim=64)
+    case["keys"][:, 20:30] = case["keys"][:, 19:20]  # eleven equal keys
+    case["queries"] = case["keys"][:, 19].repeat_interleave(2, 0)[:, None].expand(-1, 4, -1)
+    redundant = set(range(19, 30))
+    for victims in select_victims("rkv", num_victims=11, mix_lambda=0.0, **case).tolist():
+        assert set(victims) == redundant
+    for victims in select_victims("snapkv", num_victims=11, pool_width=1, **case).tolist():
+        assert redundant.isdisjoint(victims)
+
+
+def test_the_ablation_evicts_what_vase_attnv_protects():
+    case = inputs(candidates=40)
+    case["values"][:, 13] *= 100
+    case["values"][:, 27] *= 50
+    victims = select_victims("evict-largest-values", num_victims=2, **case)
+    assert victims.tolist() == [[13, 27]] * 2
+    kept = select_victims("vase-attnv", num_victims=34, protected_share=0.4, **case)
+    assert not bool(((kept == 13) | (kept == 27)).any())
+
+
+def test_knorm_keeps_low_norms():
+    case = inputs(candidates=40)
+    case["keys"][:, 7] *= 9
+    case["keys"][:, 9, 0] = INF
+    case["keys"][:, 11, 0] = NAN
+    victims = select_victims("knorm", num_victims=3, **case)
+    assert victims.tolist() == [[7, 9, 11]] * 2
+
+
+@pytest.mark.parametrize("policy", ["snapkv", "rkv"])
+def test_one_undefined_key_makes_every_score_of_its_head_undefined(policy):
+    """Then the lowest positions outside the sinks go; the other head is not affected."""
+    case = inputs(candidates=40)
+    expected = select_victims(policy, num_victims=3, num_sinks=4, **case)
+    case["keys"][0, 30] = NAN
+    victims = select_victims(policy, num_victims=3, num_sinks=4, **case)
+    assert victims[0].tolist() == [4, 5, 6]
+    assert torch.equal(victims[1], expected[1])
+
+
 def test_nan_value_range_is_not_protected():
     case = inputs()
     case["values"][:, 10] = NAN
@@ -119,8 +172,13 @@ def test_nan_attention_falls_back_to_the_oldest_unprotected():
     [
         ("vase-attnv", {"pool_width": 1}),
         ("vase-dkv", {}),
+        ("curdkv", {}),
+        ("snapkv", {"pool_width": 1}),
+        ("rkv", {"pool_width": 1}),
         ("random", {}),
         ("streaming", {}),
+        ("knorm", {}),
+        ("evict-largest-values", {}),
     ],
 )
 def test_column_order_does_not_matter(policy, fields):
@@ -140,10 +198,16 @@ def test_zero_victims():
 @pytest.mark.parametrize(
     ("policy", "change", "message"),
     [
-        ("lru", {}, "unknown policy 'lru'; choose one of vase-attnv, vase-dkv, random, streaming"),
+        ("lru", {}, "unknown policy 'lru'; choose one of vase-attnv, vase-dkv, curdkv, sna"),
         ("random", {"pool_width": 3}, "unknown field pool_width of policy random; it takes num_si"),
         ("random", {"c": 3}, "unknown field c of policy random"),
         ("vase-attnv", {"queries": None}, "policy vase-attnv reads the window's queries; got None"),
+        ("rkv", {"queries": None}, "policy rkv reads the window's queries; got None"),
+        (
+            "knorm",
+            {"pool_width": 3},
+            "unknown field pool_width of policy knorm; it takes num_sinks",
+        ),
         ("random", {"num_victims": 25}, r"num_victims 25 is not in \[0, 24\]"),
         ("random", {"num_victims": -1}, r"num_victims -1 is not in \[0, 24\]"),
         ("random", {"num_victims": 21}, "num_victims 21 is more than policy random may evict: 20"),

@@ -24,6 +24,10 @@ _STATUS: dict[int, Literal["completed", "aborted", "failed"]] = {
     pb.RECORD_STATUS_ABORTED: "aborted",
     pb.RECORD_STATUS_FAILED: "failed",
 }
+_PROMPT_MODES: dict[types.PromptMode, pb.PromptMode.ValueType] = {
+    "evict": pb.PROMPT_MODE_EVICT,
+    "keep": pb.PROMPT_MODE_KEEP,
+}
 _OUTCOME: dict[int, Literal["MATCH", "DIVERGED", "INCOMPARABLE"]] = {
     pb.ReplayVerdict.OUTCOME_MATCH: "MATCH",
     pb.ReplayVerdict.OUTCOME_DIVERGED: "DIVERGED",
@@ -34,17 +38,20 @@ _OUTCOME: dict[int, Literal["MATCH", "DIVERGED", "INCOMPARABLE"]] = {
 class Options(TypedDict, total=False):
     """Options of a generation; the gateway's proto file documents ranges and defaults.
 
-    budget, window, policy, num_sinks, protected_share, pool_width, projection_dim: eviction.
-    Give at least a budget, or the policy `full`; with none of them the gateway's default applies.
+    budget, window, policy, prompt_mode, num_sinks, protected_share, pool_width, projection_dim,
+    mix_lambda: eviction. Give at least a budget, or the policy `full`; with none of them the
+    gateway's default applies.
     """
 
     budget: int | None
     window: int | None
     policy: str | None
+    prompt_mode: types.PromptMode | None
     num_sinks: int | None
     protected_share: float | None
     pool_width: int | None
     projection_dim: int | None
+    mix_lambda: float | None
     seed: int | None
     sample_index: int
     temperature: float | None
@@ -77,6 +84,8 @@ def generate_request(
         )
     if isinstance(given.get("stop"), str):
         given["stop"] = [given["stop"]]
+    if "prompt_mode" in given:
+        given["prompt_mode"] = _prompt_mode(given["prompt_mode"])
     eviction = {name: given.pop(name) for name in _EVICTION if name in given}
     sampling = {name: given.pop(name) for name in _SAMPLING if name in given}
     try:
@@ -89,6 +98,16 @@ def generate_request(
     except (TypeError, ValueError) as error:
         raise InvalidRequest(f"an option does not fit: {error}", "INVALID_ARGUMENT") from error
     return request
+
+
+def _prompt_mode(name: object) -> pb.PromptMode.ValueType:
+    for known, mode in _PROMPT_MODES.items():
+        if name == known:
+            return mode
+    raise InvalidRequest(
+        f"unknown prompt_mode {name!r}; choose one of {', '.join(_PROMPT_MODES)}",
+        "INVALID_ARGUMENT",
+    )
 
 
 def _set_prompt(request: pb.GenerateRequest, prompt: types.Prompt) -> None:
@@ -169,12 +188,17 @@ def record(message: pb.Record) -> types.Record:
             for name in _SAMPLING
             for value in (getattr(message.sampling, name),)
         },
-        eviction=_plain(types.Eviction, message.eviction) if message.HasField("eviction") else None,
+        eviction=_eviction(message.eviction) if message.HasField("eviction") else None,
         seeds=_plain(types.Seeds, message.seeds),
         cache=cache(message),
         fingerprint=dict(message.fingerprint),
         timings=timings(message.timings),
     )
+
+
+def _eviction(message: pb.EvictionParams) -> types.Eviction:
+    names = {mode: name for name, mode in _PROMPT_MODES.items()}
+    return _plain(types.Eviction, message, prompt_mode=names[message.prompt_mode])
 
 
 def summary(message: pb.RecordSummary) -> types.RecordSummary:

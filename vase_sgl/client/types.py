@@ -18,6 +18,10 @@ class Message(TypedDict):
 #: Text, token ids or a conversation.
 Prompt = str | Sequence[int] | Sequence[Message]
 
+#: What happens to the prompt's KV entries: the budget covers them, or they are never evicted and
+#: the budget covers generated tokens alone.
+PromptMode = Literal["evict", "keep"]
+
 FinishReason = Literal["stop", "length", "abort", "unknown"]
 
 
@@ -144,10 +148,12 @@ class Eviction:
     policy: str
     budget: int
     window: int
+    prompt_mode: PromptMode
     num_sinks: int | None
     protected_share: float | None
     pool_width: int | None
     projection_dim: int | None
+    mix_lambda: float | None
 
 
 @dataclasses.dataclass(frozen=True)

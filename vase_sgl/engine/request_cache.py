@@ -42,7 +42,7 @@ class RequestCache:
     @property
     def pinned(self) -> int:
         """Leading columns that no round touches: the prompt in mode `keep`."""
-        return self.prompt_tokens if self.params.prompt == "keep" else 0
+        return self.params.pinned(self.prompt_tokens)
 
     @property
     def kept_length(self) -> int:
@@ -67,9 +67,7 @@ class RequestCache:
     @property
     def copied_slots(self) -> int:
         """Most slots the first round takes to copy a shared prompt before it writes."""
-        if not self.prefix_cache or self.params.prompt == "keep":
-            return 0
-        return min(self.prompt_tokens, self.params.budget)
+        return min(self.prompt_tokens - self.pinned, self.params.budget) if self.prefix_cache else 0
 
     def max_slots(self, max_new_tokens: int) -> int:
         """Slots the request may still hold at once, the shared prompt included.

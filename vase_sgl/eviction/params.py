@@ -12,8 +12,8 @@ from typing import Any
 from vase_sgl.eviction.policies import Policy, policy_class
 from vase_sgl.eviction.policies.base import ParameterError, require, require_int
 
-#: `evict`: the budget covers prompt and output (the paper's setting). `keep`: prompt tokens are
-#: never evicted and the budget covers generated tokens.
+#: `evict`: the budget covers prompt and output (the paper's setting). `keep`: the prompt is never
+#: evicted and the budget covers generated tokens alone.
 PROMPT_MODES = ("evict", "keep")
 DEFAULT_WINDOW = 64
 DEFAULT_POLICY = "vase-attnv"
@@ -38,8 +38,10 @@ class EvictionLimits:
 class EvictionParams:
     """Validated eviction parameters of one request.
 
-    budget: KV entries kept per layer and KV head after a round, the recent window included.
+    budget: KV entries kept per layer and KV head after a round, the recent window included;
+        with prompt mode `keep`, beside the prompt.
     window: recent tokens never evicted; also the eviction period and the query window.
+    prompt: one of `PROMPT_MODES`.
     seed: key of every random draw; the same seed forgets the same tokens.
     """
 
@@ -97,11 +99,14 @@ class EvictionParams:
             **self.policy.fields(),
         }
 
-    def max_slots(self, prompt_tokens: int) -> int:
-        """KV entries at which the first round is due, and the most the request ever has.
+    def pinned(self, prompt_tokens: int) -> int:
+        """Leading columns that are never evicted, scored or written: the prompt, if it is kept."""
+        return prompt_tokens if self.prompt == "keep" else 0
 
-        `max(prompt, budget) + window`; in prompt mode `keep`, `prompt + budget + window`.
+    def max_slots(self, prompt_tokens: int) -> int:
+        """KV slots the request ever owns; with that many tokens cached, its first round is due.
+
+        `max(prompt, budget) + window` in prompt mode `evict`, `prompt + budget + window` in `keep`.
         """
-        if self.prompt == "keep":
-            return prompt_tokens + self.budget + self.window
-        return max(prompt_tokens, self.budget) + self.window
+        pinned = self.pinned(prompt_tokens)
+        return pinned + max(prompt_tokens - pinned, self.budget) + self.window

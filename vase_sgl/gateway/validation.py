@@ -11,6 +11,7 @@ from vase_sgl.eviction import EvictionLimits, EvictionParams, ParameterError
 from vase_sgl.gateway.errors import InvalidRequest
 from vase_sgl.gateway.seeds import MAX_SEED
 from vase_sgl.gateway.tenants import Tenant
+from vase_sgl.gateway.wire import PROMPT_MODES
 from vase_sgl.gateway.workers import WorkerInfo
 from vase_sgl.rpc.v1 import gateway_pb2 as pb
 
@@ -180,12 +181,14 @@ def eviction_fields(params: pb.EvictionParams) -> dict[str, Any]:
     fields = {
         field.name: value for field, value in params.ListFields() if field.name != "prompt_mode"
     }
-    if params.prompt_mode == pb.PROMPT_MODE_EVICT:
-        fields["prompt"] = "evict"
+    names = {mode: name for name, mode in PROMPT_MODES.items()}
+    if params.prompt_mode in names:
+        fields["prompt"] = names[params.prompt_mode]
     else:
         require(
             params.prompt_mode == pb.PROMPT_MODE_UNSPECIFIED,
-            f"eviction.prompt_mode: unknown mode {params.prompt_mode}; use PROMPT_MODE_EVICT",
+            f"eviction.prompt_mode: unknown mode {params.prompt_mode}; use PROMPT_MODE_EVICT or "
+            "PROMPT_MODE_KEEP",
         )
     return fields
 

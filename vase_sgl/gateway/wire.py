@@ -14,6 +14,8 @@ _FINISH = {
     "length": pb.FINISH_REASON_LENGTH,
     "abort": pb.FINISH_REASON_ABORT,
 }
+#: Prompt modes by the names that `EvictionParams` gives them.
+PROMPT_MODES = {"evict": pb.PROMPT_MODE_EVICT, "keep": pb.PROMPT_MODE_KEEP}
 _STATUS = {
     audit.RecordStatus.COMPLETED: pb.RECORD_STATUS_COMPLETED,
     audit.RecordStatus.ABORTED: pb.RECORD_STATUS_ABORTED,
@@ -79,8 +81,7 @@ def eviction(params: Mapping[str, Any] | None) -> pb.EvictionParams | None:
     if params is None:
         return None
     fields = {k: v for k, v in params.items() if k not in ("prompt", "seed")}
-    modes = {"evict": pb.PROMPT_MODE_EVICT}
-    return pb.EvictionParams(**fields, prompt_mode=modes[params["prompt"]])
+    return pb.EvictionParams(**fields, prompt_mode=PROMPT_MODES[params["prompt"]])
 
 
 def record(stored: audit.StoredRecord) -> pb.Record:

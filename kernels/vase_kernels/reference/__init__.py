@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from vase_kernels.reference.candidates import Candidates
 from vase_kernels.reference.digest import chain, format_digest, round_sum
 from vase_kernels.reference.evict import EvictResult, evict_reference
 from vase_kernels.reference.overwrite import move_plan
-from vase_kernels.reference.scores import SCORERS, Candidates
+from vase_kernels.reference.scores import SCORERS
 from vase_kernels.reference.select import (
     retention_keys,
     select_victims,

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vase_kernels.reference.candidates import Candidates
 from vase_kernels.reference.digest import round_sum
 from vase_kernels.reference.overwrite import move_plan
-from vase_kernels.reference.scores import Candidates
 from vase_kernels.reference.select import scorer, select_victims_batched
 
 #: Layers are handled together up to this many candidates; the result does not depend on it.
@@ -40,6 +40,7 @@ def evict_reference(
     *,
     budget: int,
     window: int,
+    pinned: int = 0,
     seeds: Tensor,
     rounds: Tensor,
     logical_lengths: Tensor,
@@ -48,12 +49,17 @@ def evict_reference(
     return_victims: bool = False,
     **fields: Any,
 ) -> EvictResult:
-    """Evict from `num_columns` to `budget` rows per layer and KV head.
+    """Evict from `num_columns` to `pinned + budget` rows per layer and KV head.
 
-    Mutates exactly: the K and V rows and the `token_positions` of columns 0..budget-1 of the
-    given requests. Afterwards these hold the kept older tokens and the `window` recent ones;
-    the slots of later columns hold nothing the request still needs. A row that stays keeps its
-    column (see `move_plan`). Nothing depends on slot numbers or on the other requests.
+    Mutates exactly: the K and V rows and the `token_positions` of columns pinned..pinned+budget-1
+    of the given requests. Afterwards these hold the kept older tokens and the `window` recent
+    ones; the slots of later columns hold nothing the request still needs. A row that stays keeps
+    its column (see `move_plan`). Nothing depends on slot numbers or on the other requests.
+
+    Pinned columns are outside all of it: neither victims nor candidates (so outside softmax,
+    pooling and protected share), neither read nor written, and not counted by the budget. A call
+    with `slots` and `pinned` is the call with `slots[:, pinned:]` and none, which lets requests
+    that pin different numbers of columns share a call.
 
     Parameters
     ----------
@@ -62,19 +68,22 @@ def evict_reference(
     k_buffers, v_buffers : sequence of Tensor [num_slots, kv_heads, head_dim]
         The pool, one K and one V tensor a layer; any float dtype.
     token_positions : int32 Tensor [layers, num_slots, kv_heads]
-        Token position of each kept row, owned by the pool. Read for columns below `budget` of
-        requests past their first round; need not be written before.
+        Token position of each kept row, owned by the pool. Read for columns
+        pinned..pinned+budget-1 of requests past their first round; need not be written before.
     slots : int Tensor [N, num_columns]
-        Slot ids of requests with the same physical length, `num_columns` >= budget + window.
-        All ids are distinct.
+        Slot ids of requests with the same physical length, `num_columns` >= pinned + budget +
+        window. All ids from column `pinned` on are distinct; pinned slots may be shared.
     queries : Tensor [N, layers, q_heads, window, head_dim] or None
-        Post-RoPE queries of the window, needed by `vase-attnv`.
+        Post-RoPE queries of the window, needed by policies that score by attention.
     budget, window : int
         Tokens kept, window included; recent tokens that are never evicted.
+    pinned : int
+        Leading columns to leave alone: the prompt's, where the prompt is kept.
     seeds, rounds, logical_lengths : int64 Tensor [N]
         Eviction seed, round number counted from 1, tokens seen so far. Column c holds token
         position logical_length - num_columns + c where the store does not say otherwise; in a
-        first round, that is c.
+        first round, that is c. Sinks are token positions below `num_sinks`, so of a kept prompt
+        they are pinned already.
     first_layer, first_head : int
         Global index of this rank's first layer and KV head.
     return_victims : bool
@@ -88,14 +97,17 @@ def evict_reference(
         Before anything of the group of layers at hand is written: see `select_victims_batched`
         and `move_plan`.
     """
+    if pinned < 0:
+        raise ValueError(f"pinned must not be negative, got {pinned}")
+    slots = slots[:, pinned:]
     num_columns = slots.shape[1]
     num_victims = num_columns - budget
     if not 0 < window < budget or num_victims < window:
         raise ValueError(
             f"need 0 < window < budget and budget + window rows, got window {window}, "
-            f"budget {budget}, {num_columns} rows"
+            f"budget {budget}, {num_columns} rows beside {pinned} pinned"
         )
-    reads_rows = scorer(policy, fields).reads_rows
+    chosen = scorer(policy, fields)
     num_candidates = num_columns - window
     num_heads = token_positions.shape[-1]
     heads = torch.arange(first_head, first_head + num_heads, device=slots.device)
@@ -112,8 +124,8 @@ def evict_reference(
         layers = torch.arange(group.start, group.stop, device=slots.device)
         positions = _positions(token_positions[group], slots, rounds, logical_lengths, budget)
         candidates = Candidates(
-            keys=_PoolRows(k_buffers[group], candidate_rows) if reads_rows else None,
-            values=_PoolRows(v_buffers[group], candidate_rows) if reads_rows else None,
+            keys=_PoolRows(k_buffers[group], candidate_rows) if chosen.reads_keys else None,
+            values=_PoolRows(v_buffers[group], candidate_rows) if chosen.reads_values else None,
             queries=None if queries is None else queries[:, group],
             positions=positions[..., :num_candidates],
             seed=seeds,

@@ -7,62 +7,24 @@ only, down to the last bit. Forced tokens hold +inf, nothing else does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vase_kernels.reference.linear import fold_sum, row_products
+from vase_kernels.reference.candidates import Candidates
+from vase_kernels.reference.measures import (
+    attention,
+    energy,
+    gaussian,
+    mean_similarity,
+    pooled,
+    squared_norm,
+    value_range,
+)
 from vase_kernels.reference.order import smallest
-from vase_kernels.reference.philox import Words, gumbel, normal_pair, philox4x32, seed_key, uniform
-
-#: Rows are scored in chunks of this many float32; the result does not depend on it.
-_SCRATCH_FLOATS = 1 << 18
-
-
-class Layers(Protocol):
-    """Rows by layer: a tuple of tensors, or something that gathers a layer when asked for it."""
-
-    def __getitem__(self, layer: int, /) -> Tensor: ...
-
-
-class Candidates(NamedTuple):
-    """The tokens a round may evict, of N requests, L layers, H KV heads, C candidates each.
-
-    keys, values : Layers or None
-        Tensor [N, H, C, D] for each of the L layers, any float dtype; None where the policy does
-        not read them. A tensor x [N, L, H, C, D] is given as `x.unbind(1)`.
-    queries : Tensor [N, L, Hq, W, D] or None
-        Post-RoPE queries of the window; query head h reads KV head h // (Hq // H).
-    positions : int64 Tensor [N, L, H, C]
-        Token positions, distinct within a head, below 2**31.
-    seed, round : int64 Tensor [N]
-        Eviction seed (63 bits) and round number, counted from 1.
-    layers : int64 Tensor [L]
-    heads : int64 Tensor [H]
-        Global indices, so that a draw does not depend on which rank owns the head.
-    """
-
-    keys: Layers | None
-    values: Layers | None
-    queries: Tensor | None
-    positions: Tensor
-    seed: Tensor
-    round: Tensor
-    layers: Tensor
-    heads: Tensor
-
-    def words(self, last: Tensor) -> Words:
-        """Philox words at counter (layer, head, round, `last`), `last` [..., K] -> [N, L, H, K]."""
-        k0, k1 = seed_key(self.seed[:, None, None, None])
-        counter = (
-            self.layers[None, :, None, None],
-            self.heads[None, None, :, None],
-            self.round[:, None, None, None],
-            last,
-        )
-        return philox4x32((k0, k1), counter)
+from vase_kernels.reference.philox import gumbel, uniform
 
 
 def vase_attnv(
@@ -82,24 +44,70 @@ def vase_attnv(
     columns (zeros outside).
     """
     assert c.keys is not None and c.values is not None and c.queries is not None
-    value_range = _range(c, c.values).nan_to_num_(nan=-torch.inf, posinf=torch.inf)
-    value_range.masked_fill_(c.positions < num_sinks, torch.inf)
-    count = min(int(budget * protected_share), value_range.shape[-1])
-    protected = smallest(-value_range, c.positions, count)
+    ranges = value_range(c, c.values).nan_to_num_(nan=-torch.inf, posinf=torch.inf)
+    ranges.masked_fill_(c.positions < num_sinks, torch.inf)
+    count = min(int(budget * protected_share), ranges.shape[-1])
+    protected = smallest(-ranges, c.positions, count)
 
-    weight = _pooled(_attention(c, c.queries, c.keys), pool_width)
+    weight = pooled(attention(c, c.queries, c.keys), pool_width)
     key = torch.log(weight) + gumbel(c.words(c.positions)[0])
     key.scatter_(-1, protected, torch.inf)
     return _force(key, c.positions, num_sinks)
 
 
+def snapkv(c: Candidates, *, budget: int, num_sinks: int = 0, pool_width: int = 5) -> Tensor:
+    """SnapKV (arXiv 2404.14469) at decode time: the weight of `vase_attnv` itself, no draw."""
+    assert c.keys is not None and c.queries is not None
+    weight = pooled(attention(c, c.queries, c.keys), pool_width)
+    return _force(weight, c.positions, num_sinks)
+
+
+def rkv(
+    c: Candidates,
+    *,
+    budget: int,
+    num_sinks: int = 0,
+    pool_width: int = 5,
+    mix_lambda: float = 0.1,
+) -> Tensor:
+    """R-KV (arXiv 2505.24133): `mix_lambda` * importance - (1 - `mix_lambda`) * redundancy.
+
+    importance: the weight of `vase_attnv`. redundancy: softmax over the candidates of
+    `mean_similarity` of their keys. This is R-KV as the authors of VaSE compare with it
+    (`attn_rkv` in their code): beside R-KV's own code it averages where that takes a maximum
+    (over the query group and over neighbouring columns), and a similarity counts whatever its
+    size and however recent the token, for the tokens that R-KV spares lie in the window.
+    """
+    assert c.keys is not None and c.queries is not None
+    importance = pooled(attention(c, c.queries, c.keys), pool_width)
+    redundancy = torch.softmax(mean_similarity(c, c.keys), dim=-1)
+    key = importance.mul_(mix_lambda).sub_(redundancy.mul_(1 - mix_lambda))
+    return _force(key, c.positions, num_sinks)
+
+
 def vase_dkv(c: Candidates, *, budget: int, num_sinks: int = 4, projection_dim: int = 20) -> Tensor:
     """VaSE-DKV (arXiv 2606.03928): ||kG||^2 * ||vG||^2 with a fresh Gaussian G each round."""
-    assert c.keys is not None and c.values is not None
-    projection = _gaussian(c, c.keys[0].shape[-1], projection_dim)
-    energy = _energy(c, c.keys, projection).mul_(_energy(c, c.values, projection))
-    energy.clamp_(max=torch.finfo(torch.float32).max)  # +inf is reserved for forced tokens
-    return _force(energy, c.positions, num_sinks)
+    return _projected_energy(c, c.round, num_sinks, projection_dim)
+
+
+def curdkv(c: Candidates, *, budget: int, num_sinks: int = 4, projection_dim: int = 20) -> Tensor:
+    """CurDKV (arXiv 2509.15038): as `vase_dkv`, but all rounds of a request share one G.
+
+    G is that of round 0, which no round has: one per layer and head.
+    """
+    return _projected_energy(c, torch.zeros_like(c.round), num_sinks, projection_dim)
+
+
+def knorm(c: Candidates, *, budget: int, num_sinks: int = 0) -> Tensor:
+    """Low key norms stay (arXiv 2406.11430): -||k||^2, which ranks as -||k|| does."""
+    assert c.keys is not None
+    return _force(squared_norm(c, c.keys).neg_(), c.positions, num_sinks)
+
+
+def evict_largest_values(c: Candidates, *, budget: int, num_sinks: int = 0) -> Tensor:
+    """Ablation of VaSE (arXiv 2606.03928): minus the value range. What it protects goes first."""
+    assert c.values is not None
+    return _force(value_range(c, c.values).neg_(), c.positions, num_sinks)
 
 
 def random(c: Candidates, *, budget: int, num_sinks: int = 4) -> Tensor:
@@ -116,76 +124,31 @@ class Scorer(NamedTuple):
     """A policy's scoring function and what it reads of the candidates."""
 
     score: Callable[..., Tensor]
-    reads_rows: bool
-    reads_queries: bool
+    reads_keys: bool = False
+    reads_values: bool = False
+    reads_queries: bool = False
 
 
 SCORERS = {
-    "vase-attnv": Scorer(vase_attnv, reads_rows=True, reads_queries=True),
-    "vase-dkv": Scorer(vase_dkv, reads_rows=True, reads_queries=False),
-    "random": Scorer(random, reads_rows=False, reads_queries=False),
-    "streaming": Scorer(streaming, reads_rows=False, reads_queries=False),
+    "vase-attnv": Scorer(vase_attnv, reads_keys=True, reads_values=True, reads_queries=True),
+    "vase-dkv": Scorer(vase_dkv, reads_keys=True, reads_values=True),
+    "curdkv": Scorer(curdkv, reads_keys=True, reads_values=True),
+    "snapkv": Scorer(snapkv, reads_keys=True, reads_queries=True),
+    "rkv": Scorer(rkv, reads_keys=True, reads_queries=True),
+    "random": Scorer(random),
+    "streaming": Scorer(streaming),
+    "knorm": Scorer(knorm, reads_keys=True),
+    "evict-largest-values": Scorer(evict_largest_values, reads_values=True),
 }
 
 
-def _chunks(floats_per_request: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Split tensors along the requests so that a chunk's float32 scratch stays in cache."""
-    step = max(1, _SCRATCH_FLOATS // floats_per_request)
-    for start in range(0, tensors[0].shape[0], step):
-        yield tuple(x[start : start + step] for x in tensors)
-
-
-def _range(c: Candidates, values: Layers) -> Tensor:
-    """max - min over head_dim, float32 [N, L, H, C]."""
-    out = torch.empty(c.positions.shape, device=c.positions.device)
-    for layer in range(out.shape[1]):
-        rows = values[layer]
-        for x, difference in _chunks(rows[0].numel(), rows, out[:, layer]):
-            x = x.to(torch.float32)
-            difference.copy_(x.amax(-1)).sub_(x.amin(-1))
-    return out
-
-
-def _attention(c: Candidates, queries: Tensor, keys: Layers) -> Tensor:
-    """Mean attention of a group's queries on each candidate, float32 [N, L, H, C]."""
-    out = torch.empty(c.positions.shape, device=c.positions.device)
-    requests, num_layers, heads, num_candidates = out.shape
-    for layer in range(num_layers):
-        k, dim = keys[layer], queries.shape[-1]
-        # The query heads of a group one after another: [N, H, group * W, D].
-        q = queries[:, layer].reshape(requests, heads, -1, dim)
-        scratch = heads * q.shape[2] * num_candidates
-        for rows, columns, mean in _chunks(scratch, q, k, out[:, layer]):
-            probability = torch.softmax(row_products(rows, columns).mul_(dim**-0.5), dim=-1)
-            mean.copy_(fold_sum(probability, -2)).div_(q.shape[2])
-    return out
-
-
-def _pooled(x: Tensor, width: int) -> Tensor:
-    """Average over `width` neighbouring columns, zeros outside, always divided by `width`."""
-    if width == 1:
-        return x
-    padded = torch.nn.functional.pad(x, (width // 2, width // 2))
-    return fold_sum(padded.unfold(-1, width, 1).clone(), -1) / width
-
-
-def _gaussian(c: Candidates, rows: int, columns: int) -> Tensor:
-    """Standard normals [N, L, H, rows, columns]: flat item e is normal e % 4 of counter e // 4."""
-    calls = torch.arange(-(-rows * columns // 4), device=c.positions.device)
-    w0, w1, w2, w3 = c.words(calls)
-    normals = torch.stack((*normal_pair(w0, w1), *normal_pair(w2, w3)), dim=-1)
-    flat = normals.flatten(-2)[..., : rows * columns]
-    return flat.reshape(*flat.shape[:-1], rows, columns)
-
-
-def _energy(c: Candidates, layers: Layers, projection: Tensor) -> Tensor:
-    """Squared norm of every row times its layer's `projection` [N, L, H, D, J], [N, L, H, C]."""
-    out = torch.empty(c.positions.shape, device=c.positions.device)
-    for layer in range(out.shape[1]):
-        rows, g = layers[layer], projection[:, layer].mT
-        for x, columns, energy in _chunks(rows[0].numel(), rows, g, out[:, layer]):
-            energy.copy_(fold_sum(row_products(x, columns).square_(), -1))
-    return out
+def _projected_energy(c: Candidates, round: Tensor, num_sinks: int, projection_dim: int) -> Tensor:
+    """||kG||^2 * ||vG||^2 with the G of `round`."""
+    assert c.keys is not None and c.values is not None
+    projection = gaussian(c, round, c.keys[0].shape[-1], projection_dim)
+    key = energy(c, c.keys, projection).mul_(energy(c, c.values, projection))
+    key.clamp_(max=torch.finfo(torch.float32).max)  # +inf is reserved for forced tokens
+    return _force(key, c.positions, num_sinks)
 
 
 def _force(key: Tensor, positions: Tensor, num_sinks: int) -> Tensor:

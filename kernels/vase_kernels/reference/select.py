@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vase_kernels.reference.candidates import Candidates
 from vase_kernels.reference.order import smallest
-from vase_kernels.reference.scores import SCORERS, Candidates, Scorer
+from vase_kernels.reference.scores import SCORERS, Scorer
 
 
 def scorer(policy: str, fields: dict[str, Any]) -> Scorer:
@@ -31,8 +32,9 @@ def retention_keys(policy: str, candidates: Candidates, *, budget: int, **fields
     `fields` are the policy's own; left out, they take the policy's defaults.
     """
     chosen = scorer(policy, fields)
-    if chosen.reads_rows and (candidates.keys is None or candidates.values is None):
-        raise ValueError(f"policy {policy} reads keys and values; got None")
+    for name, reads in (("keys", chosen.reads_keys), ("values", chosen.reads_values)):
+        if reads and getattr(candidates, name) is None:
+            raise ValueError(f"policy {policy} reads {name}; got None")
     if chosen.reads_queries and candidates.queries is None:
         raise ValueError(f"policy {policy} reads the window's queries; got None")
     if chosen.reads_queries and candidates.queries is not None:
@@ -107,12 +109,12 @@ def select_victims(
     Parameters
     ----------
     policy : str
-        `vase-attnv`, `vase-dkv`, `random` or `streaming`.
+        A name in `SCORERS`.
     keys, values : Tensor [kv_heads, candidates, head_dim]
         Any float dtype; computed in float32.
     queries : Tensor [q_heads, window, head_dim] or None
-        Post-RoPE queries of the window, needed by `vase-attnv`. Query head h reads KV head
-        h // (q_heads // kv_heads).
+        Post-RoPE queries of the window, needed by policies that score by attention. Query head h
+        reads KV head h // (q_heads // kv_heads).
     positions : int Tensor [kv_heads, candidates]
         Token position of each candidate, distinct within a head.
     num_victims : int

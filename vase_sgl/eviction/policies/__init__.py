@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 from vase_sgl.eviction.policies.base import ParameterError, Policy
+from vase_sgl.eviction.policies.curdkv import CurDKV
+from vase_sgl.eviction.policies.evict_largest_values import EvictLargestValues
 from vase_sgl.eviction.policies.full import Full
+from vase_sgl.eviction.policies.knorm import KNorm
 from vase_sgl.eviction.policies.random import Random
+from vase_sgl.eviction.policies.rkv import RKV
+from vase_sgl.eviction.policies.snapkv import SnapKV
 from vase_sgl.eviction.policies.streaming import Streaming
 from vase_sgl.eviction.policies.vase_attnv import VaseAttnV
 from vase_sgl.eviction.policies.vase_dkv import VaseDKV
 
 POLICIES: dict[str, type[Policy]] = {
-    policy.name: policy for policy in (VaseAttnV, VaseDKV, Random, Streaming, Full)
+    policy.name: policy
+    for policy in (
+        VaseAttnV,
+        VaseDKV,
+        CurDKV,
+        SnapKV,
+        RKV,
+        Random,
+        Streaming,
+        KNorm,
+        EvictLargestValues,
+        Full,
+    )
 }
 
 

@@ -24,6 +24,20 @@ def require_int(name: str, value: object, low: int, high: int) -> None:
     )
 
 
+def require_share(name: str, value: object) -> None:
+    """`value` must be a number (not a bool) in [0, 1]."""
+    require(
+        isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1,
+        f"{name} must be a number from 0 to 1, got {value!r}",
+    )
+
+
+def require_pool_width(value: int) -> None:
+    """`value` must be an odd int in [1, 63]."""
+    require_int("pool_width", value, 1, 63)
+    require(value % 2 == 1, f"pool_width must be odd, got {value}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Policy:
     """Configuration of one policy: a name, its own fields and what it has to read.

@@ -5,7 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from vase_sgl.eviction.policies.base import SinkPolicy, require, require_int
+from vase_sgl.eviction.policies.base import (
+    SinkPolicy,
+    require,
+    require_pool_width,
+    require_share,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +30,8 @@ class VaseAttnV(SinkPolicy):
     def validate(self, budget: int, window: int) -> None:
         super().validate(budget, window)
         share = self.protected_share
-        require(
-            isinstance(share, (int, float)) and not isinstance(share, bool) and 0 <= share <= 1,
-            f"protected_share must be a number from 0 to 1, got {share!r}",
-        )
-        require_int("pool_width", self.pool_width, 1, 63)
-        require(self.pool_width % 2 == 1, f"pool_width must be odd, got {self.pool_width}")
+        require_share("protected_share", share)
+        require_pool_width(self.pool_width)
         protected = max(int(budget * share), self.num_sinks)
         require(
             protected <= budget - window,

@@ -43,6 +43,8 @@ class _PromptModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PromptMode
     """The gateway's default."""
     PROMPT_MODE_EVICT: _PromptMode.ValueType  # 1
     """The budget covers prompt and output; prompt tokens may be evicted."""
+    PROMPT_MODE_KEEP: _PromptMode.ValueType  # 2
+    """Prompt tokens are never evicted; the budget covers generated tokens alone."""
 
 class PromptMode(_PromptMode, metaclass=_PromptModeEnumTypeWrapper):
     """What happens to the prompt's KV entries."""
@@ -51,6 +53,8 @@ PROMPT_MODE_UNSPECIFIED: PromptMode.ValueType  # 0
 """The gateway's default."""
 PROMPT_MODE_EVICT: PromptMode.ValueType  # 1
 """The budget covers prompt and output; prompt tokens may be evicted."""
+PROMPT_MODE_KEEP: PromptMode.ValueType  # 2
+"""Prompt tokens are never evicted; the budget covers generated tokens alone."""
 Global___PromptMode: _TypeAlias = PromptMode  # noqa: Y015
 
 class _FinishReason:
@@ -360,6 +364,7 @@ class EvictionParams(_message.Message):
     PROTECTED_SHARE_FIELD_NUMBER: _builtins.int
     POOL_WIDTH_FIELD_NUMBER: _builtins.int
     PROJECTION_DIM_FIELD_NUMBER: _builtins.int
+    MIX_LAMBDA_FIELD_NUMBER: _builtins.int
     budget: _builtins.int
     """KV entries kept per layer and KV head after a round, the window included. Greater than the
     window. Required unless the policy is `full`.
@@ -367,17 +372,23 @@ class EvictionParams(_message.Message):
     window: _builtins.int
     """Recent tokens that are never evicted; also the eviction period. Absent: 64 or the ceiling."""
     policy: _builtins.str
-    """`vase-attnv` (default), `vase-dkv`, `random`, `streaming` or `full` (never evicts)."""
+    """`vase-attnv` (default), `vase-dkv`, `curdkv`, `snapkv`, `rkv`, `random`, `streaming`, `knorm`,
+    `full` (never evicts), or the ablation `evict-largest-values`.
+    """
     prompt_mode: Global___PromptMode.ValueType
     """What happens to the prompt's KV entries."""
     num_sinks: _builtins.int
-    """First token positions that are never evicted."""
+    """First token positions that are never evicted. Absent: 4; 0 with `snapkv`, `rkv`, `knorm` and
+    `evict-largest-values`.
+    """
     protected_share: _builtins.float
     """vase-attnv: share of the budget protected by value range, 0 to 1."""
     pool_width: _builtins.int
-    """vase-attnv: odd width of the average pool over columns; 1 turns it off."""
+    """vase-attnv, snapkv, rkv: odd width of the average pool over columns; 1 turns it off."""
     projection_dim: _builtins.int
-    """vase-dkv: columns of the Gaussian projection."""
+    """vase-dkv, curdkv: columns of the Gaussian projection."""
+    mix_lambda: _builtins.float
+    """rkv: weight of attention against redundancy, 0 to 1. Absent: 0.1."""
     def __init__(
         self,
         *,
@@ -389,13 +400,16 @@ class EvictionParams(_message.Message):
         protected_share: _builtins.float | None = ...,
         pool_width: _builtins.int | None = ...,
         projection_dim: _builtins.int | None = ...,
+        mix_lambda: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_budget", b"_budget", "_num_sinks", b"_num_sinks", "_policy", b"_policy", "_pool_width", b"_pool_width", "_projection_dim", b"_projection_dim", "_protected_share", b"_protected_share", "_window", b"_window", "budget", b"budget", "num_sinks", b"num_sinks", "policy", b"policy", "pool_width", b"pool_width", "projection_dim", b"projection_dim", "protected_share", b"protected_share", "window", b"window"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_budget", b"_budget", "_mix_lambda", b"_mix_lambda", "_num_sinks", b"_num_sinks", "_policy", b"_policy", "_pool_width", b"_pool_width", "_projection_dim", b"_projection_dim", "_protected_share", b"_protected_share", "_window", b"_window", "budget", b"budget", "mix_lambda", b"mix_lambda", "num_sinks", b"num_sinks", "policy", b"policy", "pool_width", b"pool_width", "projection_dim", b"projection_dim", "protected_share", b"protected_share", "window", b"window"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget", b"_budget", "_num_sinks", b"_num_sinks", "_policy", b"_policy", "_pool_width", b"_pool_width", "_projection_dim", b"_projection_dim", "_protected_share", b"_protected_share", "_window", b"_window", "budget", b"budget", "num_sinks", b"num_sinks", "policy", b"policy", "pool_width", b"pool_width", "projection_dim", b"projection_dim", "prompt_mode", b"prompt_mode", "protected_share", b"protected_share", "window", b"window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget", b"_budget", "_mix_lambda", b"_mix_lambda", "_num_sinks", b"_num_sinks", "_policy", b"_policy", "_pool_width", b"_pool_width", "_projection_dim", b"_projection_dim", "_protected_share", b"_protected_share", "_window", b"_window", "budget", b"budget", "mix_lambda", b"mix_lambda", "num_sinks", b"num_sinks", "policy", b"policy", "pool_width", b"pool_width", "projection_dim", b"projection_dim", "prompt_mode", b"prompt_mode", "protected_share", b"protected_share", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__budget: _TypeAlias = _typing.Literal["budget"]  # noqa: Y015
     _WhichOneofArgType__budget: _TypeAlias = _typing.Literal["_budget", b"_budget"]  # noqa: Y015
+    _WhichOneofReturnType__mix_lambda: _TypeAlias = _typing.Literal["mix_lambda"]  # noqa: Y015
+    _WhichOneofArgType__mix_lambda: _TypeAlias = _typing.Literal["_mix_lambda", b"_mix_lambda"]  # noqa: Y015
     _WhichOneofReturnType__num_sinks: _TypeAlias = _typing.Literal["num_sinks"]  # noqa: Y015
     _WhichOneofArgType__num_sinks: _TypeAlias = _typing.Literal["_num_sinks", b"_num_sinks"]  # noqa: Y015
     _WhichOneofReturnType__policy: _TypeAlias = _typing.Literal["policy"]  # noqa: Y015
@@ -410,6 +424,8 @@ class EvictionParams(_message.Message):
     _WhichOneofArgType__window: _TypeAlias = _typing.Literal["_window", b"_window"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__budget) -> _WhichOneofReturnType__budget | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mix_lambda) -> _WhichOneofReturnType__mix_lambda | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__num_sinks) -> _WhichOneofReturnType__num_sinks | None: ...
     @_typing.overload
