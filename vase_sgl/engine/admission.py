@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from sglang.srt.beam_search.batch_tail import num_beam_member_rows
 from sglang.srt.managers import schedule_policy
-from sglang.srt.managers.schedule_policy import PrefillAdder
+from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
 
 from vase_sgl.engine.config import engine_config
+from vase_sgl.engine.pool import BudgetPool
 from vase_sgl.engine.request_cache import (
     RequestCache,
     attach,
@@ -128,8 +129,17 @@ class ReservingPrefillAdder(PrefillAdder):
         return max(0, limit - req.kv.kv_allocated_len)
 
     def add_one_req(self, req: Req, *args: Any, **kwargs: Any) -> Any:
+        cache = cache_of(req)
+        needs_ring = cache is not None and cache.params.policy.needs_queries
+        ring = BudgetPool.of(self.tree_cache.req_to_token_pool).query_ring
+        if needs_ring and not ring.has_room():
+            return AddReqResult.OTHER  # waits, and with it what came later
+        admitted = len(self.can_run_list)
         with _charged_growth(req):
-            return super().add_one_req(req, *args, **kwargs)
+            result = super().add_one_req(req, *args, **kwargs)
+        if needs_ring and len(self.can_run_list) > admitted:
+            ring.admit(req)
+        return result
 
     def add_chunked_req(self, req: Req) -> Any:
         with _charged_growth(req):

@@ -28,7 +28,6 @@ class DueRequest:
     """
 
     cache: RequestCache
-    row: int
     round: int
     slots: torch.Tensor
     logical_length: int
@@ -85,7 +84,9 @@ class Compaction:
         if params.policy.needs_queries:
             queries = torch.stack(
                 [
-                    pool.query_ring.last(request.row, request.logical_length, params.window)
+                    pool.query_ring.last(
+                        request.cache.ring_row, request.logical_length, params.window
+                    )
                     for request in group
                 ]
             )

@@ -7,13 +7,14 @@ import functools
 import json
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, overload
 
 from vase_sgl.eviction import EvictionLimits, EvictionParams
 from vase_sgl.eviction.policies.base import ParameterError
 
 MAX_BUDGET = "VASE_MAX_BUDGET"
 MAX_WINDOW = "VASE_MAX_WINDOW"
+MAX_REQUESTS = "VASE_MAX_REQUESTS"
 DEFAULT_PARAMS = "VASE_DEFAULT"
 CHECK_INTEGRITY = "VASE_CHECK_INTEGRITY"
 
@@ -22,11 +23,14 @@ CHECK_INTEGRITY = "VASE_CHECK_INTEGRITY"
 class EngineConfig:
     """What the operator decides; requests move within it.
 
+    max_requests: requests at once whose policy reads queries; each has a query ring. None: as
+        many as `--max-running-requests`, or as fit the pool with the default budget (or 2048).
     default: eviction parameters of requests that bring none; None leaves them with full KV.
     check_integrity: prove slot ownership and positions after every decode step (slow; for tests).
     """
 
     limits: EvictionLimits = dataclasses.field(default_factory=EvictionLimits)
+    max_requests: int | None = None
     default: Mapping[str, Any] | None = None
     check_integrity: bool = False
 
@@ -38,6 +42,9 @@ class EngineConfig:
             max_budget=_read_int(env, MAX_BUDGET, EvictionLimits.max_budget),
             max_window=_read_int(env, MAX_WINDOW, EvictionLimits.max_window),
         )
+        max_requests = _read_int(env, MAX_REQUESTS, None)
+        if max_requests is not None and max_requests < 1:
+            raise ParameterError(f"{MAX_REQUESTS} must be at least 1, got {max_requests}")
         default = None
         if env.get(DEFAULT_PARAMS):
             try:
@@ -48,7 +55,7 @@ class EngineConfig:
         check = env.get(CHECK_INTEGRITY, "0")
         if check not in ("0", "1"):
             raise ParameterError(f"{CHECK_INTEGRITY} must be 0 or 1, got {check!r}")
-        return cls(limits=limits, default=default, check_integrity=check == "1")
+        return cls(limits, max_requests, default, check_integrity=check == "1")
 
 
 @functools.cache
@@ -57,7 +64,15 @@ def engine_config() -> EngineConfig:
     return EngineConfig.from_env()
 
 
-def _read_int(env: Mapping[str, str], name: str, default: int) -> int:
+@overload
+def _read_int(env: Mapping[str, str], name: str, default: int) -> int: ...
+
+
+@overload
+def _read_int(env: Mapping[str, str], name: str, default: None) -> int | None: ...
+
+
+def _read_int(env: Mapping[str, str], name: str, default: int | None) -> int | None:
     text = env.get(name)
     if text is None:
         return default

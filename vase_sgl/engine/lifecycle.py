@@ -34,6 +34,7 @@ def alloc_for_decode(batch: ScheduleBatch, token_per_req: int) -> torch.Tensor:
     if token_per_req != 1:
         raise RuntimeError("a KV budget needs one token per decode step; turn off speculation")
     pool = BudgetPool.of(batch.req_to_token_pool)
+    pool.query_ring.map_new(batch.reqs)
     lengths = batch.seq_lens_cpu.tolist()
     frees: list[Callable[[], None]] = []
     due: list[DueRequest] = []
@@ -71,8 +72,8 @@ def _plan_round(
             f"request {req.rid} holds {length} KV entries after {req.decode_batch_idx} decode "
             f"steps but was due at {cache.trigger}"
         )
-    row = req.kv.req_pool_idx
-    slots = batch.req_to_token_pool.req_to_token[row, cache.pinned : length].to(torch.int64)
+    row = batch.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
+    slots = row[cache.pinned : length].to(torch.int64)
     shared = max(0, req.kv.cache_protected_len - cache.pinned)
     logical_length = cache.plan_round()
     copied = None
@@ -85,7 +86,6 @@ def _plan_round(
     req.skip_radix_cache_insert = True  # compacted KV never enters a prefix tree
     return DueRequest(
         cache=cache,
-        row=row,
         round=cache.planned_rounds,
         slots=slots,
         logical_length=logical_length,

@@ -32,6 +32,7 @@ from vase_sgl.engine import (
     platform_cpu,
     positions,
     sampling_cpu,
+    sizing,
 )
 from vase_sgl.engine.config import engine_config
 from vase_sgl.engine.pool import BudgetPool
@@ -109,6 +110,13 @@ HOOKS: tuple[Hook, ...] = (
         HookType.AFTER,
         admission.reserving_adder,
         "admission reserves the static slots and counts nothing more",
+    ),
+    Hook(
+        "mem_cache.kv_cache_configurator.KVCacheConfigurator.config_from_budget",
+        ("self", "budget_bytes", "cap_tokens"),
+        HookType.AROUND,
+        sizing.leave_room_for_buffers,
+        "the budget's own buffers are counted before the KV pool is sized",
     ),
     Hook(
         "managers.schedule_batch.ScheduleBatch.new_tokens_required_next_decode",

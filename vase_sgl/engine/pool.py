@@ -12,6 +12,7 @@ from sglang.srt.runtime_context import get_parallel
 from vase_sgl.engine.compaction import Compaction
 from vase_sgl.engine.config import EngineConfig, engine_config
 from vase_sgl.engine.query_ring import QueryRing
+from vase_sgl.engine.sizing import BufferSizes
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +44,17 @@ class BudgetPool:
         self.token_positions = torch.zeros(
             layers, slots, kv_heads, dtype=torch.int32, device=device
         )
+        sizes = BufferSizes.of(
+            model,
+            config,
+            kv_dtype=kv.dtype,
+            query_dtype=model_runner.dtype,
+            max_running_requests=model_runner.server_args.max_running_requests,
+        )
         self.query_ring = QueryRing(
             layers=layers,
-            rows=rows,
+            requests=min(rows, sizes.ring_requests(slots)),
+            request_rows=rows,
             window=config.limits.max_window,
             heads=model.num_attention_heads // parallel.attn_tp_size,
             head_dim=head_dim,
@@ -57,7 +66,7 @@ class BudgetPool:
             "vase_sgl buffers: query ring %.1f MiB (%d requests, window %d), "
             "token positions %.1f MiB (%d slots)",
             self.query_ring.nbytes / _MIB,
-            rows,
+            self.query_ring.requests,
             config.limits.max_window,
             self.token_positions.nbytes / _MIB,
             slots,

@@ -23,6 +23,7 @@ class RequestCache:
         `evict` copies what is shared.
     planned_rounds: rounds planned so far. Under the overlap scheduler the plan is one step ahead
         of the answer, so what an answer reports goes by its own length (`rounds_at`).
+    ring_row: the request's row of the query ring; 0 if it has none.
     unread_sums: per round not read yet, a host tensor that the device fills before the step's
         tokens, and this request's index in it (see `vase_kernels` digest).
     """
@@ -31,6 +32,7 @@ class RequestCache:
     prompt_tokens: int
     prefix_cache: bool
     planned_rounds: int = 0
+    ring_row: int = 0
     unread_sums: list[tuple[torch.Tensor, int]] = dataclasses.field(default_factory=list)
     _digests: list[str] = dataclasses.field(default_factory=list)
     _digest: torch.Tensor = dataclasses.field(default_factory=lambda: torch.tensor(0))

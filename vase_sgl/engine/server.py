@@ -21,6 +21,7 @@ import torch  # noqa: E402
 from vase_sgl.engine.config import (  # noqa: E402
     DEFAULT_PARAMS,
     MAX_BUDGET,
+    MAX_REQUESTS,
     MAX_WINDOW,
     EngineConfig,
 )
@@ -87,6 +88,13 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         help=f"largest window; sizes the query ring (default {limits.max_window})",
     )
     parser.add_argument(
+        "--vase-max-requests",
+        type=int,
+        metavar="N",
+        help="requests at once whose policy scores by attention; each has a query ring (default: "
+        "--max-running-requests, or what fits the pool)",
+    )
+    parser.add_argument(
         "--vase-default",
         metavar="JSON",
         help='eviction parameters of requests that bring none, e.g. {"budget": 2048}',
@@ -98,6 +106,7 @@ def _export_settings(options: argparse.Namespace) -> None:
     values = {
         MAX_BUDGET: options.vase_max_budget,
         MAX_WINDOW: options.vase_max_window,
+        MAX_REQUESTS: options.vase_max_requests,
         DEFAULT_PARAMS: options.vase_default,
     }
     os.environ.update({name: str(value) for name, value in values.items() if value is not None})

@@ -1,0 +1,90 @@
+"""How much device memory the budget's own buffers take, before SGLang sizes its KV pool."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from sglang.srt.runtime_context import get_parallel
+
+from vase_sgl.engine.config import EngineConfig, engine_config
+
+#: Budget that concurrency is estimated with where neither the operator nor a default says more.
+REFERENCE_BUDGET = 2048
+_POSITION_BYTES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class BufferSizes:
+    """Bytes of one rank's buffers, by what they grow with.
+
+    slot_kv_bytes: K and V of one slot in all layers.
+    slot_position_bytes: token positions of one slot in all layers and heads.
+    ring_row_bytes: query ring of one request.
+    requests: requests that own a ring at once; None derives it from the pool.
+    reference_slots: slots of one request, for that.
+    """
+
+    slot_kv_bytes: int
+    slot_position_bytes: int
+    ring_row_bytes: int
+    requests: int | None
+    reference_slots: int
+
+    @classmethod
+    def of(
+        cls,
+        model_config: Any,
+        config: EngineConfig,
+        *,
+        kv_dtype: torch.dtype,
+        query_dtype: torch.dtype,
+        max_running_requests: int | None,
+    ) -> BufferSizes:
+        tp_size = get_parallel().attn_tp_size
+        layers = model_config.num_hidden_layers
+        kv_heads = model_config.get_num_kv_heads(tp_size)
+        query_heads = model_config.num_attention_heads // tp_size
+        head_dims = model_config.head_dim + model_config.v_head_dim
+        budget = (config.default or {}).get("budget", REFERENCE_BUDGET)
+        window = config.limits.max_window
+        return cls(
+            slot_kv_bytes=layers * kv_heads * head_dims * kv_dtype.itemsize,
+            slot_position_bytes=layers * kv_heads * _POSITION_BYTES,
+            ring_row_bytes=layers
+            * window
+            * query_heads
+            * model_config.head_dim
+            * query_dtype.itemsize,
+            requests=config.max_requests or max_running_requests,
+            reference_slots=min(budget, config.limits.max_budget) + window,
+        )
+
+    def ring_requests(self, slots: int) -> int:
+        """Requests that own a row of the query ring beside a pool of `slots`."""
+        return self.requests or max(1, slots // self.reference_slots)
+
+    def kv_bytes(self, available: int) -> int:
+        """Of `available` bytes, those left for K and V when the buffers have theirs."""
+        ring = 0 if self.requests is None else (1 + self.requests) * self.ring_row_bytes
+        slot_bytes = float(self.slot_kv_bytes + self.slot_position_bytes)
+        if self.requests is None:
+            ring = self.ring_row_bytes
+            slot_bytes += self.ring_row_bytes / self.reference_slots
+        return max(0, int((available - ring) * self.slot_kv_bytes / slot_bytes))
+
+
+def leave_room_for_buffers(
+    original: Callable[..., Any], configurator: Any, budget_bytes: int, **kwargs: Any
+) -> Any:
+    """AROUND `KVCacheConfigurator.config_from_budget`: the pool gets what our buffers leave."""
+    sizes = BufferSizes.of(
+        configurator.model_config,
+        engine_config(),
+        kv_dtype=configurator.kv_cache_dtype,
+        query_dtype=configurator.model_dtype,
+        max_running_requests=configurator.server_args.max_running_requests,
+    )
+    return original(configurator, sizes.kv_bytes(budget_bytes), **kwargs)
