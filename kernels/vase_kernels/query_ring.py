@@ -1,4 +1,4 @@
-"""Storing the newest queries: one launch a layer, static shapes, so that decode graphs capture it."""
+"""Storing the newest queries: one launch a layer, static shapes, so decode graphs capture it."""
 
 # mypy: disable-error-code="import-untyped,no-untyped-def,no-any-return,misc,untyped-decorator"
 from __future__ import annotations

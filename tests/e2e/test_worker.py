@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e.worker_process import TOTAL_SLOTS, WorkerProcess, body
 from vase_sgl.demo.model import MODEL_NAME
@@ -153,11 +155,60 @@ def test_alone_among_others_and_after_a_restart(
     assert set(_outcome(other_seed)[1]).isdisjoint(alone[1])
 
 
+def _series(worker: WorkerProcess) -> dict[tuple[str, str], float]:
+    """Samples of `/metrics` with our prefix, by name and policy."""
+    families = text_string_to_metric_families(worker.http.get("/metrics").text)
+    return {
+        (sample.name, sample.labels.get("policy", "")): sample.value
+        for family in families
+        for sample in family.samples
+        if sample.name.startswith("vase:") and sample.labels.get("evicted") != "false"
+    }
+
+
+def test_metrics_prove_that_the_budget_acts(worker: WorkerProcess) -> None:
+    worker.generate(PROMPT, vase=BUDGET, new=3)
+    time.sleep(1.2)
+    before = _series(worker)
+    state = worker.state()
+    worker.generate(PROMPT, vase={**BUDGET, "policy": "vase-dkv"}, new=90)
+    time.sleep(1.2)  # gauges and counters are refreshed once a second
+    after = _series(worker)
+    gained = {name: value - before.get(name, 0) for name, value in after.items()}
+    rounds = worker.state()["rounds"] - state["rounds"]
+    assert rounds >= 3
+    assert gained["vase:rounds_total", ""] == rounds
+    assert gained["vase:evicted_tokens_total", ""] == 16 * rounds
+    assert gained["vase:compaction_seconds_total", ""] > 0
+    assert gained["vase:requests_total", "vase-dkv"] == 1
+    assert gained["vase:finished_requests_total", "vase-dkv"] == 1  # with evicted="true"
+    assert gained["vase:budget_tokens_count", "vase-dkv"] == 1
+    assert after["vase:total_slots", ""] == after["vase:available_slots", ""] == TOTAL_SLOTS
+    assert after["vase:reserved_slots", ""] == after["vase:owned_slots", ""] == 0
+    assert after["vase:physical_to_logical_ratio", ""] == 1
+    assert after["vase:integrity_errors_total", ""] == 0
+    assert "sglang:num_running_reqs" in worker.http.get("/metrics").text
+
+
+def test_a_repeated_prompt_is_cached_and_the_answer_the_same(worker: WorkerProcess) -> None:
+    """Overlap scheduler and prefix cache are on, as SGLang starts."""
+    info = worker.http.get("/server_info").json()
+    assert not info["disable_radix_cache"] and not info["disable_overlap_schedule"]
+    prompt = PROMPT.replace("the sea", "the prefix cache of a serving engine")
+    for mode in ("evict", "keep"):
+        request = {"vase": {**BUDGET, "prompt": mode}, "new": 90, **SAMPLED}
+        first = worker.generate(prompt, **request)
+        again = worker.generate(prompt, **request)
+        cached = again["meta_info"]["cached_tokens"]
+        assert cached == again["meta_info"]["prompt_tokens"] - 1 > 16
+        assert _outcome(again) == _outcome(first)
+
+
 def test_disconnect_frees_every_slot(worker: WorkerProcess) -> None:
     with worker.http.stream(
         "POST", "/generate", json=body(PROMPT, vase=BUDGET, stream=True, new=5000)
     ) as response:
-        for _, line in zip(range(40), response.iter_lines(), strict=False):
+        for _, line in zip(range(2 * 80), response.iter_lines(), strict=False):
             assert line is not None
-        assert worker.state()["slots"]["reserved"] == 64
+        assert worker.state()["slots"]["reserved"] == 64  # past the first round
     worker.wait_until_idle()

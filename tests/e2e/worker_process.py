@@ -15,7 +15,13 @@ from typing import Any, Self
 import httpx
 
 TOTAL_SLOTS = 4096
-_FLAGS = ("--max-total-tokens", str(TOTAL_SLOTS), "--max-running-requests", "16")
+_FLAGS = (
+    "--max-total-tokens",
+    str(TOTAL_SLOTS),
+    "--max-running-requests",
+    "16",
+    "--enable-metrics",
+)
 
 
 class WorkerProcess:

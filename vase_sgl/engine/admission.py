@@ -12,6 +12,7 @@ from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
 
 from vase_sgl.engine.config import engine_config
 from vase_sgl.engine.pool import BudgetPool
+from vase_sgl.engine.prometheus import engine_metrics
 from vase_sgl.engine.request_cache import (
     RequestCache,
     attach,
@@ -55,6 +56,8 @@ def create_request(
         prefix_cache=not scheduler.tree_cache.disable,
     )
     attach(req, cache)
+    if (metrics := engine_metrics()) is not None:
+        metrics.count_request(params)
     return req
 
 

@@ -83,6 +83,17 @@ def _plan_round(
         surplus = [(cache.steady_slots, length)]
         frees.append(partial(batch.tree_cache.free_kv_row, req.kv, surplus))
         req.kv.kv_allocated_len = cache.steady_slots
+    if (trace := req.time_stats.trace_ctx).tracing_enable:
+        trace.trace_event(
+            "vase.evict",
+            level=1,
+            attrs={
+                "vase.round": cache.planned_rounds,
+                "vase.logical_length": logical_length,
+                "vase.physical_length": length,
+                "vase.kept_length": cache.kept_length,
+            },
+        )
     req.skip_radix_cache_insert = True  # compacted KV never enters a prefix tree
     return DueRequest(
         cache=cache,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 
+from vase_sgl.engine.prometheus import engine_metrics
 from vase_sgl.engine.request_cache import cache_of
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ def _statistics(req: Req) -> dict[str, Any] | None:
     )
     if req.finished():
         statistics["round_digests"] = cache.digests(statistics["rounds"])
+        if (metrics := engine_metrics()) is not None:
+            metrics.count_finished(cache, statistics["rounds"])
     return statistics
 
 

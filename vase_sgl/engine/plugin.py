@@ -27,11 +27,12 @@ from vase_sgl.engine import (
     lifecycle,
     limits,
     linear_cpu,
-    metrics,
     output,
     platform_cpu,
     positions,
+    prometheus,
     sampling_cpu,
+    server_info,
     sizing,
 )
 from vase_sgl.engine.config import engine_config
@@ -62,9 +63,10 @@ class Hook:
 
 
 def _check_start(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
-    """AFTER `Scheduler.__init__`: refuse what would corrupt, and hooks that are missing."""
+    """AFTER `Scheduler.__init__`: refuse what would corrupt, or hooks that are missing."""
     limits.refuse_unsupported_pool(scheduler.tp_worker.model_runner)
     verify_applied()
+    prometheus.start_metrics(scheduler)
 
 
 def _check_flags(scheduler: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
@@ -74,7 +76,12 @@ def _check_flags(scheduler: Any, server_args: Any, *args: Any, **kwargs: Any) ->
 
 def _check_integrity(result: None, scheduler: Any, batch: Any, *args: Any) -> None:
     """AFTER `Scheduler.process_batch_result`."""
-    integrity.check_running(scheduler)
+    try:
+        integrity.check_running(scheduler)
+    except integrity.IntegrityError:
+        if (metrics := prometheus.engine_metrics()) is not None:
+            metrics.count_integrity_error()
+        raise
 
 
 _INIT_NEW = (
@@ -173,8 +180,22 @@ HOOKS: tuple[Hook, ...] = (
         "SchedulerInternalStateController.get_internal_state",
         ("self", "recv_req"),
         HookType.AFTER,
-        metrics.report_state,
+        server_info.report_state,
         "slots, rounds and fingerprint in /server_info",
+    ),
+    Hook(
+        "managers.scheduler.Scheduler.process_batch_result",
+        ("self", "batch", "result"),
+        HookType.AFTER,
+        prometheus.refresh_metrics,
+        "slots and rounds on /metrics",
+    ),
+    Hook(
+        "managers.scheduler.Scheduler.on_idle",
+        ("self",),
+        HookType.AFTER,
+        prometheus.refresh_metrics,
+        "gauges fall back when nothing runs",
     ),
     Hook(
         "managers.scheduler.Scheduler.__init__",

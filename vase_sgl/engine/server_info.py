@@ -7,7 +7,7 @@ from typing import Any
 from vase_sgl.engine.config import engine_config
 from vase_sgl.engine.fingerprint import fingerprint
 from vase_sgl.engine.pool import BudgetPool
-from vase_sgl.engine.request_cache import cache_of
+from vase_sgl.engine.prometheus import Slots
 
 
 def report_state(result: Any, controller: Any, recv_req: Any) -> Any:
@@ -21,29 +21,25 @@ def describe(scheduler: Any) -> dict[str, Any]:
     """Slots (one slot = one token in every layer), rounds so far, limits, fingerprint."""
     config = engine_config()
     pool = BudgetPool.of(scheduler.req_to_token_pool)
-    running = scheduler.running_batch.reqs
-    reserved = 0
-    for req in running:
-        cache = cache_of(req)
-        if cache is not None:
-            reserved += cache.max_slots(req.sampling_params.max_new_tokens)
-        else:
-            reserved += len(req.origin_input_ids) + len(req.output_ids)
+    slots = Slots.of(scheduler)
     return {
         "fingerprint": fingerprint(scheduler),
         "limits": {
             "max_budget": config.limits.max_budget,
             "max_window": config.limits.max_window,
+            "max_requests": pool.query_ring.requests,
         },
         "default": dict(config.default) if config.default is not None else None,
         "context_length": scheduler.model_config.context_len,
         "vocab_size": scheduler.model_config.vocab_size,
         "slots": {
-            "total": scheduler.max_total_num_tokens,
-            "available": int(scheduler.token_to_kv_pool_allocator.available_size()),
-            "reserved": reserved,
+            "total": slots.total,
+            "available": slots.available,
+            "reserved": slots.reserved,
+            "owned": slots.owned,
         },
-        "running_requests": len(running),
+        "running_requests": len(scheduler.running_batch.reqs),
+        "max_running_requests": scheduler.max_running_requests,
         "rounds": pool.compaction.rounds,
         "evicted_tokens": pool.compaction.evicted_tokens,
         "compaction_seconds": pool.compaction.seconds,
