@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -83,6 +84,14 @@ class DueRequest:
         values["length"] = self.length - self.pinned
         (values["mix_lambda"],) = struct.unpack("<i", struct.pack("<f", self.mix_lambda))
         return tuple(values.values())
+
+
+def table_fields(budget: int, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A policy's own fields as `DueRequest` takes them: a protected share is a number there."""
+    named = dict(fields)
+    if "protected_share" in named:
+        named["num_protected"] = int(budget * named.pop("protected_share"))
+    return named
 
 
 TABLE_WIDTH = tl.constexpr(len(dataclasses.fields(DueRequest)))
