@@ -1,36 +1,52 @@
 """Time of one eviction round: the kernels, the torch reference, and a gather of the whole cache.
 
-    python benchmarks/kernels.py --check [--json results.json]
+    python benchmarks/kernels.py --check [--policies rkv knorm] [--json results.json]
+    python benchmarks/kernels.py --flashinfer [--json results.json]
 
 Shapes are Qwen3-14B's: 40 layers, 8 KV heads, groups of 5, head_dim 128, bfloat16, window 64. A
 round is in steady state: budget + window rows become budget rows. `floor` is the time in which
 the bytes that must move could be copied at the copy bandwidth measured on this device; the share
 is floor / time. Without a GPU only the torch reference runs, on one layer and one request.
+
+Bytes that must move, per request, layer and head (`Shape.floor_bytes`), for rows of head_dim
+elements:
+
+    candidates' rows read once   K and V: vase-attnv, vase-dkv, curdkv; K: snapkv, rkv, knorm;
+                                 V: evict-largest-values; none: random, streaming
+    query rows read once         group * window: vase-attnv, snapkv, rkv
+    rows moved                   window of K and V, read and written: all
+    words                        a key written and read, 4 bytes each, per candidate: all
+
+With --flashinfer, selection alone is compared with `flashinfer.top_k` on the same keys, in one run:
+the victims must be the same columns; ratios are flashinfer's time over ours. It needs a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import itertools
 import json
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton  # type: ignore[import-untyped]
 from torch import Tensor
-from vase_kernels.evict import PoolView, evict
-from vase_kernels.reference import Candidates, evict_reference, select_victims_batched
-from vase_kernels.requests import DueRequest, pack
+from vase_kernels.evict import POLICIES, PoolView, evict
+from vase_kernels.reference import SCORERS, Candidates, evict_reference, select_victims_batched
+from vase_kernels.requests import DueRequest, pack, table_fields
+from vase_kernels.scoring import SCORING, Round
 from vase_kernels.workspace import Maxima, Workspace
 
-POLICIES = ("vase-attnv", "vase-dkv", "random", "streaming")
+from vase_sgl.eviction import POLICIES as POLICY_CLASSES
+
 #: The interpreter counts as a device for the kernels, to try this file on tiny shapes.
 RUNS_KERNELS = torch.cuda.is_available() or triton.knobs.runtime.interpret
 #: The comparison needs all of a layer's scores at once; larger cases would not say more.
@@ -57,12 +73,14 @@ class Shape:
         return 2 * rows * self.head_dim * 2
 
     def floor_bytes(self, policy: str) -> int:
-        """Candidates read once by the vase policies, window rows moved, keys and positions."""
-        row = self.head_dim * 2
-        scored = 2 * self.budget * row if policy.startswith("vase") else 0
+        """Bytes that a round of all requests must move, as the head of this file counts them."""
+        reads, row = SCORERS[policy], self.head_dim * 2
+        candidates = (reads.reads_keys + reads.reads_values) * self.budget * row
+        queries = reads.reads_queries * self.group * self.window * row
         moved = 4 * self.window * row
-        columns = 8 * self.budget
-        return self.requests * self.layers * self.kv_heads * (scored + moved + columns)
+        words = 8 * self.budget
+        places = self.requests * self.layers * self.kv_heads
+        return places * (candidates + queries + moved + words)
 
 
 class Case:
@@ -101,21 +119,26 @@ class Case:
                 round=2,
                 logical_length=columns,
                 seed=i,
-                num_protected=shape.budget // 4,
+                **table_fields(shape.budget, POLICY_CLASSES[policy]().fields()),
             )
             for i in range(n)
         ]
         self.requests = requests
         self.table = pack(requests, n).to(device)
 
-    def kernels(self) -> Callable[[], Tensor]:
+    def round(self) -> Round:
+        """What the kernels are launched with."""
         shape = self.shape
         view = PoolView.of(self.k, self.v, self.positions, self.req_to_token)
         maxima = Maxima(shape.requests, shape.columns, shape.budget, shape.window, shape.group)
         workspace = Workspace(
             maxima, layers=shape.layers, kv_heads=shape.kv_heads, device=self.table.device
         )
-        return lambda: evict(self.policy, view, self.table, self.ring, workspace).round_sums
+        return Round(self.policy, view, self.table, self.ring, workspace)
+
+    def kernels(self) -> Callable[[], Tensor]:
+        r = self.round()
+        return lambda: evict(r.policy, r.pool, r.requests, r.queries, r.workspace).round_sums
 
     def reference(self) -> Callable[[], Tensor]:
         """`evict_reference` on the same device."""
@@ -229,10 +252,10 @@ def measure(case: Case, repeats: int, bandwidth: float) -> dict[str, Any]:
     return out
 
 
-def check(device: torch.device) -> None:
+def check(policies: Sequence[str], device: torch.device) -> None:
     """Kernels and reference forget the same tokens, on a small pool; `SystemExit` if not."""
     shape = Shape(2, 2, 5, 128, 16, 128, 2)
-    for policy in POLICIES:
+    for policy in policies:
         case = Case(shape, policy, device)
         k, v = ([x.clone() for x in side] for side in (case.k, case.v))
         positions = case.positions.clone()
@@ -241,6 +264,44 @@ def check(device: torch.device) -> None:
         if not torch.equal(case.kernels()(), expected):
             raise SystemExit(f"{policy}: digests of kernels and reference differ")
     print("check: kernels and reference forget the same tokens")
+
+
+def compare_with_flashinfer(shape: Shape, repeats: int, device: torch.device) -> dict[str, Any]:
+    """Selection of the window's victims among budget keys of every layer, head and request.
+
+    Ours leaves the last victim of each row, flashinfer lists the columns of all: what the next
+    step of each needs. `SystemExit` if the victims are not the same columns.
+    """
+    import flashinfer  # type: ignore[import-not-found, unused-ignore]
+
+    r = Case(shape, "random", device).round()
+    SCORING[r.policy](r)
+    rows = shape.requests * shape.layers * shape.kv_heads
+    order = r.workspace.order.view(rows, -1)[:, : shape.budget]
+    keys = (order ^ ((order >> 31) & 0x7FFFFFFF)).view(torch.float32)
+    lowest_first = (-keys).contiguous()
+
+    def theirs(*, deterministic: bool) -> Tensor:
+        tie_break = flashinfer.TopKTieBreak.SMALL if deterministic else flashinfer.TopKTieBreak.NONE
+        columns: Tensor = flashinfer.top_k(
+            lowest_first, shape.window, deterministic=deterministic, tie_break=tie_break
+        )[1]
+        return columns
+
+    r.select(victims=True)
+    # Positions are columns here, so both break ties alike.
+    position = torch.arange(shape.budget, device=device)
+    packed = (order.to(torch.int64) << 32) | position
+    ours = packed <= r.workspace.edges.view(rows, 1)
+    listed = torch.zeros_like(ours).scatter_(1, theirs(deterministic=True).to(torch.int64), True)
+    if not torch.equal(ours, listed):
+        raise SystemExit(f"{shape}: flashinfer.top_k and select_kernel chose different victims")
+    elapsed = seconds(lambda: r.select(victims=True), repeats)
+    out: dict[str, Any] = {**dataclasses.asdict(shape), "select_ms": elapsed * 1e3}
+    for name, deterministic in (("flashinfer_ms", True), ("flashinfer_any_tie_ms", False)):
+        out[name] = seconds(lambda d=deterministic: theirs(deterministic=d), repeats) * 1e3  # type: ignore[misc]
+        out[f"{name[:-3]}_over_select"] = out[name] / out["select_ms"]
+    return out
 
 
 def shapes(args: argparse.Namespace) -> Iterator[Shape]:
@@ -272,7 +333,12 @@ def machine(device: torch.device) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     gpu = torch.cuda.is_available()
-    parser.add_argument("--check", action="store_true", help="compare results before timing")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--check", action="store_true", help="compare results before timing")
+    mode.add_argument(
+        "--flashinfer", action="store_true", help="compare selection with flashinfer.top_k"
+    )
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--layers", type=int, default=40 if gpu else 1)
     parser.add_argument("--budgets", type=int, nargs="+", default=[2048, 4096, 8192])
@@ -282,21 +348,48 @@ def main() -> None:
 
     device = torch.device("cuda" if gpu else "cpu")
     torch.manual_seed(0)
+    if args.flashinfer:
+        require_flashinfer()
+        selections = [
+            compare_with_flashinfer(shape, args.repeats, device) for shape in shapes(args)
+        ]
+        for row in selections:
+            numbers = (f"{k} {x:.3g}" for k, x in row.items() if isinstance(x, float))
+            print(f"select      B {row['budget']:5} due {row['requests']:3}", *numbers)
+        write(args.json, {**machine(device), "selections": selections})
+        return
     if not gpu:
         print("no GPU: times below are the torch reference's on this CPU, not the kernels'")
     if args.check and RUNS_KERNELS:
-        check(device)
+        check(args.policies, device)
     bandwidth = copy_bandwidth(device)
     print(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s")
     results = []
-    for policy, shape in itertools.product(POLICIES, shapes(args)):
+    for policy, shape in itertools.product(args.policies, shapes(args)):
         row = measure(Case(shape, policy, device), args.repeats, bandwidth)
         results.append(row)
         numbers = (f"{k} {x:.3g}" for k, x in row.items() if isinstance(x, float))
-        print(f"{policy:11} B {shape.budget:5} due {shape.requests:3}", *numbers, flush=True)
-    if args.json:
-        report = {**machine(device), "copy_bytes_per_s": bandwidth, "results": results}
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        print(f"{policy:20} B {shape.budget:5} due {shape.requests:3}", *numbers, flush=True)
+    write(args.json, {**machine(device), "copy_bytes_per_s": bandwidth, "results": results})
+
+
+def require_flashinfer() -> None:
+    """`SystemExit` that says what is missing."""
+    if not torch.cuda.is_available():
+        raise SystemExit(
+            "--flashinfer needs a GPU: flashinfer has no CPU kernels, and ours are interpreted on a "
+            "CPU; nothing was compared"
+        )
+    if importlib.util.find_spec("flashinfer") is None:
+        raise SystemExit(
+            "--flashinfer needs flashinfer: pip install flashinfer-python==0.7.2, the version that "
+            "SGLang 0.5.23 pins"
+        )
+
+
+def write(path: Path | None, report: dict[str, Any]) -> None:
+    if path:
+        path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vase_kernels.requests import ROUND, SEED, field
+from vase_kernels.requests import SEED, field
 
 
 @triton.jit
@@ -27,10 +27,10 @@ def philox4x32(k0, k1, c0, c1, c2, c3):
 
 
 @triton.jit
-def words(requests, n, layer, head, last):
+def words(requests, n, layer, head, round, last):
     """The four words at counter (layer, head, round, last) under the request's seed.
 
-    layer, head: global indices. last: a block of ints in [0, 2**32).
+    layer, head: global indices. round: a scalar. last: a block of ints in [0, 2**32).
     """
     c3 = last.to(tl.uint32)
     zero = c3 * 0
@@ -40,7 +40,7 @@ def words(requests, n, layer, head, last):
         zero + (seed >> 32).to(tl.uint32),
         zero + layer.to(tl.uint32),
         zero + head.to(tl.uint32),
-        zero + field(requests, n, ROUND).to(tl.uint32),
+        zero + round.to(tl.uint32),
         c3,
     )
 

@@ -2,19 +2,13 @@
 
 Four kernels, with a selection of the protected between the last two:
 
-    stats    per query of the window: max and sum of its softmax over the candidates
-    weights  per candidate: mean probability over the group's queries
-    ranges   per candidate: order of -(max - min of its value row)
-    draw     per candidate: log(pooled weight) + Gumbel, +inf where protected
+    stats, weights  of `attention.py`: how the window's queries attend to each candidate
+    ranges          of `scores_rows.py`: per candidate, order of -(max - min of its value row)
+    draw            per candidate: log(pooled weight) + Gumbel, +inf where protected
 
-A value never depends on the grid, only on the order of blocks within one request and head: so not
-on the batch. Logits are products on tensor cores with float32 sums; float32 operands take three
-TF32 products. Against the reference, keys differ by rounding: about 1e-5 relative to the weight.
+Against the reference, keys differ by rounding: about 1e-5 relative to the weight.
 
-Bytes, floor: K and V of the candidates once (2 * C * head_dim * element size a head). K is read a
-second time by `weights`, from L2 where a head's keys fit; the value range is read here rather
-than cached at write time: per round of `window` tokens one read of V, against a write and a
-column of state for every token and head.
+Bytes, floor: K and V of the candidates once (2 * C * head_dim * element size a head).
 """
 
 # mypy: disable-error-code="import-untyped,no-untyped-def,no-any-return,misc,untyped-decorator"
@@ -23,268 +17,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vase_kernels.attention import pooled
 from vase_kernels.philox import gumbel, words
 from vase_kernels.requests import (
     LENGTH,
-    LOGICAL_LENGTH,
     NUM_SINKS,
     POOL_WIDTH,
-    ROW,
+    ROUND,
     WINDOW,
     field,
     positions_of,
-    slots_of,
 )
 from vase_kernels.select import order_of, packed
-
-
-@triton.jit
-def _query_rows(
-    queries,
-    index,
-    depth,
-    requests,
-    n,
-    layer,
-    head,
-    ring_rows,
-    ring_window,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    DOT: tl.constexpr,
-):
-    """Queries [block, BLOCK_D] of a KV head: the group's heads one after another, by position."""
-    # In 32 bits: 64-bit division is a call of some hundred instructions.
-    window = field(requests, n, WINDOW).to(tl.int32)
-    position = field(requests, n, LOGICAL_LENGTH).to(tl.int32) - window + index % window
-    entry = (layer * ring_rows + field(requests, n, ROW)) * ring_window + position % ring_window
-    row = entry * (HEADS * GROUP) + head * GROUP + index // window
-    mask = (index < GROUP * window)[:, None] & (depth < HEAD_DIM)
-    at = queries + row[:, None] * HEAD_DIM + depth
-    return tl.load(tl.multiple_of(at, [1, 16]), mask=mask, other=0.0).to(DOT)
-
-
-@triton.jit
-def _key_rows(
-    k,
-    columns,
-    inside,
-    depth,
-    requests,
-    n,
-    head,
-    req_to_token,
-    context,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-):
-    """Rows [block, BLOCK_D] of one head's K or V."""
-    slots = slots_of(columns, inside, requests, n, req_to_token, context)
-    at = k + (slots[:, None] * HEADS + head) * HEAD_DIM + depth
-    mask = inside[:, None] & (depth < HEAD_DIM)
-    return tl.load(tl.multiple_of(at, [1, 16]), mask=mask, other=0.0)
-
-
-@triton.jit
-def stats_kernel(
-    stats,
-    k_pointers,
-    queries,
-    requests,
-    req_to_token,
-    context,
-    max_queries,
-    ring_rows,
-    ring_window,
-    scale,
-    ELEMENT: tl.constexpr,
-    DOT: tl.constexpr,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Write each query's softmax maximum and sum. Grid (query blocks, layers * HEADS, requests).
-
-    stats : float32 [requests, layers * HEADS, 2, max_queries]
-    queries : [layers, ring_rows, ring_window, HEADS * GROUP, HEAD_DIM], position p at p % window
-    """
-    block, place, n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    length, window = field(requests, n, LENGTH), field(requests, n, WINDOW)
-    if (length == 0) | (block * BLOCK_Q >= GROUP * window):
-        return
-    layer, head = place // HEADS, place % HEADS
-    candidates = (length - window).to(tl.int32)
-    index = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    depth = tl.arange(0, BLOCK_D)[None, :]
-    q = _query_rows(
-        queries,
-        index,
-        depth,
-        requests,
-        n,
-        layer,
-        head,
-        ring_rows,
-        ring_window,
-        HEADS,
-        GROUP,
-        HEAD_DIM,
-        DOT,
-    )
-    k = tl.load(k_pointers + layer).to(tl.pointer_type(ELEMENT))
-    peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_Q], tl.float32)
-    for start in range(0, candidates, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        inside = columns < candidates
-        rows = _key_rows(
-            k, columns, inside, depth, requests, n, head, req_to_token, context, HEADS, HEAD_DIM
-        ).to(DOT)
-        logits = tl.dot(q, tl.trans(rows), input_precision="tf32x3") * scale
-        logits = tl.where(inside[None, :], logits, float("-inf"))
-        higher = tl.maximum(peak, tl.max(logits, 1))
-        # A row of -inf alone has no finite base; 0 keeps its exponentials at 0, not NaN.
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp(peak - base) + tl.sum(tl.exp(logits - base[:, None]), 1)
-        peak = higher
-    at = stats + (n * tl.num_programs(1) + place) * 2 * max_queries + index
-    real = index < GROUP * window
-    tl.store(at, tl.where(peak == float("-inf"), 0.0, peak), mask=real)
-    tl.store(at + max_queries, total, mask=real)
-
-
-@triton.jit
-def weights_kernel(
-    weights,
-    stats,
-    k_pointers,
-    queries,
-    requests,
-    req_to_token,
-    context,
-    max_columns,
-    max_queries,
-    ring_rows,
-    ring_window,
-    scale,
-    ELEMENT: tl.constexpr,
-    DOT: tl.constexpr,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Write each candidate's mean probability. Grid (split, layers * HEADS, requests).
-
-    weights : float32 [requests, layers * HEADS, max_columns]
-    """
-    part, place, n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    length, window = field(requests, n, LENGTH), field(requests, n, WINDOW)
-    if length == 0:
-        return
-    layer, head = place // HEADS, place % HEADS
-    candidates = (length - window).to(tl.int32)
-    num_queries = (GROUP * window).to(tl.int32)
-    depth = tl.arange(0, BLOCK_D)[None, :]
-    at = n * tl.num_programs(1) + place
-    k = tl.load(k_pointers + layer).to(tl.pointer_type(ELEMENT))
-    for start in range(part * BLOCK, candidates, tl.num_programs(0) * BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        inside = columns < candidates
-        rows = _key_rows(
-            k, columns, inside, depth, requests, n, head, req_to_token, context, HEADS, HEAD_DIM
-        ).to(DOT)
-        mean = tl.zeros([BLOCK], tl.float32)
-        for first in range(0, num_queries, BLOCK_Q):
-            index = first + tl.arange(0, BLOCK_Q)
-            real = index < num_queries
-            q = _query_rows(
-                queries,
-                index,
-                depth,
-                requests,
-                n,
-                layer,
-                head,
-                ring_rows,
-                ring_window,
-                HEADS,
-                GROUP,
-                HEAD_DIM,
-                DOT,
-            )
-            logits = tl.dot(q, tl.trans(rows), input_precision="tf32x3") * scale
-            stat = stats + at * 2 * max_queries + index
-            peak = tl.load(stat, mask=real, other=0.0)
-            total = tl.load(stat + max_queries, mask=real, other=1.0)
-            probability = tl.exp(logits - peak[:, None]) / total[:, None]
-            mean += tl.sum(tl.where(real[:, None], probability, 0.0), 0)
-        tl.store(weights + at * max_columns + columns, mean / num_queries, mask=inside)
-
-
-@triton.jit
-def ranges_kernel(
-    order,
-    v_pointers,
-    requests,
-    req_to_token,
-    store,
-    context,
-    num_slots,
-    max_columns,
-    ELEMENT: tl.constexpr,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Write the order of minus each candidate's value range: sinks first, NaN last.
-
-    Grid (split, layers * HEADS, requests).
-    """
-    part, place, n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    length = field(requests, n, LENGTH)
-    if length == 0:
-        return
-    layer, head = place // HEADS, place % HEADS
-    candidates = (length - field(requests, n, WINDOW)).to(tl.int32)
-    depth = tl.arange(0, BLOCK_D)[None, :]
-    at = n * tl.num_programs(1) + place
-    v = tl.load(v_pointers + layer).to(tl.pointer_type(ELEMENT))
-    for start in range(part * BLOCK, candidates, tl.num_programs(0) * BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        inside = columns < candidates
-        rows = _key_rows(
-            v, columns, inside, depth, requests, n, head, req_to_token, context, HEADS, HEAD_DIM
-        ).to(tl.float32)
-        real = depth < HEAD_DIM
-        high = tl.max(tl.where(real, rows, float("-inf")), 1)
-        low = tl.min(tl.where(real, rows, float("inf")), 1)
-        # Maxima may drop NaN; a row that holds one has no range.
-        undefined = tl.max((rows != rows).to(tl.int32), 1)
-        value_range = high - low
-        key = tl.where((undefined == 1) | (value_range != value_range), float("inf"), -value_range)
-        positions = positions_of(
-            columns,
-            inside,
-            requests,
-            n,
-            layer,
-            head,
-            req_to_token,
-            context,
-            store,
-            num_slots,
-            HEADS,
-        )
-        key = tl.where(positions < field(requests, n, NUM_SINKS), float("-inf"), key)
-        tl.store(order + at * max_columns + columns, order_of(key), mask=inside)
 
 
 @triton.jit
@@ -316,6 +60,7 @@ def draw_kernel(
     width = field(requests, n, POOL_WIDTH).to(tl.int32)
     at = n * tl.num_programs(1) + place
     edge = tl.load(edges + at)
+    round = field(requests, n, ROUND)
     for start in range(part * BLOCK, candidates, tl.num_programs(0) * BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < candidates
@@ -334,16 +79,9 @@ def draw_kernel(
         )
         ranges = tl.load(order + at * max_columns + columns, mask=inside, other=0)
         protected = packed(ranges, positions) <= edge
-        pooled = tl.zeros([BLOCK], tl.float32)
-        for offset in range(width):
-            near = columns + offset - width // 2
-            pooled += tl.load(
-                weights + at * max_columns + near,
-                mask=(near >= 0) & (near < candidates),
-                other=0.0,
-            )
-        word, _, _, _ = words(requests, n, first_layer + layer, first_head + head, positions)
-        key = tl.log(pooled / width) + gumbel(word)
+        weight = pooled(weights, at, columns, candidates, width, max_columns)
+        word, _, _, _ = words(requests, n, first_layer + layer, first_head + head, round, positions)
+        key = tl.log(weight) + gumbel(word)
         forced = protected | (positions < field(requests, n, NUM_SINKS))
         key = tl.where(forced, float("inf"), key)
         tl.store(order + at * max_columns + columns, order_of(key), mask=inside)

@@ -1,4 +1,4 @@
-"""Retention keys of VaSE-DKV: ||kG||^2 * ||vG||^2 with a Gaussian G drawn in registers.
+"""Retention keys of vase-dkv and curdkv: ||kG||^2 * ||vG||^2, the Gaussian G drawn in registers.
 
 G never touches memory: a program draws it once and multiplies its share of the columns by it.
 Rows keep their 16 bits for the tensor cores, and G is split into parts of their type that add up
@@ -21,10 +21,11 @@ from vase_kernels.requests import (
     LENGTH,
     NUM_SINKS,
     PROJECTION_DIM,
+    ROUND,
     WINDOW,
     field,
     positions_of,
-    slots_of,
+    rows_of,
 )
 from vase_kernels.select import order_of
 
@@ -37,6 +38,7 @@ def _gaussian(
     n,
     layer,
     head,
+    round,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_J: tl.constexpr,
@@ -48,7 +50,7 @@ def _gaussian(
     projection = field(requests, n, PROJECTION_DIM).to(tl.int32)
     row, column = tl.arange(0, BLOCK_D)[:, None], tl.arange(0, BLOCK_J)[None, :]
     item = row * projection + column
-    w0, w1, w2, w3 = words(requests, n, layer, head, item // 4)
+    w0, w1, w2, w3 = words(requests, n, layer, head, round, item // 4)
     second_pair = item % 4 >= 2
     normals = normal(
         tl.where(second_pair, w2, w0), tl.where(second_pair, w3, w1), second=item % 2 == 1
@@ -90,6 +92,7 @@ def dkv_kernel(
     BLOCK_J: tl.constexpr,
     PART: tl.constexpr,
     DOT: tl.constexpr,
+    FIXED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Write the order of each candidate's energy; sinks get +inf, NaN counts as -inf.
@@ -98,6 +101,7 @@ def dkv_kernel(
 
     PART : type of the parts of G
     DOT : type of the products' operands: PART, where the backend can multiply it
+    FIXED : curdkv: G of round 0, which no round has; else a fresh one each round
     """
     part, place, n = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     length = field(requests, n, LENGTH)
@@ -110,8 +114,11 @@ def dkv_kernel(
     k = tl.load(k_pointers + layer).to(tl.pointer_type(ELEMENT))
     v = tl.load(v_pointers + layer).to(tl.pointer_type(ELEMENT))
     depth = tl.arange(0, BLOCK_D)[None, :]
+    round = field(requests, n, ROUND)
+    if FIXED:
+        round = round * 0
     gaussian = _gaussian(
-        requests, n, first_layer + layer, first_head + head, HEAD_DIM, BLOCK_D, BLOCK_J
+        requests, n, first_layer + layer, first_head + head, round, HEAD_DIM, BLOCK_D, BLOCK_J
     )
     high = gaussian.to(PART)
     middle = (gaussian - high.to(tl.float32)).to(PART)
@@ -121,11 +128,12 @@ def dkv_kernel(
     for start in range(part * BLOCK, candidates, tl.num_programs(0) * BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < candidates
-        slots = slots_of(columns, inside, requests, n, req_to_token, context)
-        at_row = (slots[:, None] * HEADS + head) * HEAD_DIM + depth
-        mask = inside[:, None] & (depth < HEAD_DIM)
-        keys = tl.load(tl.multiple_of(k + at_row, [1, 16]), mask=mask, other=0.0)
-        values = tl.load(tl.multiple_of(v + at_row, [1, 16]), mask=mask, other=0.0)
+        keys = rows_of(
+            k, columns, inside, depth, requests, n, head, req_to_token, context, HEADS, HEAD_DIM
+        )
+        values = rows_of(
+            v, columns, inside, depth, requests, n, head, req_to_token, context, HEADS, HEAD_DIM
+        )
         key = _energy(keys.to(DOT), high, middle, low, projection, BLOCK_J, PART)
         key *= _energy(values.to(DOT), high, middle, low, projection, BLOCK_J, PART)
         # +inf is reserved for forced tokens. A comparison keeps NaN, which `order_of` places.

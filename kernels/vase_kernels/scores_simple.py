@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from vase_kernels.philox import uniform, words
-from vase_kernels.requests import LENGTH, NUM_SINKS, WINDOW, field, positions_of
+from vase_kernels.requests import LENGTH, NUM_SINKS, ROUND, WINDOW, field, positions_of
 from vase_kernels.select import order_of
 
 
@@ -38,6 +38,7 @@ def simple_kernel(
     if length == 0:
         return
     layer, head = place // HEADS, place % HEADS
+    round = field(requests, n, ROUND)
     candidates = (length - field(requests, n, WINDOW)).to(tl.int32)
     at = n * tl.num_programs(1) + place
     for start in range(part * BLOCK, candidates, tl.num_programs(0) * BLOCK):
@@ -47,7 +48,9 @@ def simple_kernel(
             columns, older, requests, n, layer, head, req_to_token, context, store, num_slots, HEADS
         )
         if RANDOM:
-            word, _, _, _ = words(requests, n, first_layer + layer, first_head + head, positions)
+            word, _, _, _ = words(
+                requests, n, first_layer + layer, first_head + head, round, positions
+            )
             key = uniform(word)
         else:
             key = positions.to(tl.float32)

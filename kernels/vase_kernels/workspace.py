@@ -13,7 +13,7 @@ class Maxima:
     """The largest batch a workspace serves; grids and scratch have these sizes always.
 
     requests : due in one call
-    columns : tokens of one request's row, so prompt + window for a first round
+    columns : tokens of one request's row but the pinned, so prompt + window for a first round
     budget : kept tokens
     window, group : queries of a window; query heads of a KV head
     """

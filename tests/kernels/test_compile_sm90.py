@@ -13,11 +13,18 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from vase_kernels import evict
+from vase_kernels import scoring
+from vase_kernels.attention import stats_kernel, weights_kernel
+from vase_kernels.evict import BLOCK_PAIRS
 from vase_kernels.overwrite import move_kernel, plan_kernel
-from vase_kernels.scores_attnv import draw_kernel, ranges_kernel, stats_kernel, weights_kernel
+from vase_kernels.pool import ELEMENTS
+from vase_kernels.requests import MAX_PROJECTION
+from vase_kernels.scores_attnv import draw_kernel
 from vase_kernels.scores_dkv import dkv_kernel
+from vase_kernels.scores_rkv import mix_kernel, similarity_kernel
+from vase_kernels.scores_rows import norms_kernel, ranges_kernel
 from vase_kernels.scores_simple import simple_kernel
+from vase_kernels.scores_snapkv import snapkv_kernel
 from vase_kernels.select import select_kernel
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -85,7 +92,7 @@ def check(binary: Any, tmp_path: Path, max_stack: int = 0) -> None:
 
 def rows(dtype: torch.dtype, head_dim: int) -> dict[str, Any]:
     return {
-        "ELEMENT": evict.ELEMENTS[dtype],
+        "ELEMENT": ELEMENTS[dtype],
         "HEADS": 8,
         "HEAD_DIM": head_dim,
         "BLOCK_D": triton.next_power_of_2(head_dim),
@@ -95,30 +102,31 @@ def rows(dtype: torch.dtype, head_dim: int) -> dict[str, Any]:
 def attention(dtype: torch.dtype, head_dim: int) -> tuple[str, dict[str, Any]]:
     """Query pointer and constants of the kernels that read queries."""
     queries = torch.bfloat16 if dtype.itemsize == 1 else dtype
-    block_q, block = evict.attention_blocks(head_dim, queries)
-    return f"*{evict.ELEMENTS[queries]}", rows(dtype, head_dim) | {
+    block_q, block = scoring.attention_blocks(head_dim, queries)
+    return f"*{ELEMENTS[queries]}", rows(dtype, head_dim) | {
         "GROUP": 5,
         "BLOCK_Q": block_q,
         "BLOCK": block,
-        "DOT": evict.dot_operand(evict.common_dtype(dtype, queries)),
+        "DOT": scoring.dot_operand(scoring.common_dtype(dtype, queries)),
     }
 
 
-def ranges(dtype: torch.dtype, head_dim: int) -> dict[str, Any]:
-    return rows(dtype, head_dim) | {"BLOCK": evict.range_block(head_dim)}
+def one_number(dtype: torch.dtype, head_dim: int) -> dict[str, Any]:
+    return rows(dtype, head_dim) | {"BLOCK": scoring.row_block(head_dim)}
 
 
-def dkv(dtype: torch.dtype, head_dim: int) -> dict[str, Any]:
-    part = evict.part_dtype(dtype)
+def dkv(dtype: torch.dtype, head_dim: int, fixed: bool) -> dict[str, Any]:
+    part = scoring.part_dtype(dtype)
     return rows(dtype, head_dim) | {
-        "BLOCK_J": evict.MAX_PROJECTION,
-        "PART": evict.ELEMENTS[part],
-        "DOT": evict.dot_operand(part),
-        "BLOCK": evict.projection_block(head_dim, part),
+        "BLOCK_J": MAX_PROJECTION,
+        "PART": ELEMENTS[part],
+        "DOT": scoring.dot_operand(part),
+        "FIXED": fixed,
+        "BLOCK": scoring.projection_block(head_dim, part),
     }
 
 
-COLUMNS = {"HEADS": 8, "BLOCK": evict.BLOCK_COLUMNS}
+COLUMNS = {"HEADS": 8, "BLOCK": scoring.BLOCK_COLUMNS}
 
 
 @pytest.mark.parametrize(("name", "head_dim"), CASES)
@@ -127,16 +135,24 @@ def test_kernels_that_read_rows(name, head_dim, tmp_path):
     queries, constants = attention(dtype, head_dim)
     for kernel in (stats_kernel, weights_kernel):
         check(compiled(kernel, queries, {"num_stages": 2}, **constants), tmp_path)
-    check(compiled(ranges_kernel, **ranges(dtype, head_dim)), tmp_path)
-    binary = compiled(dkv_kernel, options={"num_warps": 8, "num_stages": 2}, **dkv(dtype, head_dim))
-    # The one exception: three TF32 products of 256 columns and G hold more than the registers.
-    check(binary, tmp_path, max_stack=256 if (dtype.itemsize, head_dim) == (4, 256) else 0)
+    for keys in (True, False):
+        check(compiled(ranges_kernel, **one_number(dtype, head_dim), KEYS=keys), tmp_path)
+    for kernel in (norms_kernel, similarity_kernel):
+        check(compiled(kernel, **one_number(dtype, head_dim)), tmp_path)
+    for fixed in {name == "bf16", False}:  # it changes one scalar
+        binary = compiled(
+            dkv_kernel,
+            options={"num_warps": 8, "num_stages": 2},
+            **dkv(dtype, head_dim, fixed),
+        )
+        # The one exception: three TF32 products of 256 columns and G hold more than the registers.
+        check(binary, tmp_path, max_stack=256 if (dtype.itemsize, head_dim) == (4, 256) else 0)
 
 
 @pytest.mark.parametrize("head_dim", [64, 256])
 @pytest.mark.parametrize("bits", [tl.uint8, tl.int16, tl.int32], ids=str)
 def test_moves(bits, head_dim, tmp_path):
-    shape = rows(torch.bfloat16, head_dim) | {"ELEMENT": bits, "BLOCK": evict.BLOCK_PAIRS}
+    shape = rows(torch.bfloat16, head_dim) | {"ELEMENT": bits, "BLOCK": BLOCK_PAIRS}
     binary = compiled(move_kernel, **shape)
     check(binary, tmp_path)
     # Rows behind integer addresses are read in wide words all the same.
@@ -150,6 +166,8 @@ def test_moves(bits, head_dim, tmp_path):
         (select_kernel, {"VICTIMS": False}),
         (plan_kernel, {}),
         (draw_kernel, {}),
+        (snapkv_kernel, {}),
+        (mix_kernel, {}),
         (simple_kernel, {"RANDOM": True}),
         (simple_kernel, {"RANDOM": False}),
     ],

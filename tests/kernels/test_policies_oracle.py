@@ -110,6 +110,14 @@ def test_policy_matches_oracle(policy, fields, shape):
             assert max(spread) - min(spread) <= TOLERANCE[policy] * max(1.0, max(map(abs, spread)))
 
 
+def test_a_zero_key_is_similar_to_none_and_others_not_to_themselves():
+    case = make_case(SHAPES[0], generator=3)
+    case["keys"][:, 9] = 0
+    got = package_keys("rkv", case, {"mix_lambda": 0.0}).double()
+    expected = torch.from_numpy(oracle.retention_keys("rkv", **case, mix_lambda=0.0))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
+
+
 def test_defaults_are_those_of_the_policy_classes():
     policies = pytest.importorskip("vase_sgl.eviction").POLICIES
     case = make_case(SHAPES[1], generator=11)

@@ -1,25 +1,46 @@
-"""These tests run kernels under Triton's interpreter, which must be chosen before its import.
+"""These tests run kernels under Triton's interpreter, which must be chosen before its import, or
+compiled on a GPU.
 
-The rest of the suite imports Triton without it, so `tests/kernels/test_triton_kernels.py` runs
-this folder in a process of its own:
+The rest of the suite imports Triton without its interpreter, so
+`tests/kernels/test_triton_kernels.py` runs this folder in a process of its own:
 
     TRITON_INTERPRET=1 python -m pytest tests/triton
+    VASE_TEST_GPU=1 python -m pytest tests/triton    # compiled; with every case of test_matrix.py
+
+With neither, nothing is collected here.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]
+from tests.triton.device import INTERPRETED, ON_GPU
+
+collect_ignore_glob = [] if INTERPRETED or ON_GPU else ["test_*.py"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # Infinite and undefined keys are tested; numpy, which runs the kernels, remarks on them.
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton")
+    config.addinivalue_line(
+        "markers", "gpu: too slow for the interpreter; runs with VASE_TEST_GPU=1"
+    )
+    if ON_GPU and INTERPRETED:
+        raise pytest.UsageError("VASE_TEST_GPU=1 and TRITON_INTERPRET=1 exclude each other")
+    if ON_GPU and not torch.cuda.is_available():
+        raise pytest.UsageError("VASE_TEST_GPU=1 needs a GPU that torch can use; there is none")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if ON_GPU:
+        return
+    left_out = [item for item in items if item.get_closest_marker("gpu")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
 
 
 @pytest.fixture(autouse=True)

@@ -14,15 +14,16 @@ from vase_kernels.reference import philox as reference
 from vase_kernels.requests import pack
 
 from tests.kernels import oracle
+from tests.triton.device import DEVICE
 from tests.triton.scene import due
 
 COUNT = 1024
 
 
-@triton.jit
-def draw_kernel(out, floats, requests, last, layer, head, N: tl.constexpr):
+@triton.jit(do_not_specialize=["layer", "head", "round"])
+def draw_kernel(out, floats, requests, last, layer, head, round, N: tl.constexpr):
     at = tl.arange(0, N)
-    w0, w1, w2, w3 = device.words(requests, 0, layer, head, tl.load(last + at))
+    w0, w1, w2, w3 = device.words(requests, 0, layer, head, round, tl.load(last + at))
     tl.store(out + at, w0.to(tl.int64))
     tl.store(out + N + at, w1.to(tl.int64))
     tl.store(out + 2 * N + at, w2.to(tl.int64))
@@ -47,10 +48,11 @@ def test_draws(seed, round, layer, head):
     g = torch.Generator().manual_seed(seed % 97)
     last = torch.randint(0, 2**31 - 1, (COUNT,), generator=g, dtype=torch.int32)
     last[:2] = torch.tensor([0, 2**31 - 1])
-    words = torch.empty(4, COUNT, dtype=torch.int64)
-    floats = torch.empty(4, COUNT)
-    table = pack([due(0, 12, 8, 4, seed=seed, round=round)], 1)
-    draw_kernel[(1,)](words, floats, table, last, layer, head, N=COUNT)
+    words = torch.empty(4, COUNT, dtype=torch.int64, device=DEVICE)
+    floats = torch.empty(4, COUNT, device=DEVICE)
+    table = pack([due(0, 12, 8, 4, seed=seed)], 1).to(DEVICE)
+    draw_kernel[(1,)](words, floats, table, last.to(DEVICE), layer, head, round, N=COUNT)
+    words, floats = words.cpu(), floats.cpu()
 
     counter = (*map(torch.tensor, (layer, head, round)), last.to(torch.int64))
     expected = reference.philox4x32(reference.seed_key(seed), counter)
@@ -71,7 +73,7 @@ def test_draws(seed, round, layer, head):
 
 def test_mix64():
     x = torch.randint(-(2**63), 2**63 - 1, (64,), generator=torch.Generator().manual_seed(1))
-    out = torch.empty_like(x)
-    mix_kernel[(1,)](x, out, N=64)
+    out = torch.empty_like(x, device=DEVICE)
+    mix_kernel[(1,)](x.to(DEVICE), out, N=64)
     mask = oracle.MASK64
     assert [v & mask for v in out.tolist()] == [oracle.mix64(v & mask) for v in x.tolist()]
