@@ -113,6 +113,7 @@ class Case:
         requests = [
             DueRequest(
                 row=i,
+                ring_row=i,
                 length=columns,
                 budget=shape.budget,
                 window=shape.window,
@@ -377,7 +378,7 @@ def require_flashinfer() -> None:
     """`SystemExit` that says what is missing."""
     if not torch.cuda.is_available():
         raise SystemExit(
-            "--flashinfer needs a GPU: flashinfer has no CPU kernels, and ours are interpreted on a "
+            "--flashinfer needs a GPU: flashinfer has no CPU kernels and ours are interpreted on a "
             "CPU; nothing was compared"
         )
     if importlib.util.find_spec("flashinfer") is None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vase_kernels.requests import LENGTH, LOGICAL_LENGTH, ROW, WINDOW, field, rows_of
+from vase_kernels.requests import LENGTH, LOGICAL_LENGTH, RING_ROW, WINDOW, field, rows_of
 
 
 @triton.jit
@@ -41,7 +41,9 @@ def _query_rows(
     # In 32 bits: 64-bit division is a call of some hundred instructions.
     window = field(requests, n, WINDOW).to(tl.int32)
     position = field(requests, n, LOGICAL_LENGTH).to(tl.int32) - window + index % window
-    entry = (layer * ring_rows + field(requests, n, ROW)) * ring_window + position % ring_window
+    entry = (
+        layer * ring_rows + field(requests, n, RING_ROW)
+    ) * ring_window + position % ring_window
     row = entry * (HEADS * GROUP) + head * GROUP + index // window
     mask = (index < GROUP * window)[:, None] & (depth < HEAD_DIM)
     at = queries + row[:, None] * HEAD_DIM + depth

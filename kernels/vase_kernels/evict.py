@@ -73,8 +73,8 @@ def evict(
     requests : int64 Tensor [max_requests, TABLE_WIDTH]
         Table of `DueRequest` rows by `requests.pack`, on the pool's device. All slots in columns
         from `pinned` to `length` are distinct, across requests too; pinned slots may be shared.
-    queries : Tensor [layers, rows, ring_window, q_heads, head_dim] or None
-        Ring of post-RoPE queries, that of position p at p % ring_window of its request's row;
+    queries : Tensor [layers, ring rows, ring_window, q_heads, head_dim] or None
+        Ring of post-RoPE queries, that of position p at p % ring_window of its request's ring row;
         contiguous float32, float16 or bfloat16; ring_window at least the largest window. Needed
         by `vase-attnv`, `snapkv` and `rkv`.
     workspace : Workspace

@@ -26,7 +26,7 @@ MAX_PROJECTION = 32
 class DueRequest:
     """One request of a round; its fields are the columns of the table, in this order.
 
-    row : index into `req_to_token`, and into the query ring
+    row : index into `req_to_token`
     length : columns it holds, at least `pinned + budget + window`
     budget, window : tokens kept, window included; recent tokens that are never evicted
     round : counted from 1; in round 1 the token-position store need not be written before
@@ -38,6 +38,7 @@ class DueRequest:
     projection_dim : vase-dkv, curdkv; columns of the Gaussian, at most `MAX_PROJECTION`
     pinned : leading columns that are left alone and that the budget does not count
     mix_lambda : rkv; share of attention in the key, in [0, 1]
+    ring_row : index into the query ring, where the policy reads queries
     """
 
     row: int
@@ -53,6 +54,7 @@ class DueRequest:
     projection_dim: int = 20
     pinned: int = 0
     mix_lambda: float = 0.1
+    ring_row: int = 0
 
     def __post_init__(self) -> None:
         rows = self.length - self.pinned
@@ -108,6 +110,7 @@ POOL_WIDTH = tl.constexpr(9)
 PROJECTION_DIM = tl.constexpr(10)
 PINNED = tl.constexpr(11)
 MIX_LAMBDA = tl.constexpr(12)
+RING_ROW = tl.constexpr(13)
 
 
 def pack(requests: Sequence[DueRequest], max_requests: int) -> Tensor:

@@ -289,12 +289,12 @@ SCORING: dict[str, Callable[[Round], None]] = {
 def _group(queries: Tensor, pool: PoolView, max_group: int, max_window: int) -> int:
     """Query heads of a KV head; `ValueError` if the ring does not fit the pool."""
     layers, _, heads = pool.token_positions.shape
-    ring_layers, rows, ring_window, query_heads, head_dim = queries.shape
+    ring_layers, _, ring_window, query_heads, head_dim = queries.shape
     if query_heads % heads:
         raise ValueError(f"{query_heads} query heads do not group over {heads} KV heads")
     if query_heads // heads > max_group:
         raise ValueError(f"workspace is for groups of {max_group}, got {query_heads // heads}")
-    if (ring_layers, head_dim) != (layers, pool.head_dim) or rows < len(pool.req_to_token):
+    if (ring_layers, head_dim) != (layers, pool.head_dim):
         raise ValueError(f"query ring {tuple(queries.shape)} does not fit the pool")
     if ring_window < max_window or not queries.is_contiguous():
         raise ValueError(f"query ring of window {ring_window}, want contiguous {max_window}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -29,21 +30,36 @@ class Workspace:
     """Scratch for `evict`, whose content before a call does not matter.
 
     Bytes: about (8 * columns + 12 * budget + 8 * window * group) per request, layer and KV head.
-    One call at a time: calls that share a workspace must be on one stream.
+    One call at a time: calls that share a workspace must be on one stream. With `memory` (uint8,
+    at least `bytes_for(...)`) it lies there, and nothing is allocated.
 
     round_sums : int64 [requests], faults : int32 [requests]
         What the last call reported.
     """
 
     def __init__(
-        self, maxima: Maxima, *, layers: int, kv_heads: int, device: torch.device | str
+        self,
+        maxima: Maxima,
+        *,
+        layers: int,
+        kv_heads: int,
+        device: torch.device | str,
+        memory: Tensor | None = None,
     ) -> None:
         self.maxima = maxima
         self.layers, self.kv_heads = layers, kv_heads
         places = (maxima.requests, layers * kv_heads)
+        used = 0
 
         def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
+            nonlocal used
+            if memory is None:
+                return torch.empty(shape, dtype=dtype, device=device)
+            start, used = used, used + _aligned(math.prod(shape) * dtype.itemsize)
+            if used > len(memory):
+                raise ValueError(f"{maxima} needs more than {len(memory)} bytes")
+            part = memory[start : start + math.prod(shape) * dtype.itemsize]
+            return part.view(dtype).view(shape)
 
         self.order = empty(*places, maxima.columns, dtype=torch.int32)
         self.weights = empty(*places, maxima.columns, dtype=torch.float32)
@@ -61,4 +77,14 @@ class Workspace:
 
     @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for x in self.tensors.values())
+        return sum(_aligned(x.nbytes) for x in self.tensors.values())
+
+    @classmethod
+    def bytes_for(cls, maxima: Maxima, *, layers: int, kv_heads: int) -> int:
+        """What a workspace of these maxima takes of `memory`."""
+        return cls(maxima, layers=layers, kv_heads=kv_heads, device="meta").nbytes
+
+
+def _aligned(size: int) -> int:
+    """Up to the next multiple of 256 bytes, as the allocator starts a tensor."""
+    return -(-size // 256) * 256

@@ -38,7 +38,9 @@ ALLOCATION_GUARD = 3  # slots before and after the pool in its allocation
 def due(row: int, length: int, budget: int, window: int, **fields: Any) -> DueRequest:
     """A request in its first round, unless told otherwise."""
     fields = {"round": 1, "seed": (977 << 33) + row, "logical_length": length} | fields
-    return DueRequest(row=row, length=length, budget=budget, window=window, **fields)
+    return DueRequest(
+        row=row, ring_row=row + 1, length=length, budget=budget, window=window, **fields
+    )
 
 
 @dataclasses.dataclass
@@ -142,7 +144,7 @@ def make_scene(
             x.view(torch.uint8)[mine.long() + ALLOCATION_GUARD] = rows_of.view(torch.uint8)
         queries = torch.randn(layers, r.window, heads * group, dim, generator=own)
         at = torch.arange(r.logical_length - r.window, r.logical_length) % ring_window
-        ring[:, r.row, at] = queries.to(ring.dtype)
+        ring[:, r.ring_row, at] = queries.to(ring.dtype)
         positions[:, mine[: r.pinned].long()] = -99
         if r.round > 1:
             older = r.logical_length - (r.length - r.pinned - r.budget)
@@ -200,7 +202,7 @@ def run_reference(policy: str, scene: Scene, r: DueRequest) -> EvictResult:
         scene.v,
         scene.positions,
         scene.req_to_token[r.row, None, : r.length],
-        scene.ring[None, :, r.row, at].transpose(2, 3),
+        scene.ring[None, :, r.ring_row, at].transpose(2, 3),
         budget=r.budget,
         window=r.window,
         pinned=r.pinned,

@@ -53,7 +53,7 @@ def test_keys(policy, dtype, pinned):
     positions = scene.positions[:, older].transpose(1, 2).to(torch.int64)
     positions[..., r.budget :] = torch.arange(r.budget, len(older)) + r.logical_length - 60
     at = torch.arange(r.logical_length - r.window, r.logical_length) % scene.ring.shape[2]
-    queries = scene.ring[:, r.row, at].transpose(1, 2)
+    queries = scene.ring[:, r.ring_row, at].transpose(1, 2)
     keys, values = ([x[older].transpose(0, 1) for x in side] for side in (scene.k, scene.v))
     fields = fields_of(policy, r) | {"budget": r.budget}
     candidates = Candidates(

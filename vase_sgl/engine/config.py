@@ -17,6 +17,7 @@ MAX_WINDOW = "VASE_MAX_WINDOW"
 MAX_REQUESTS = "VASE_MAX_REQUESTS"
 DEFAULT_PARAMS = "VASE_DEFAULT"
 CHECK_INTEGRITY = "VASE_CHECK_INTEGRITY"
+KERNELS = "VASE_KERNELS"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +27,14 @@ class EngineConfig:
     max_requests: requests at once whose policy reads queries; each has a query ring. None: as
         many as `--max-running-requests`, or as fit the pool with the default budget (or 2048).
     default: eviction parameters of requests that bring none; None leaves them with full KV.
+    kernels: `triton`, `reference` (torch), or `auto`: Triton on CUDA, the reference on a CPU.
     check_integrity: prove slot ownership and positions after every decode step (slow; for tests).
     """
 
     limits: EvictionLimits = dataclasses.field(default_factory=EvictionLimits)
     max_requests: int | None = None
     default: Mapping[str, Any] | None = None
+    kernels: str = "auto"
     check_integrity: bool = False
 
     @classmethod
@@ -55,7 +58,10 @@ class EngineConfig:
         check = env.get(CHECK_INTEGRITY, "0")
         if check not in ("0", "1"):
             raise ParameterError(f"{CHECK_INTEGRITY} must be 0 or 1, got {check!r}")
-        return cls(limits, max_requests, default, check_integrity=check == "1")
+        kernels = env.get(KERNELS, "auto")
+        if kernels not in ("auto", "triton", "reference"):
+            raise ParameterError(f"{KERNELS} must be auto, triton or reference, got {kernels!r}")
+        return cls(limits, max_requests, default, kernels, check_integrity=check == "1")
 
 
 @functools.cache

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from sglang.srt.mem_cache.allocation import alloc_for_decode_default, alloc_token_slots
 
-from vase_sgl.engine.compaction import DueRequest
 from vase_sgl.engine.pool import BudgetPool
 from vase_sgl.engine.request_cache import RequestCache, cache_of, evicting_cache_of
+from vase_sgl.engine.rounds import DueRequest
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch

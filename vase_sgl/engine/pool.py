@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from sglang.srt.runtime_context import get_parallel
+from triton import knobs  # type: ignore[import-untyped]
 
 from vase_sgl.engine.compaction import Compaction
 from vase_sgl.engine.config import EngineConfig, engine_config
 from vase_sgl.engine.query_ring import QueryRing
+from vase_sgl.engine.rounds import ReferenceRounds, Rounds, TritonRounds
 from vase_sgl.engine.sizing import BufferSizes
 
 logger = logging.getLogger(__name__)
@@ -61,15 +63,26 @@ class BudgetPool:
             dtype=model_runner.dtype,
             device=device,
         )
-        self.compaction = Compaction()
+        self.kernels = _chosen_kernels(config, device)
+        rounds: Rounds = ReferenceRounds()
+        if self.kernels == "triton":
+            rounds = TritonRounds(
+                self,
+                context_length=model.context_len,
+                max_budget=min(config.limits.max_budget, slots),
+            )
+        self.scratch_bytes = rounds.nbytes
+        self.compaction = Compaction(rounds)
         logger.info(
             "vase_sgl buffers: query ring %.1f MiB (%d requests, window %d), "
-            "token positions %.1f MiB (%d slots)",
+            "token positions %.1f MiB (%d slots), scratch of %s kernels %.1f MiB",
             self.query_ring.nbytes / _MIB,
             self.query_ring.requests,
             config.limits.max_window,
             self.token_positions.nbytes / _MIB,
             slots,
+            self.kernels,
+            self.scratch_bytes / _MIB,
         )
 
     def copy_rows(self, source: torch.Tensor, target: torch.Tensor) -> None:
@@ -93,6 +106,17 @@ class BudgetPool:
     def of(cls, req_to_token_pool: Any) -> BudgetPool:
         """The pool created for the model runner that owns `req_to_token_pool`."""
         return _pools[req_to_token_pool]
+
+
+def _chosen_kernels(config: EngineConfig, device: torch.device) -> str:
+    """What carries out rounds here. Raises RuntimeError if what was asked for cannot."""
+    if config.kernels == "auto":
+        return "triton" if device.type == "cuda" else "reference"
+    if config.kernels == "triton" and device.type != "cuda" and not knobs.runtime.interpret:
+        raise RuntimeError(
+            "VASE_KERNELS=triton needs a GPU, or TRITON_INTERPRET=1 for a slow test on a CPU"
+        )
+    return config.kernels
 
 
 _pools: weakref.WeakKeyDictionary[Any, BudgetPool] = weakref.WeakKeyDictionary()

@@ -45,6 +45,7 @@ def describe(scheduler: Any) -> dict[str, Any]:
         "compaction_seconds": pool.compaction.seconds,
         "buffers_mib": {
             "query_ring": pool.query_ring.nbytes / 2**20,
+            "scratch": pool.scratch_bytes / 2**20,
             "token_positions": pool.token_positions.nbytes / 2**20,
         },
     }

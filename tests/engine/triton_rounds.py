@@ -1,0 +1,49 @@
+"""Run by test_triton_rounds.py in a process of its own, under Triton's interpreter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine.scheduler_harness import SteppedScheduler
+from vase_sgl.engine import rounds
+from vase_sgl.engine.pool import BudgetPool
+
+PROMPT = [2 + (11 * i) % 250 for i in range(40)]
+
+
+@torch.inference_mode()
+def test_little_scratch_only_means_more_launches(
+    stepped: SteppedScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three requests are due in one step, of two lengths, one with a kept prompt."""
+    pool = BudgetPool.of(stepped.scheduler.req_to_token_pool)
+    assert pool.kernels == "triton"
+    batches: list[int] = []
+    launch = rounds.TritonRounds._launch
+
+    def spied(self: Any, policy: str, pool: BudgetPool, batch: list[Any]) -> None:
+        batches.append(len(batch))
+        launch(self, policy, pool, batch)
+
+    monkeypatch.setattr(rounds.TritonRounds, "_launch", spied)
+
+    def answers() -> list[Any]:
+        stepped.answers.clear()
+        batches.clear()
+        for index, (length, mode) in enumerate([(40, "evict"), (24, "keep"), (40, "evict")]):
+            vase = {"budget": 24, "window": 8, "seed": index, "prompt": mode}
+            new = 30 + (24 if mode == "keep" else 0)
+            stepped.submit(f"r{index}", PROMPT[:length], max_new_tokens=new, vase=vase)
+        stepped.run()
+        return [(a.tokens, a.statistics) for a in stepped.answers.values()]
+
+    together = answers()
+    assert max(batches) > 1
+    runner: Any = pool.compaction._rounds
+    largest = runner._bytes(runner._maxima(1, 40 + 8, 24, 8))
+    monkeypatch.setattr(runner, "_memory", runner._memory[:largest])
+    assert answers() == together
+    assert max(batches) == 1

@@ -1,0 +1,203 @@
+"""How queued rounds are carried out: by the Triton kernels, or by their torch reference."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from vase_kernels.evict import evict
+from vase_kernels.pool import PoolView
+from vase_kernels.reference import evict_reference
+from vase_kernels.requests import DueRequest as TableRow
+from vase_kernels.requests import pack, table_fields
+from vase_kernels.workspace import Maxima, Workspace
+
+if TYPE_CHECKING:
+    from vase_sgl.engine.pool import BudgetPool
+    from vase_sgl.engine.request_cache import RequestCache
+
+#: Scratch of the Triton rounds, unless one request alone needs more.
+_SCRATCH_BYTES = 256 * 2**20
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DueRequest:
+    """One request whose physical length reached its trigger.
+
+    round: number of this round, from 1.
+    slots: [columns] int64, the request's row as the round works on it, without pinned columns.
+        All columns below the budget are the request's own.
+    logical_length: tokens with a KV entry so far; the recent window holds the last ones.
+    copied: slots (source, target), int64 each, whose rows are copied first: a shared prompt.
+    """
+
+    cache: RequestCache
+    round: int
+    slots: torch.Tensor
+    logical_length: int
+    copied: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+class Rounds(Protocol):
+    """Carries out the rounds of due requests on a pool."""
+
+    @property
+    def nbytes(self) -> int:
+        """Scratch held for the life of the pool."""
+
+    def run(self, pool: BudgetPool, due: Sequence[DueRequest]) -> None:
+        """Mutates KV rows and token positions, appends to each request's `unread_sums`."""
+
+
+class ReferenceRounds:
+    """The torch reference: requests of one shape in one call. Needs no scratch of its own."""
+
+    nbytes = 0
+
+    def run(self, pool: BudgetPool, due: Sequence[DueRequest]) -> None:
+        ordered = sorted(due, key=_shape)
+        for _, group in groupby(ordered, key=_shape):
+            self._run_group(pool, list(group))
+
+    def _run_group(self, pool: BudgetPool, group: list[DueRequest]) -> None:
+        params = group[0].cache.params
+        device = pool.token_positions.device
+        queries = None
+        if params.policy.needs_queries:
+            last = pool.query_ring.last
+            queries = torch.stack(
+                [last(due.cache.ring_row, due.logical_length, params.window) for due in group]
+            )
+        result = evict_reference(
+            params.policy.name,
+            pool.k_buffers,
+            pool.v_buffers,
+            pool.token_positions,
+            torch.stack([due.slots for due in group]),
+            queries,
+            budget=params.budget,
+            window=params.window,
+            seeds=torch.tensor([due.cache.params.seed for due in group], device=device),
+            rounds=torch.tensor([due.round for due in group], device=device),
+            logical_lengths=torch.tensor([due.logical_length for due in group], device=device),
+            first_head=pool.first_head,
+            **params.policy.fields(),
+        )
+        _report(group, result.round_sums)
+
+
+def _shape(due: DueRequest) -> str:
+    """Requests with equal shape run in one call of the reference."""
+    params = due.cache.params
+    fields = sorted(params.policy.fields().items())
+    return repr((len(due.slots), params.budget, params.window, params.policy.name, fields))
+
+
+class TritonRounds:
+    """The Triton kernels: one launch sequence for all layers and as many requests as scratch holds.
+
+    Slots come from the plan, not from `req_to_token`, which the scheduler may rewrite meanwhile.
+    Nothing waits for the device.
+    """
+
+    def __init__(self, pool: BudgetPool, *, context_length: int, max_budget: int) -> None:
+        self._layers, _, self._heads = pool.token_positions.shape
+        self._group = pool.query_ring.data.shape[3] // self._heads
+        self._view = PoolView.of(
+            pool.k_buffers,
+            pool.v_buffers,
+            pool.token_positions,
+            torch.zeros(1, 1, dtype=torch.int32, device=pool.token_positions.device),
+            first_head=pool.first_head,
+        )
+        window = pool.query_ring.window
+        columns = max(context_length, max_budget) + window
+        largest = self._maxima(1, columns, min(max_budget, columns), window)
+        self._memory = torch.empty(
+            max(_SCRATCH_BYTES, self._bytes(largest)),
+            dtype=torch.uint8,
+            device=pool.token_positions.device,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return self._memory.nbytes
+
+    def run(self, pool: BudgetPool, due: Sequence[DueRequest]) -> None:
+        ordered = sorted(due, key=lambda one: (one.cache.params.policy.name, len(one.slots)))
+        for policy, group in groupby(ordered, key=lambda one: one.cache.params.policy.name):
+            waiting = list(group)
+            while waiting:
+                count = self._that_fit(waiting)
+                self._launch(policy, pool, waiting[:count])
+                waiting = waiting[count:]
+
+    def _launch(self, policy: str, pool: BudgetPool, batch: list[DueRequest]) -> None:
+        maxima = self._maxima_of(batch)
+        device = self._memory.device
+        rows = torch.zeros(len(batch), maxima.columns, dtype=torch.int32, device=device)
+        for row, due in zip(rows, batch, strict=True):
+            row[: len(due.slots)] = due.slots
+        table = pack([_table_row(row, due) for row, due in enumerate(batch)], len(batch))
+        if device.type == "cuda":
+            table = table.pin_memory().to(device, non_blocking=True)
+        queries = pool.query_ring.data if batch[0].cache.params.policy.needs_queries else None
+        workspace = Workspace(
+            maxima, layers=self._layers, kv_heads=self._heads, device=device, memory=self._memory
+        )
+        view = dataclasses.replace(self._view, req_to_token=rows)
+        _report(batch, evict(policy, view, table, queries, workspace).round_sums)
+
+    def _that_fit(self, waiting: list[DueRequest]) -> int:
+        """How many of the first requests the scratch holds; at least one always fits."""
+        count = len(waiting)
+        while count > 1 and self._bytes(self._maxima_of(waiting[:count])) > self.nbytes:
+            count = (count + 1) // 2
+        return count
+
+    def _maxima_of(self, batch: list[DueRequest]) -> Maxima:
+        return self._maxima(
+            len(batch),
+            max(len(due.slots) for due in batch),
+            max(due.cache.params.budget for due in batch),
+            max(due.cache.params.window for due in batch),
+        )
+
+    def _maxima(self, requests: int, columns: int, budget: int, window: int) -> Maxima:
+        return Maxima(requests, columns, budget, window, self._group)
+
+    def _bytes(self, maxima: Maxima) -> int:
+        return Workspace.bytes_for(maxima, layers=self._layers, kv_heads=self._heads)
+
+
+def _table_row(row: int, due: DueRequest) -> TableRow:
+    params = due.cache.params
+    return TableRow(
+        row=row,
+        ring_row=due.cache.ring_row,
+        length=len(due.slots),
+        budget=params.budget,
+        window=params.window,
+        round=due.round,
+        logical_length=due.logical_length,
+        seed=params.seed,
+        **table_fields(params.budget, params.policy.fields()),
+    )
+
+
+def _report(batch: list[DueRequest], round_sums: torch.Tensor) -> None:
+    """Hand each request its sum, on the host."""
+    sums = _to_host(round_sums)
+    for index, due in enumerate(batch):
+        due.cache.unread_sums.append((sums, index))
+
+
+def _to_host(sums: torch.Tensor) -> torch.Tensor:
+    """A host copy that is complete when the step's tokens are: same stream, copied before them."""
+    if sums.device.type == "cpu":
+        return sums.clone()
+    host = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
+    return host.copy_(sums, non_blocking=True)
