@@ -92,11 +92,13 @@ def _sizes(**change: Any) -> BufferSizes:
         num_attention_heads=40,
         head_dim=128,
         v_head_dim=128,
+        context_len=40960,
     )
     arguments: dict[str, Any] = {
         "kv_dtype": torch.bfloat16,
         "query_dtype": torch.bfloat16,
         "max_running_requests": None,
+        "device_type": "cpu",
     }
     config = change.pop("config", EngineConfig())
     return BufferSizes.of(model, config, **(arguments | change))
@@ -119,8 +121,9 @@ class TestSizes:
             {"config": EngineConfig(max_requests=7)},
             {"config": EngineConfig(default={"budget": 512})},
             {"config": EngineConfig(EvictionLimits(max_window=256))},
+            {"device_type": "cuda"},
         ],
-        ids=["derived", "running", "explicit", "default-budget", "large-window"],
+        ids=["derived", "running", "explicit", "default-budget", "large-window", "cuda"],
     )
     def test_pool_and_buffers_fill_the_memory_and_no_more(
         self, stepped: SteppedScheduler, sizes: dict[str, Any]
@@ -131,7 +134,9 @@ class TestSizes:
         used = (
             slots * (found.slot_kv_bytes + found.slot_position_bytes)
             + (1 + found.ring_requests(slots)) * found.ring_row_bytes
+            + found.scratch_bytes
         )
+        assert (found.scratch_bytes > 0) == (sizes.get("device_type") == "cuda")
         assert 0.999 * available < used <= available
 
     def test_explicit_wins_over_running_wins_over_derived(self, stepped: SteppedScheduler) -> None:

@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from vase_sgl.engine.config import EngineConfig
-from vase_sgl.engine.pool import _chosen_kernels
+from vase_sgl.engine.rounds import chosen_kernels
 
 _DECODER = "tests/engine/test_independent_decode.py::test_tokens_equal_the_independent_decoder"
 _TESTS = (
@@ -36,9 +35,8 @@ def test_the_engine_s_tokens_with_triton_rounds_equal_the_independent_decoder() 
 
 
 def test_asking_for_triton_without_a_gpu_fails_loudly() -> None:
-    cpu = torch.device("cpu")
     with pytest.raises(RuntimeError, match="VASE_KERNELS=triton needs a GPU"):
-        _chosen_kernels(EngineConfig(kernels="triton"), cpu)
-    assert _chosen_kernels(EngineConfig(), cpu) == "reference"
-    assert _chosen_kernels(EngineConfig(), torch.device("cuda")) == "triton"
-    assert _chosen_kernels(EngineConfig(kernels="reference"), torch.device("cuda")) == "reference"
+        chosen_kernels(EngineConfig(kernels="triton"), "cpu")
+    assert chosen_kernels(EngineConfig(), "cpu") == "reference"
+    assert chosen_kernels(EngineConfig(), "cuda") == "triton"
+    assert chosen_kernels(EngineConfig(kernels="reference"), "cuda") == "reference"

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from sglang.srt.runtime_context import get_parallel
-from triton import knobs  # type: ignore[import-untyped]
 
 from vase_sgl.engine.compaction import Compaction
 from vase_sgl.engine.config import EngineConfig, engine_config
 from vase_sgl.engine.query_ring import QueryRing
-from vase_sgl.engine.rounds import ReferenceRounds, Rounds, TritonRounds
+from vase_sgl.engine.rounds import ReferenceRounds, Rounds, TritonRounds, chosen_kernels
 from vase_sgl.engine.sizing import BufferSizes
 
 logger = logging.getLogger(__name__)
@@ -52,6 +51,7 @@ class BudgetPool:
             kv_dtype=kv.dtype,
             query_dtype=model_runner.dtype,
             max_running_requests=model_runner.server_args.max_running_requests,
+            device_type=device.type,
         )
         self.query_ring = QueryRing(
             layers=layers,
@@ -63,13 +63,13 @@ class BudgetPool:
             dtype=model_runner.dtype,
             device=device,
         )
-        self.kernels = _chosen_kernels(config, device)
+        self.kernels = chosen_kernels(config, device.type)
         rounds: Rounds = ReferenceRounds()
         if self.kernels == "triton":
             rounds = TritonRounds(
                 self,
                 context_length=model.context_len,
-                max_budget=min(config.limits.max_budget, slots),
+                max_budget=config.limits.max_budget,
             )
         self.scratch_bytes = rounds.nbytes
         self.compaction = Compaction(rounds)
@@ -106,17 +106,6 @@ class BudgetPool:
     def of(cls, req_to_token_pool: Any) -> BudgetPool:
         """The pool created for the model runner that owns `req_to_token_pool`."""
         return _pools[req_to_token_pool]
-
-
-def _chosen_kernels(config: EngineConfig, device: torch.device) -> str:
-    """What carries out rounds here. Raises RuntimeError if what was asked for cannot."""
-    if config.kernels == "auto":
-        return "triton" if device.type == "cuda" else "reference"
-    if config.kernels == "triton" and device.type != "cuda" and not knobs.runtime.interpret:
-        raise RuntimeError(
-            "VASE_KERNELS=triton needs a GPU, or TRITON_INTERPRET=1 for a slow test on a CPU"
-        )
-    return config.kernels
 
 
 _pools: weakref.WeakKeyDictionary[Any, BudgetPool] = weakref.WeakKeyDictionary()

@@ -8,12 +8,15 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+from triton import knobs  # type: ignore[import-untyped]
 from vase_kernels.evict import evict
 from vase_kernels.pool import PoolView
 from vase_kernels.reference import evict_reference
 from vase_kernels.requests import DueRequest as TableRow
 from vase_kernels.requests import pack, table_fields
 from vase_kernels.workspace import Maxima, Workspace
+
+from vase_sgl.engine.config import EngineConfig
 
 if TYPE_CHECKING:
     from vase_sgl.engine.pool import BudgetPool
@@ -96,6 +99,27 @@ def _shape(due: DueRequest) -> str:
     return repr((len(due.slots), params.budget, params.window, params.policy.name, fields))
 
 
+def chosen_kernels(config: EngineConfig, device_type: str) -> str:
+    """What carries out rounds here. Raises RuntimeError if what was asked for cannot."""
+    if config.kernels == "auto":
+        return "triton" if device_type == "cuda" else "reference"
+    if config.kernels == "triton" and device_type != "cuda" and not knobs.runtime.interpret:
+        raise RuntimeError(
+            "VASE_KERNELS=triton needs a GPU, or TRITON_INTERPRET=1 for a slow test on a CPU"
+        )
+    return config.kernels
+
+
+def scratch_bytes(
+    *, layers: int, kv_heads: int, group: int, context_length: int, max_budget: int, window: int
+) -> int:
+    """Scratch of the Triton rounds: enough for the longest row and the largest budget alone."""
+    columns = context_length + window
+    largest = Maxima(1, columns, min(max_budget, columns), window, group)
+    alone = Workspace.bytes_for(largest, layers=layers, kv_heads=kv_heads)
+    return max(_SCRATCH_BYTES, alone)
+
+
 class TritonRounds:
     """The Triton kernels: one launch sequence for all layers and as many requests as scratch holds.
 
@@ -113,14 +137,15 @@ class TritonRounds:
             torch.zeros(1, 1, dtype=torch.int32, device=pool.token_positions.device),
             first_head=pool.first_head,
         )
-        window = pool.query_ring.window
-        columns = max(context_length, max_budget) + window
-        largest = self._maxima(1, columns, min(max_budget, columns), window)
-        self._memory = torch.empty(
-            max(_SCRATCH_BYTES, self._bytes(largest)),
-            dtype=torch.uint8,
-            device=pool.token_positions.device,
+        size = scratch_bytes(
+            layers=self._layers,
+            kv_heads=self._heads,
+            group=self._group,
+            context_length=context_length,
+            max_budget=max_budget,
+            window=pool.query_ring.window,
         )
+        self._memory = torch.empty(size, dtype=torch.uint8, device=pool.token_positions.device)
 
     @property
     def nbytes(self) -> int:

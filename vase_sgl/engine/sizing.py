@@ -10,6 +10,7 @@ import torch
 from sglang.srt.runtime_context import get_parallel
 
 from vase_sgl.engine.config import EngineConfig, engine_config
+from vase_sgl.engine.rounds import chosen_kernels, scratch_bytes
 
 #: Budget that concurrency is estimated with where neither the operator nor a default says more.
 REFERENCE_BUDGET = 2048
@@ -25,6 +26,7 @@ class BufferSizes:
     ring_row_bytes: query ring of one request.
     requests: requests that own a ring at once; None derives it from the pool.
     reference_slots: slots of one request, for that.
+    scratch_bytes: of the Triton rounds.
     """
 
     slot_kv_bytes: int
@@ -32,6 +34,7 @@ class BufferSizes:
     ring_row_bytes: int
     requests: int | None
     reference_slots: int
+    scratch_bytes: int
 
     @classmethod
     def of(
@@ -42,6 +45,7 @@ class BufferSizes:
         kv_dtype: torch.dtype,
         query_dtype: torch.dtype,
         max_running_requests: int | None,
+        device_type: str,
     ) -> BufferSizes:
         tp_size = get_parallel().attn_tp_size
         layers = model_config.num_hidden_layers
@@ -50,6 +54,16 @@ class BufferSizes:
         head_dims = model_config.head_dim + model_config.v_head_dim
         budget = (config.default or {}).get("budget", REFERENCE_BUDGET)
         window = config.limits.max_window
+        scratch = 0
+        if chosen_kernels(config, device_type) == "triton":
+            scratch = scratch_bytes(
+                layers=layers,
+                kv_heads=kv_heads,
+                group=query_heads // kv_heads,
+                context_length=model_config.context_len,
+                max_budget=config.limits.max_budget,
+                window=window,
+            )
         return cls(
             slot_kv_bytes=layers * kv_heads * head_dims * kv_dtype.itemsize,
             slot_position_bytes=layers * kv_heads * _POSITION_BYTES,
@@ -60,6 +74,7 @@ class BufferSizes:
             * query_dtype.itemsize,
             requests=config.max_requests or max_running_requests,
             reference_slots=min(budget, config.limits.max_budget) + window,
+            scratch_bytes=scratch,
         )
 
     def ring_requests(self, slots: int) -> int:
@@ -68,12 +83,11 @@ class BufferSizes:
 
     def kv_bytes(self, available: int) -> int:
         """Of `available` bytes, those left for K and V when the buffers have theirs."""
-        ring = 0 if self.requests is None else (1 + self.requests) * self.ring_row_bytes
+        fixed = self.scratch_bytes + (1 + (self.requests or 0)) * self.ring_row_bytes
         slot_bytes = float(self.slot_kv_bytes + self.slot_position_bytes)
         if self.requests is None:
-            ring = self.ring_row_bytes
             slot_bytes += self.ring_row_bytes / self.reference_slots
-        return max(0, int((available - ring) * self.slot_kv_bytes / slot_bytes))
+        return max(0, int((available - fixed) * self.slot_kv_bytes / slot_bytes))
 
 
 def leave_room_for_buffers(
@@ -86,5 +100,6 @@ def leave_room_for_buffers(
         kv_dtype=configurator.kv_cache_dtype,
         query_dtype=configurator.model_dtype,
         max_running_requests=configurator.server_args.max_running_requests,
+        device_type=configurator.device,
     )
     return original(configurator, sizes.kv_bytes(budget_bytes), **kwargs)
