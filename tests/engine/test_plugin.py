@@ -49,7 +49,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"enable_mixed_chunk": True}, "leave out --enable-mixed-chunk"),
     ({"speculative_algorithm": "EAGLE"}, "leave out --speculative-algorithm"),
     ({"enable_lora": True}, "leave out --enable-lora"),
-    ({"page_size": 16}, "use --page-size 1"),
     ({"pp_size": 2}, "use --pp-size 1"),
     ({"disaggregation_mode": "decode"}, "leave out --disaggregation-mode"),
     ({"enable_hierarchical_cache": True}, "leave out --enable-hierarchical-cache"),

@@ -53,6 +53,7 @@ def create_request(
     cache = RequestCache(
         params,
         len(req.origin_input_ids),
+        page_size=scheduler.tree_cache.page_size,
         prefix_cache=not scheduler.tree_cache.disable,
     )
     attach(req, cache)
@@ -107,7 +108,7 @@ def bound_max_new_tokens(original: Callable[..., None], scheduler: Scheduler, re
     room = scheduler.model_config.context_len - 1 - len(req.origin_input_ids) - 1
     sampling.max_new_tokens = max(0, min(wanted, room))
     sampling.min_new_tokens = min(sampling.min_new_tokens, sampling.max_new_tokens)
-    slots = cache.max_slots(sampling.max_new_tokens) + _ADMISSION_SLACK
+    slots = cache.max_slots(sampling.max_new_tokens) + _ADMISSION_SLACK * cache.page_size
     if slots > scheduler.max_total_num_tokens:
         _abort(
             req,
@@ -117,7 +118,7 @@ def bound_max_new_tokens(original: Callable[..., None], scheduler: Scheduler, re
         )
 
 
-#: PrefillAdder wants one page more than it needs, and strictly less than what is free.
+#: Pages: PrefillAdder wants one more than it needs, and strictly less than what is free.
 _ADMISSION_SLACK = 2
 
 
@@ -129,7 +130,7 @@ class ReservingPrefillAdder(PrefillAdder):
         if cache is None:
             return super()._get_running_request_total_token_offset(req)
         limit = cache.max_slots(req.sampling_params.max_new_tokens)
-        return max(0, limit - req.kv.kv_allocated_len)
+        return max(0, limit - cache.in_pages(req.kv.kv_allocated_len))
 
     def add_one_req(self, req: Req, *args: Any, **kwargs: Any) -> Any:
         cache = cache_of(req)
@@ -191,15 +192,16 @@ def decode_slots_needed(
         return original(batch, selected_indices)
     indices = range(len(batch.reqs)) if selected_indices is None else selected_indices
     lengths = batch.seq_lens_cpu.tolist()
+    page_size = batch.tree_cache.page_size
     needed = num_beam_member_rows([batch.reqs[index] for index in indices])
     for index in indices:
         req = batch.reqs[index]
         cache = evicting_cache_of(req)
         if cache is not None and lengths[index] >= cache.trigger:
             shared = max(0, req.kv.cache_protected_len - cache.pinned)
-            needed += min(shared, cache.params.budget)
-        elif lengths[index] >= req.kv.kv_allocated_len:
-            needed += 1
+            needed += cache.fresh_slots(shared)
+        elif lengths[index] >= req.kv.kv_allocated_len and lengths[index] % page_size == 0:
+            needed += page_size
     return needed
 
 

@@ -49,10 +49,17 @@ def check_running(scheduler: Any) -> None:
     owned, tree = torch.cat(private), torch.cat(shared)
     _require(len(owned.unique()) == len(owned), None, "a slot is owned twice")
     _require(not torch.isin(owned, tree).any(), None, "a shared slot is owned by a request too")
-    allocator = scheduler.token_to_kv_pool_allocator
-    free = torch.cat([allocator.free_pages, allocator.release_pages]).to(torch.int64)
+    free = _free_slots(scheduler.token_to_kv_pool_allocator)
     _require(not torch.isin(owned, free).any(), None, "an owned slot is in the free list")
     _require(not torch.isin(tree, free).any(), None, "a shared slot is in the free list")
+
+
+def _free_slots(allocator: Any) -> torch.Tensor:
+    """int64 slots that the allocator may hand out."""
+    if allocator.page_size == 1:
+        return torch.cat([allocator.free_pages, allocator.release_pages]).to(torch.int64)
+    pages = allocator.get_all_free_pages().to(torch.int64) * allocator.page_size
+    return (pages[:, None] + torch.arange(allocator.page_size, device=pages.device)).flatten()
 
 
 def _lengths(batch: Any) -> list[int]:

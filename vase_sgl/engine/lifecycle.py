@@ -80,8 +80,7 @@ def _plan_round(
     if shared:
         slots, copied = _leave_prefix_tree(batch, req, cache, slots, shared, frees)
     elif length > cache.steady_slots:
-        surplus = [(cache.steady_slots, length)]
-        frees.append(partial(batch.tree_cache.free_kv_row, req.kv, surplus))
+        _free_columns(batch, req, cache.in_pages(cache.steady_slots), length, frees)
         req.kv.kv_allocated_len = cache.steady_slots
     if (trace := req.time_stats.trace_ctx).tracing_enable:
         trace.trace_event(
@@ -115,44 +114,61 @@ def _leave_prefix_tree(
     """Give the request private slots in place of the `shared` leading columns of the tree.
 
     Columns below the budget are copied, because the round writes them; shared columns beyond it
-    are only read by the round. The `window` columns after the budget, which the next tokens fill,
-    become private slots that the round has read. Surplus slots and the lock on the prefix are
-    given back after this step's allocations (`frees`).
+    are only read by the round. Surplus slots and the lock on the prefix are given back after
+    this step's allocations (`frees`).
 
     Mutates the request's row and `kv` record. Returns the row for the round, and (source, target)
     of the copy.
     """
-    budget, window = cache.params.budget, cache.params.window
-    num_copied = min(shared, budget)
-    fresh = alloc_token_slots(batch.tree_cache, num_copied).to(torch.int64)
-    source = torch.cat([fresh, slots[num_copied:]])
-    private = slots[max(shared, budget) :]
-    row = torch.cat([source[:budget], private[:window]])
-    batch.req_to_token_pool.write(
-        (req.kv.req_pool_idx, slice(0, cache.steady_slots)), row.to(torch.int32)
-    )
-    frees.append(partial(batch.tree_cache.token_to_kv_pool_allocator.free, private[window:]))
+    steady = cache.steady_slots
+    num_copied = min(shared, cache.params.budget)
+    num_fresh = cache.fresh_slots(shared)
+    fresh = alloc_token_slots(batch.tree_cache, num_fresh).to(torch.int64)
+    source = torch.cat([fresh[:num_copied], slots[num_copied:]])
+    _free_columns(batch, req, max(shared, cache.in_pages(steady)), len(slots), frees)
+    row = torch.cat([fresh, slots[num_fresh:steady]])[:steady]
+    batch.req_to_token_pool.write((req.kv.req_pool_idx, slice(0, steady)), row.to(torch.int32))
     frees.append(partial(batch.tree_cache.unlock, req.lock))
     req.lock = None
     req.kv.cache_protected_len = req.kv.cache_inserted_len = 0
-    req.kv.kv_allocated_len = cache.steady_slots
-    return source, (slots[:num_copied], fresh)
+    req.kv.kv_allocated_len = steady
+    return source, (slots[:num_copied], fresh[:num_copied])
+
+
+def _free_columns(
+    batch: ScheduleBatch, req: Req, start: int, end: int, frees: list[Callable[[], None]]
+) -> None:
+    """Later, give back the slots of columns [start, end); `start` begins a page."""
+    if start < end:
+        free = batch.tree_cache.token_to_kv_pool_allocator.free_segment
+        row = batch.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
+        frees.append(partial(free, row[start:end].to(torch.int64), start_pos=start))
 
 
 def _grow(batch: ScheduleBatch, lengths: list[int]) -> None:
     """One more slot for every row that has none for its next token.
 
-    Rows beyond the requests are members of beam groups; they always grow.
+    The first column of a page takes a new page, the others the next slot of theirs. Rows beyond
+    the requests are members of beam groups (page size 1); they always grow.
     """
     growing = [i for i, req in enumerate(batch.reqs) if lengths[i] >= req.kv.kv_allocated_len]
-    members = range(len(batch.reqs), len(lengths))
-    if not growing and not members:
+    rows = [*growing, *range(len(batch.reqs), len(lengths))]
+    if not rows:
         return
-    rows = [*growing, *members]
-    slots = alloc_token_slots(batch.tree_cache, len(rows))
-    index = torch.tensor(rows, device=batch.req_pool_indices.device)
-    batch.req_to_token_pool.write(
-        (batch.req_pool_indices[index], batch.seq_lens[index]), slots.to(torch.int32)
-    )
+    page_size = batch.tree_cache.page_size
+    starting = [row for row in rows if lengths[row] % page_size == 0]
+    within = [row for row in rows if lengths[row] % page_size != 0]
+    table = batch.req_to_token_pool.req_to_token
+    if starting:
+        pages = alloc_token_slots(batch.tree_cache, len(starting) * page_size)
+        index = torch.tensor(starting, device=table.device)
+        batch.req_to_token_pool.write(
+            (batch.req_pool_indices[index], batch.seq_lens[index]),
+            pages[::page_size].to(torch.int32),
+        )
+    if within:
+        index = torch.tensor(within, device=table.device)
+        owners, columns = batch.req_pool_indices[index], batch.seq_lens[index]
+        batch.req_to_token_pool.write((owners, columns), table[owners, columns - 1] + 1)
     for i in growing:
         batch.reqs[i].kv.kv_allocated_len += 1

@@ -36,14 +36,13 @@ def refuse_unsupported_flags(server_args: Any) -> None:
         value = getattr(server_args, name)
         if (value or None) != (required or None):
             cures.append(f"{cure} ({name} is {value!r})")
-    if server_args.page_size not in (None, 1):
-        cures.append(f"use --page-size 1 (page_size is {server_args.page_size})")
     if cures:
         raise UnsupportedConfiguration("a static KV budget needs: " + "; ".join(cures))
 
 
 def refuse_unsupported_pool(model_runner: Any) -> None:
     """Raise `UnsupportedConfiguration` for models whose cache is not plain full attention."""
+    from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
     from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
@@ -54,9 +53,9 @@ def refuse_unsupported_pool(model_runner: Any) -> None:
             f"KV pool is {type(pool).__name__} (MLA, sliding window, Mamba and hybrids are not "
             "supported)"
         )
-    if type(allocator) is not TokenToKVPoolAllocator or allocator.page_size != 1:
+    if type(allocator) not in (TokenToKVPoolAllocator, PagedTokenToKVPoolAllocator):
         raise UnsupportedConfiguration(
-            f"a static KV budget needs page size 1; the allocator is {type(allocator).__name__} "
-            f"with page size {allocator.page_size}: add --page-size 1 and an attention backend "
-            "that supports it (flashinfer, triton, torch_native)"
+            f"a static KV budget needs SGLang's plain slot or page allocator, not "
+            f"{type(allocator).__name__}: use an attention backend of flashinfer, fa3, triton or "
+            "torch_native"
         )

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 class RequestCache:
     """Budget bookkeeping of one request. Everything here is host arithmetic on its own lengths.
 
+    page_size: slots are handed out by this many; column c lies at offset c % page_size of a page.
     prefix_cache: the worker shares prompts between requests, so the first round of prompt mode
         `evict` copies what is shared.
     planned_rounds: rounds planned so far. Under the overlap scheduler the plan is one step ahead
@@ -30,6 +31,7 @@ class RequestCache:
 
     params: EvictionParams
     prompt_tokens: int
+    page_size: int
     prefix_cache: bool
     planned_rounds: int = 0
     ring_row: int = 0
@@ -68,21 +70,32 @@ class RequestCache:
 
     @property
     def copied_slots(self) -> int:
-        """Most slots the first round takes to copy a shared prompt before it writes."""
-        return min(self.prompt_tokens - self.pinned, self.params.budget) if self.prefix_cache else 0
+        """Most slots the first round takes in place of a shared prompt's, whole pages."""
+        if not self.prefix_cache:
+            return 0
+        return self.fresh_slots(self.prompt_tokens - self.pinned)
+
+    def fresh_slots(self, shared: int) -> int:
+        """Slots the first round takes if `shared` unpinned columns (whole pages) are the tree's."""
+        return min(shared, self.in_pages(self.steady_slots))
+
+    def in_pages(self, slots: int) -> int:
+        """`slots`, up to whole pages."""
+        return -(-slots // self.page_size) * self.page_size
 
     def max_slots(self, max_new_tokens: int) -> int:
-        """Slots the request may still hold at once, the shared prompt included.
+        """Slots the request may still hold at once, the shared prompt included; whole pages.
 
         With a prefix cache and prompt mode `evict` the peak is the first round, for one moment:
-        the shared prompt and its copy. From then on the request holds `steady_slots`.
+        the shared prompt and the private slots that take its place. From then on the request
+        holds `steady_slots`.
         """
         total = self.prompt_tokens + max_new_tokens
         if self.evicts and self.planned_rounds:
-            return self.steady_slots
+            return self.in_pages(self.steady_slots)
         if not self.evicts or total <= self.first_trigger:
-            return total
-        return self.first_trigger + self.copied_slots
+            return self.in_pages(total)
+        return self.in_pages(self.first_trigger) + self.in_pages(self.copied_slots)
 
     def plan_round(self) -> int:
         """Count one more planned round; returns its logical length (tokens with a KV entry)."""
@@ -123,7 +136,9 @@ class RequestCache:
             "evicted_tokens": evicted,
             "physical_length": max(logical - 1, 0) - evicted,
             "logical_length": logical,
-            "reserved_slots": self.steady_slots if rounds else self.max_slots(max_new_tokens),
+            "reserved_slots": (
+                self.in_pages(self.steady_slots) if rounds else self.max_slots(max_new_tokens)
+            ),
             "digest": digests[-1] if digests else format_digest(0),
         }
 
