@@ -378,8 +378,8 @@ def require_flashinfer() -> None:
     """`SystemExit` that says what is missing."""
     if not torch.cuda.is_available():
         raise SystemExit(
-            "--flashinfer needs a GPU: flashinfer has no CPU kernels and ours are interpreted on a "
-            "CPU; nothing was compared"
+            "--flashinfer needs a GPU: flashinfer has no CPU kernels, and on a CPU ours are only "
+            "interpreted; nothing was compared"
         )
     if importlib.util.find_spec("flashinfer") is None:
         raise SystemExit(

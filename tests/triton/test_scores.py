@@ -41,7 +41,7 @@ def test_keys(policy, dtype, pinned):
         pinned=pinned,
         mix_lambda=0.3,
     )
-    scene = make_scene([r], group=2, dtype=dtype)
+    scene = make_scene([r], layers=1, group=2, dtype=dtype)
     for x in scene.k:  # its norm is 0, and it is not even similar to itself
         x[scene.req_to_token[r.row, pinned + 11].long()] = 0
     workspace = make_workspace(scene, [r])

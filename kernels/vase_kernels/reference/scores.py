@@ -3,6 +3,11 @@
 A scorer takes `Candidates` and its policy's own fields and returns float32
 [requests, layers, kv_heads, candidates]. Every value depends on its own request, layer and head
 only, down to the last bit. Forced tokens hold +inf, nothing else does.
+
+NaN is allowed and counts as -inf in a selection, so what is undefined goes first. A NaN in a row
+makes that candidate's norm, energy or value range undefined; attention and similarity relate all
+candidates of a head, so there it makes all of the head's keys undefined, and the lowest token
+positions go.
 """
 
 from __future__ import annotations
