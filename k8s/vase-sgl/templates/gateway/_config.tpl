@@ -57,7 +57,7 @@ variables that carry secrets into it, its health services and its commands.
     secretKeyRef: {{- toYaml .Values.gateway.audit.postgresql.urlSecret | nindent 6 }}
 {{- end }}
 {{- if .Values.gateway.redis.urlSecret.name }}
-- name: VASE_REDIS__URL
+- name: VASE_LIMITS__REDIS_URL
   valueFrom:
     secretKeyRef: {{- toYaml .Values.gateway.redis.urlSecret | nindent 6 }}
 {{- end }}

@@ -1,0 +1,182 @@
+"""The gateway's own code reads what the chart writes for it."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.k8s.chart import PROFILES, Rendered, Values, render
+from tests.k8s.product import FUTURE_CONFIG_KEYS, FUTURE_HEALTH_SERVICES, FUTURE_VARIABLES
+from vase_sgl.gateway.config import ConfigError, GatewayConfig, load_config
+from vase_sgl.gateway.health import GatewayHealth
+
+MUTUAL_TLS: Values = {
+    "gateway.tls.enabled": True,
+    "gateway.tls.existingSecret": "tls",
+    "gateway.tls.clientAuth.caSecret": "ca",
+    "gateway.tls.clientAuth.probeSecret": "probe",
+    "helmTest.enabled": False,
+}
+
+
+def load(
+    rendered: Rendered, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[GatewayConfig, dict[str, Any]]:
+    """The configuration as the pod's gateway gets it: file and variables. Names that the gateway
+    does not have yet are left out; they come second."""
+    content = rendered.gateway_config()
+    future = {path: value for path in FUTURE_CONFIG_KEYS if (value := _pop(content, path))}
+    if "worker.dns" in future:
+        content["worker"]["urls"] = future["worker.dns"]
+    path = folder / "gateway.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    for variable in rendered.gateway()["env"]:
+        if variable["name"].startswith("VASE_") and variable["name"] not in FUTURE_VARIABLES:
+            assert variable["name"] == "VASE_AUDIT__URL"
+            monkeypatch.setenv(variable["name"], "postgresql+asyncpg://u:p@db/vase")
+    return load_config(path), future
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_profile_loads(profile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rendered = render(profile=profile)
+    config, _ = load(rendered, tmp_path, monkeypatch)
+    container = rendered.gateway()
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert config.listen.host == "0.0.0.0" and config.listen.port == ports["grpc"]
+    assert config.worker.model_path is None
+    mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
+    assert str(config.tenants_file.parent) in mounts
+    assert container["args"][:2] == ["serve", "--config=/etc/vase-sgl/config/gateway.yaml"]
+
+
+def test_list_names_every_worker_once() -> None:
+    rendered = render({"worker.replicas": 2, "canary.enabled": True})
+    assert rendered.gateway_config()["worker"]["urls"] == [
+        "http://r-vase-sgl-worker-0.r-vase-sgl-worker.ns.svc:30000",
+        "http://r-vase-sgl-worker-1.r-vase-sgl-worker.ns.svc:30000",
+        "http://r-vase-sgl-worker-canary-0.r-vase-sgl-worker-canary.ns.svc:30000",
+    ]
+
+
+def test_list_has_room_for_scaled_workers() -> None:
+    scaled = render({"worker.autoscaling.mode": "keda", "worker.autoscaling.maxReplicas": 5})
+    assert len(scaled.gateway_config()["worker"]["urls"]) == 5
+
+
+def test_dns_names_the_headless_services() -> None:
+    rendered = render({"gateway.workerDiscovery": "dns", "canary.enabled": True})
+    worker = rendered.gateway_config()["worker"]
+    assert worker == {
+        "dns": [
+            "http://r-vase-sgl-worker.ns.svc:30000",
+            "http://r-vase-sgl-worker-canary.ns.svc:30000",
+        ]
+    }
+    services = rendered.names("Service")
+    assert {"-worker", "-worker-canary"} <= services
+
+
+@pytest.mark.parametrize("discovery", ["list", "dns"])
+def test_canary_out_of_rotation_gets_no_traffic(discovery: str) -> None:
+    rendered = render(
+        {
+            "gateway.workerDiscovery": discovery,
+            "canary.enabled": True,
+            "canary.inRotation": False,
+        }
+    )
+    assert "canary" not in str(rendered.gateway_config())
+    assert "-worker-canary" in rendered.names("StatefulSet")
+
+
+def test_eviction_drain_and_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {
+        **MUTUAL_TLS,
+        "gateway.defaultEviction": {"budget": 512, "window": 32},
+        "gateway.drainSeconds": 90,
+    }
+    config, _ = load(render(values), tmp_path, monkeypatch)
+    assert config.default_eviction == {"budget": 512, "window": 32}
+    assert config.drain_seconds == 90
+    assert config.tls is not None
+    mounts = {mount["mountPath"] for mount in render(values).gateway()["volumeMounts"]}
+    for path in (config.tls.certificate, config.tls.key, config.tls.client_ca):
+        assert path is not None and str(path.parent) in mounts
+
+
+def test_sqlite_is_on_the_state_volume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rendered = render()
+    config, _ = load(rendered, tmp_path, monkeypatch)
+    assert config.audit.url == "sqlite+aiosqlite:////var/lib/vase-sgl/audit.sqlite3"
+    assert {"name": "state", "mountPath": "/var/lib/vase-sgl"} in rendered.gateway()["volumeMounts"]
+
+
+def test_postgresql_comes_from_the_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rendered = render({"gateway.audit.store": "postgresql"})
+    assert "audit" not in rendered.gateway_config()
+    config, _ = load(rendered, tmp_path, monkeypatch)
+    assert config.audit.url.startswith("postgresql+asyncpg://")
+
+
+def test_own_configuration_is_laid_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"gateway.config": {"grpc": {"reflection": False}, "worker": {"stall_seconds": 60}}}
+    config, _ = load(render(values), tmp_path, monkeypatch)
+    assert config.grpc.reflection is False and config.worker.stall_seconds == 60
+    assert len(config.worker.urls) == 1
+
+
+def test_own_configuration_with_an_unknown_key_is_refused_by_the_gateway(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="bogus"):
+        load(render({"gateway.config": {"bogus": 1}}), tmp_path, monkeypatch)
+
+
+def test_pod_restarts_when_the_configuration_changes() -> None:
+    def checksum(values: Values) -> str:
+        template = render(values).one("Deployment")["spec"]["template"]
+        return str(template["metadata"]["annotations"]["checksum/config"])
+
+    assert checksum({}) == checksum({"gateway.resources.limits.cpu": "4"})
+    assert checksum({}) != checksum({"gateway.drainSeconds": 61})
+    assert checksum({}) != checksum({"worker.replicas": 2})
+
+
+@pytest.mark.parametrize("name", FUTURE_CONFIG_KEYS)
+def test_future_key_is_not_there_yet(name: str, tmp_path: Path) -> None:
+    content = copy.deepcopy(render().gateway_config())
+    for path in FUTURE_CONFIG_KEYS:
+        _pop(content, path)
+    section = content
+    *parents, key = name.split(".")
+    for parent in parents:
+        section = section[parent]
+    section[key] = FUTURE_CONFIG_KEYS[name]
+    path = tmp_path / "gateway.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    with pytest.raises(ConfigError, match=key):
+        load_config(path)
+
+
+@pytest.mark.parametrize("name", FUTURE_VARIABLES)
+def test_future_variable_is_not_there_yet(name: str) -> None:
+    section, key = name.removeprefix("VASE_").lower().split("__")
+    field = GatewayConfig.model_fields.get(section)
+    assert field is None or key not in field.annotation.model_fields  # type: ignore[union-attr]
+
+
+def test_future_health_services_are_not_there_yet() -> None:
+    known = GatewayHealth("service")._names
+    assert not FUTURE_HEALTH_SERVICES & set(known)
+
+
+def _pop(content: dict[str, Any], path: str) -> Any:
+    *parents, key = path.split(".")
+    for parent in parents:
+        content = content.get(parent, {})
+    return content.pop(key, None)
