@@ -1,7 +1,7 @@
 """Names the chart uses that the gateway does not have yet, and what they do.
 
 `test_gateway_config.py` takes them out before it loads the rendered configuration with the
-gateway's own code, and fails for every name here that the gateway has come to know: then delete it here.
+gateway's own code, and fails for every name here that the gateway has come to know: delete it then.
 """
 
 from __future__ import annotations
