@@ -88,7 +88,7 @@ class Rendered:
             match manifest["kind"]:
                 case "Pod":
                     yield name, spec
-                case "Deployment" | "StatefulSet":
+                case "Deployment" | "StatefulSet" | "Job":
                     yield name, spec["template"]["spec"]
                 case "LeaderWorkerSet":
                     yield name, spec["leaderWorkerTemplate"]["workerTemplate"]["spec"]

@@ -10,7 +10,8 @@ from __future__ import annotations
 FUTURE_CONFIG_KEYS = {
     "worker.dns": ["http://workers:30000"],
     "metrics": {"host": "0.0.0.0", "port": 9464},
-    "http": {"host": "0.0.0.0", "port": 8080},
+    "http": {"port": 8080},
+    "audit.encryption_keys": [{"version": 1, "file": "/etc/vase-sgl/audit-keys/1"}],
 }
 
 #: Variables that carry secrets, and a value.
@@ -18,3 +19,6 @@ FUTURE_VARIABLES = {"VASE_LIMITS__REDIS_URL": "redis://redis:6379/0"}
 
 #: Health services that the probes ask for.
 FUTURE_HEALTH_SERVICES = {"readiness", "liveness"}
+
+#: Subcommands of `vase-sgl`.
+FUTURE_COMMANDS = {("audit", "migrate")}

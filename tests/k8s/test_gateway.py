@@ -114,6 +114,34 @@ def test_secrets_are_variables() -> None:
     assert not {v for v in (e["name"] for e in render().gateway()["env"]) if v.startswith("VASE_")}
 
 
+def test_tables_are_brought_up_to_date_before_the_gateways() -> None:
+    job = render(POSTGRESQL).one("Job", "-migrate")
+    assert job["metadata"]["annotations"]["helm.sh/hook"] == "pre-install,pre-upgrade"
+    spec = job["spec"]["template"]["spec"]
+    (container,) = spec["containers"]
+    assert container["args"] == ["audit", "migrate"]
+    assert container["image"] == render(POSTGRESQL).gateway()["image"]
+    assert spec["serviceAccountName"] == "default"  # a hook runs before the release's own exist
+
+    def secret(values: Values) -> dict[str, str]:
+        (job,) = render({**POSTGRESQL, **values}).of("Job")
+        (container,) = job["spec"]["template"]["spec"]["containers"]
+        (url,) = (v for v in container["env"] if v["name"] == "VASE_AUDIT__URL")
+        found: dict[str, str] = url["valueFrom"]["secretKeyRef"]
+        return found
+
+    assert secret({}) == {"name": "vase-sgl-audit", "key": "url"}
+    owner = {"gateway.audit.postgresql.migrate.urlSecret.name": "owner"}
+    assert secret(owner) == {"name": "owner", "key": "url"}
+
+
+def test_no_migration_where_none_is_wanted() -> None:
+    off = {"gateway.audit.postgresql.migrate.enabled": False}
+    for rendered in (render(), render({**POSTGRESQL, **off})):
+        assert not rendered.of("Job")
+        assert "-migrate" not in rendered.names("NetworkPolicy")
+
+
 def test_tenants_are_a_whole_volume() -> None:
     """With a subPath a changed Secret would not show, and a revoked key would stay valid."""
     rendered = render({"gateway.tenants.existingSecret": "who", "gateway.tenants.key": "t.yaml"})

@@ -10,7 +10,13 @@ import pytest
 import yaml
 
 from tests.k8s.chart import PROFILES, Rendered, Values, render
-from tests.k8s.product import FUTURE_CONFIG_KEYS, FUTURE_HEALTH_SERVICES, FUTURE_VARIABLES
+from tests.k8s.product import (
+    FUTURE_COMMANDS,
+    FUTURE_CONFIG_KEYS,
+    FUTURE_HEALTH_SERVICES,
+    FUTURE_VARIABLES,
+)
+from vase_sgl.cli import build_app
 from vase_sgl.gateway.config import ConfigError, GatewayConfig, load_config
 from vase_sgl.gateway.health import GatewayHealth
 
@@ -123,6 +129,19 @@ def test_postgresql_comes_from_the_secret(tmp_path: Path, monkeypatch: pytest.Mo
     assert config.audit.url.startswith("postgresql+asyncpg://")
 
 
+def test_encryption_keys_are_files_of_a_secret() -> None:
+    rendered = render(
+        {"gateway.audit.encryption.secret": "keys", "gateway.audit.encryption.versions": [1, 2]}
+    )
+    assert rendered.gateway_config()["audit"]["encryption_keys"] == [
+        {"version": 1, "file": "/etc/vase-sgl/audit-keys/1"},
+        {"version": 2, "file": "/etc/vase-sgl/audit-keys/2"},
+    ]
+    (volume,) = (v for v in rendered.gateway_pod()["volumes"] if v["name"] == "audit-keys")
+    assert volume["secret"] == {"secretName": "keys", "defaultMode": 0o440}
+    assert "encryption_keys" not in render().gateway_config()["audit"]
+
+
 def test_own_configuration_is_laid_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = {"gateway.config": {"grpc": {"reflection": False}, "worker": {"stall_seconds": 60}}}
     config, _ = load(render(values), tmp_path, monkeypatch)
@@ -155,7 +174,7 @@ def test_future_key_is_not_there_yet(name: str, tmp_path: Path) -> None:
     section = content
     *parents, key = name.split(".")
     for parent in parents:
-        section = section[parent]
+        section = section.setdefault(parent, {})
     section[key] = FUTURE_CONFIG_KEYS[name]
     path = tmp_path / "gateway.yaml"
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
@@ -173,6 +192,14 @@ def test_future_variable_is_not_there_yet(name: str) -> None:
 def test_future_health_services_are_not_there_yet() -> None:
     known = GatewayHealth("service")._names
     assert not FUTURE_HEALTH_SERVICES & set(known)
+
+
+@pytest.mark.parametrize("command", FUTURE_COMMANDS)
+def test_future_command_is_not_there_yet(command: tuple[str, str]) -> None:
+    group, name = command
+    (commands,) = (g.typer_instance for g in build_app().registered_groups if g.name == group)
+    assert commands is not None
+    assert name not in {c.name for c in commands.registered_commands}
 
 
 def _pop(content: dict[str, Any], path: str) -> Any:

@@ -25,7 +25,7 @@ def pod(rendered: Rendered, component: str) -> Peer:
     for manifest in rendered.manifests:
         labels = manifest["metadata"]["labels"]
         match manifest["kind"]:
-            case "Deployment" | "StatefulSet":
+            case "Deployment" | "StatefulSet" | "Job":
                 labels = manifest["spec"]["template"]["metadata"]["labels"]
             case "LeaderWorkerSet":
                 labels = manifest["spec"]["leaderWorkerTemplate"]["workerTemplate"]["metadata"][
@@ -117,6 +117,9 @@ def test_further_egress() -> None:
     assert allowed(rendered, pod(rendered, "gateway"), database, 6379)
     assert not allowed(rendered, pod(rendered, "gateway"), database, 22)
     assert not allowed(rendered, pod(rendered, "worker"), database, 5432)
+    migration = pod(rendered, "migrate")
+    assert allowed(rendered, migration, database, 5432)
+    assert not allowed(rendered, migration, pod(rendered, "worker"), WORKER)
 
 
 def test_ranks_of_a_group_talk_freely() -> None:

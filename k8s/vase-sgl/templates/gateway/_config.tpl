@@ -27,8 +27,19 @@ variables that carry secrets into it, its health services and its commands.
   "worker" $worker
   "tenants_file" (printf "/etc/vase-sgl/tenants/%s" $gateway.tenants.key)
   "drain_seconds" $gateway.drainSeconds -}}
+{{- $audit := dict -}}
 {{- if eq $gateway.audit.store "sqlite" -}}
-{{- $_ := set $config "audit" (dict "url" "sqlite+aiosqlite:////var/lib/vase-sgl/audit.sqlite3") -}}
+{{- $_ := set $audit "url" "sqlite+aiosqlite:////var/lib/vase-sgl/audit.sqlite3" -}}
+{{- end -}}
+{{- if $gateway.audit.encryption.secret -}}
+{{- $keys := list -}}
+{{- range $gateway.audit.encryption.versions -}}
+{{- $keys = append $keys (dict "version" (int .) "file" (printf "/etc/vase-sgl/audit-keys/%d" (int .))) -}}
+{{- end -}}
+{{- $_ := set $audit "encryption_keys" $keys -}}
+{{- end -}}
+{{- with $audit -}}
+{{- $_ := set $config "audit" . -}}
 {{- end -}}
 {{- if $gateway.tls.enabled -}}
 {{- $tls := dict "certificate" "/etc/vase-sgl/tls/tls.crt" "key" "/etc/vase-sgl/tls/tls.key" -}}
@@ -44,7 +55,7 @@ variables that carry secrets into it, its health services and its commands.
 {{- $_ := set $config "metrics" (dict "host" "0.0.0.0" "port" (int $gateway.metrics.port)) -}}
 {{- end -}}
 {{- if $gateway.http.enabled -}}
-{{- $_ := set $config "http" (dict "host" "0.0.0.0" "port" (int $gateway.http.port)) -}}
+{{- $_ := set $config "http" (dict "port" (int $gateway.http.port)) -}}
 {{- end -}}
 {{- toYaml (mergeOverwrite $config (deepCopy $gateway.config)) -}}
 {{- end -}}
@@ -61,6 +72,10 @@ variables that carry secrets into it, its health services and its commands.
   valueFrom:
     secretKeyRef: {{- toYaml .Values.gateway.redis.urlSecret | nindent 6 }}
 {{- end }}
+{{- end -}}
+
+{{- define "vase-sgl.migrateArgs" -}}
+[audit, migrate]
 {{- end -}}
 
 {{- define "vase-sgl.gatewayArgs" -}}
