@@ -31,17 +31,22 @@ WORKER = {
 
 #: Of the gateway, by the names of k8s/vase-sgl/files/gateway-metrics.yaml.
 GATEWAY_TYPES = {
-    "requests": "Counter",  # by tenant and outcome, refused ones too
-    "rejections": "Counter",  # by reason
+    "requests": "Counter",
+    "rejections": "Counter",
+    "requests_open": "Gauge",
+    "retries": "Counter",
+    "queue_waiting": "Gauge",
     "queue_seconds": "Histogram",
     "ttft_seconds": "Histogram",
     "tpot_seconds": "Histogram",
-    "output_tokens": "Counter",  # by tenant
-    "streams_open": "Gauge",
-    "breaker_open": "Gauge",  # by worker, 0 or 1
-    "workers_ready": "Gauge",
+    "token_usage": "Histogram",
+    "worker_ready": "Gauge",
+    "worker_breaker": "Gauge",
     "audit_write_failures": "Counter",
 }
+
+#: Of these, what the gateway does not count yet. `test_monitoring.py` fails when it does.
+FUTURE_GATEWAY = {"audit_write_failures"}
 
 #: Made by the rules themselves.
 RECORDED = {"vase:reserved_slot_ratio": "Gauge"}
@@ -92,3 +97,30 @@ def series() -> dict[str, str]:
         for name, kind in types().items()
         for suffix in _SUFFIXES.get(kind, ("",))
     }
+
+
+def declared_instruments(source: str) -> dict[str, str]:
+    """OpenTelemetry instruments that a module creates, by their name on a Prometheus page.
+
+    `create_counter("a.b")` is `a_b_total`, a unit of seconds is appended, one in braces is not.
+    """
+    kinds = {
+        "create_counter": "Counter",
+        "create_histogram": "Histogram",
+        "create_observable_gauge": "Gauge",
+        "gauge": "Gauge",
+    }
+    found = {}
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call) or not node.args:
+            continue
+        called = node.func
+        function = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
+        first = node.args[0]
+        if function not in kinds or not isinstance(first, ast.Constant):
+            continue
+        unit = next((ast.literal_eval(k.value) for k in node.keywords if k.arg == "unit"), "")
+        suffix = {"s": "_seconds"}.get(unit, "")
+        suffix += "_total" if kinds[function] == "Counter" else ""
+        found[str(first.value).replace(".", "_") + suffix] = kinds[function]
+    return found

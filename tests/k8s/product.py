@@ -9,16 +9,19 @@ from __future__ import annotations
 #: Keys of the configuration, as dotted paths.
 FUTURE_CONFIG_KEYS = {
     "worker.dns": ["http://workers:30000"],
-    "metrics": {"host": "0.0.0.0", "port": 9464},
+    "telemetry": {"metrics_port": 9464},
     "http": {"port": 8080},
     "audit.encryption_keys": [{"version": 1, "file": "/etc/vase-sgl/audit-keys/1"}],
 }
 
-#: Variables that carry secrets, and a value.
-FUTURE_VARIABLES = {"VASE_LIMITS__REDIS_URL": "redis://redis:6379/0"}
+#: Variables that carry secrets.
+FUTURE_VARIABLES = {"VASE_LIMITS__REDIS_URL"}
 
 #: Health services that the probes ask for.
 FUTURE_HEALTH_SERVICES = {"readiness", "liveness"}
+
+#: Options of `vase-sgl serve`.
+FUTURE_OPTIONS = {"--log-format"}
 
 #: Subcommands of `vase-sgl`.
 FUTURE_COMMANDS = {("audit", "migrate")}

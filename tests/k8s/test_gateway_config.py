@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from tests.k8s.product import (
     FUTURE_COMMANDS,
     FUTURE_CONFIG_KEYS,
     FUTURE_HEALTH_SERVICES,
+    FUTURE_OPTIONS,
     FUTURE_VARIABLES,
 )
 from vase_sgl.cli import build_app
+from vase_sgl.cli.serve import serve
 from vase_sgl.gateway.config import ConfigError, GatewayConfig, load_config
 from vase_sgl.gateway.health import GatewayHealth
 
@@ -26,6 +29,12 @@ MUTUAL_TLS: Values = {
     "gateway.tls.clientAuth.caSecret": "ca",
     "gateway.tls.clientAuth.probeSecret": "probe",
     "helmTest.enabled": False,
+}
+
+#: What the Secrets hold, by the variable that carries it.
+URLS = {
+    "VASE_AUDIT__URL": "postgresql+asyncpg://u:p@db/vase",
+    "VASE_LIMITS__REDIS_URL": "redis://redis:6379/0",
 }
 
 
@@ -42,8 +51,7 @@ def load(
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
     for variable in rendered.gateway()["env"]:
         if variable["name"].startswith("VASE_") and variable["name"] not in FUTURE_VARIABLES:
-            assert variable["name"] == "VASE_AUDIT__URL"
-            monkeypatch.setenv(variable["name"], "postgresql+asyncpg://u:p@db/vase")
+            monkeypatch.setenv(variable["name"], URLS[variable["name"]])
     return load_config(path), future
 
 
@@ -182,24 +190,43 @@ def test_future_key_is_not_there_yet(name: str, tmp_path: Path) -> None:
         load_config(path)
 
 
-@pytest.mark.parametrize("name", FUTURE_VARIABLES)
-def test_future_variable_is_not_there_yet(name: str) -> None:
-    section, key = name.removeprefix("VASE_").lower().split("__")
-    field = GatewayConfig.model_fields.get(section)
-    assert field is None or key not in field.annotation.model_fields  # type: ignore[union-attr]
+def test_variables_are_keys_of_the_configuration() -> None:
+    rendered = render(
+        {"gateway.audit.store": "postgresql", "gateway.redis.urlSecret.name": "redis"}
+    )
+    given = {v["name"] for v in rendered.gateway()["env"] if v["name"].startswith("VASE_")}
+    assert len(given) == 2
+    assert {name for name in given if not _is_key(name)} == FUTURE_VARIABLES
 
 
-def test_future_health_services_are_not_there_yet() -> None:
-    known = GatewayHealth("service")._names
-    assert not FUTURE_HEALTH_SERVICES & set(known)
+def test_probes_ask_for_services_the_gateway_has() -> None:
+    container = render().gateway()
+    asked = {container[f"{p}Probe"]["grpc"]["service"] for p in ("readiness", "liveness")}
+    assert asked - set(GatewayHealth("service")._server_status) == FUTURE_HEALTH_SERVICES
 
 
-@pytest.mark.parametrize("command", FUTURE_COMMANDS)
-def test_future_command_is_not_there_yet(command: tuple[str, str]) -> None:
-    group, name = command
+def test_options_are_those_of_the_command() -> None:
+    given = {argument.partition("=")[0] for argument in render().gateway()["args"][1:]}
+    known = set(inspect.signature(serve).parameters)
+    names = {option: option.removeprefix("--").replace("-", "_") for option in given}
+    assert {option for option, name in names.items() if name not in known} == FUTURE_OPTIONS
+
+
+def test_migration_is_a_command() -> None:
+    (job,) = render({"gateway.audit.store": "postgresql"}).of("Job")
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    group, command = container["args"]
     (commands,) = (g.typer_instance for g in build_app().registered_groups if g.name == group)
     assert commands is not None
-    assert name not in {c.name for c in commands.registered_commands}
+    known = {(group, c.name) for c in commands.registered_commands}
+    assert {(group, command)} - known == FUTURE_COMMANDS
+
+
+def _is_key(variable: str) -> bool:
+    """Whether an environment variable sets a key of the configuration."""
+    section, _, key = variable.removeprefix("VASE_").lower().partition("__")
+    field = GatewayConfig.model_fields.get(section)
+    return field is not None and key in getattr(field.annotation, "model_fields", {})
 
 
 def _pop(content: dict[str, Any], path: str) -> Any:

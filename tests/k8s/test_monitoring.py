@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shutil
@@ -123,6 +124,37 @@ def test_gateway_metrics_are_named_in_one_file() -> None:
         assert not re.search(r"@[a-z_]+@", text), "a name was not filled in"
     for name in metrics.gateway_names().values():
         assert any(name in text for text in texts), f"{name} is never used"
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("vase_sgl.gateway.metrics") is None,
+    reason="the gateway declares no metrics yet: vase_sgl.gateway.metrics is not there",
+)
+def test_gateway_metrics_are_those_the_gateway_declares() -> None:
+    """Read from its source: instruments by name and unit, as OpenTelemetry writes them out."""
+    spec = importlib.util.find_spec("vase_sgl.gateway.metrics")
+    assert spec is not None and spec.origin is not None
+    declared = metrics.declared_instruments(Path(spec.origin).read_text(encoding="utf-8"))
+    for key, name in metrics.gateway_names().items():
+        expected = None if key in metrics.FUTURE_GATEWAY else metrics.GATEWAY_TYPES[key]
+        assert declared.get(name) == expected, name
+
+
+def test_declared_instruments_are_read() -> None:
+    source = """
+meter.create_counter("vase.requests", description="d")
+meter.create_histogram("vase.queue.duration", unit="s", description="d")
+meter.create_histogram("gen_ai.client.token.usage", unit="{token}")
+meter.create_observable_gauge("vase.worker.ready", [observe])
+gauge("vase.worker.in_flight", lambda w: w.in_flight, "Requests.")
+"""
+    assert metrics.declared_instruments(source) == {
+        "vase_requests_total": "Counter",
+        "vase_queue_duration_seconds": "Histogram",
+        "gen_ai_client_token_usage": "Histogram",
+        "vase_worker_ready": "Gauge",
+        "vase_worker_in_flight": "Gauge",
+    }
 
 
 def test_alerts_explain_themselves() -> None:

@@ -52,7 +52,7 @@ variables that carry secrets into it, its health services and its commands.
 {{- $_ := set $config "default_eviction" . -}}
 {{- end -}}
 {{- if $gateway.metrics.enabled -}}
-{{- $_ := set $config "metrics" (dict "host" "0.0.0.0" "port" (int $gateway.metrics.port)) -}}
+{{- $_ := set $config "telemetry" (dict "metrics_port" (int $gateway.metrics.port)) -}}
 {{- end -}}
 {{- if $gateway.http.enabled -}}
 {{- $_ := set $config "http" (dict "port" (int $gateway.http.port)) -}}
@@ -82,6 +82,7 @@ variables that carry secrets into it, its health services and its commands.
 - serve
 - --config=/etc/vase-sgl/config/gateway.yaml
 - --log-level={{ .Values.gateway.logLevel }}
+- --log-format={{ .Values.gateway.logFormat }}
 {{- end -}}
 
 {{/* Readiness: a worker is ready. Liveness: the process answers, workers or not. */}}
