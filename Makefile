@@ -74,3 +74,7 @@ helm: $(READY) ## Fetch helm and kubectl into .cache/ (pinned)
 .PHONY: chart-docs
 chart-docs: $(READY) ## Write the table of values in k8s/vase-sgl/README.md
 	@$(BIN)/python k8s/tools/values_table.py
+
+.PHONY: chart-security
+chart-security: helm ## Scan the rendered chart with checkov (installs it once, about 300 MB)
+	@$(BIN)/python k8s/tools/scan.py

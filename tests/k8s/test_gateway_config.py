@@ -31,6 +31,8 @@ MUTUAL_TLS: Values = {
     "helmTest.enabled": False,
 }
 
+LIST: Values = {"gateway.workerDiscovery": "list"}
+
 #: What the Secrets hold, by the variable that carries it.
 URLS = {
     "VASE_AUDIT__URL": "postgresql+asyncpg://u:p@db/vase",
@@ -69,7 +71,7 @@ def test_profile_loads(profile: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_list_names_every_worker_once() -> None:
-    rendered = render({"worker.replicas": 2, "canary.enabled": True})
+    rendered = render({**LIST, "worker.replicas": 2, "canary.enabled": True})
     assert rendered.gateway_config()["worker"]["urls"] == [
         "http://r-vase-sgl-worker-0.r-vase-sgl-worker.ns.svc:30000",
         "http://r-vase-sgl-worker-1.r-vase-sgl-worker.ns.svc:30000",
@@ -78,12 +80,14 @@ def test_list_names_every_worker_once() -> None:
 
 
 def test_list_has_room_for_scaled_workers() -> None:
-    scaled = render({"worker.autoscaling.mode": "keda", "worker.autoscaling.maxReplicas": 5})
+    scaled = render(
+        {**LIST, "worker.autoscaling.mode": "keda", "worker.autoscaling.maxReplicas": 5}
+    )
     assert len(scaled.gateway_config()["worker"]["urls"]) == 5
 
 
 def test_dns_names_the_headless_services() -> None:
-    rendered = render({"gateway.workerDiscovery": "dns", "canary.enabled": True})
+    rendered = render({"canary.enabled": True})
     worker = rendered.gateway_config()["worker"]
     assert worker == {
         "dns": [
@@ -154,7 +158,7 @@ def test_own_configuration_is_laid_over(tmp_path: Path, monkeypatch: pytest.Monk
     values = {"gateway.config": {"grpc": {"reflection": False}, "worker": {"stall_seconds": 60}}}
     config, _ = load(render(values), tmp_path, monkeypatch)
     assert config.grpc.reflection is False and config.worker.stall_seconds == 60
-    assert len(config.worker.urls) == 1
+    assert len((*config.worker.urls, *getattr(config.worker, "dns", ()))) == 1
 
 
 def test_own_configuration_with_an_unknown_key_is_refused_by_the_gateway(
@@ -171,7 +175,9 @@ def test_pod_restarts_when_the_configuration_changes() -> None:
 
     assert checksum({}) == checksum({"gateway.resources.limits.cpu": "4"})
     assert checksum({}) != checksum({"gateway.drainSeconds": 61})
-    assert checksum({}) != checksum({"worker.replicas": 2})
+    # Looked up by name, workers come and go without a restart; a list has to be read again.
+    assert checksum({}) == checksum({"worker.replicas": 2})
+    assert checksum(LIST) != checksum({**LIST, "worker.replicas": 2})
 
 
 @pytest.mark.parametrize("name", FUTURE_CONFIG_KEYS)

@@ -315,7 +315,8 @@ class TestMultiNode:
         assert selector["leaderworkerset.sigs.k8s.io/worker-index"] == "0"
 
     def test_gateway_calls_the_leaders(self) -> None:
-        urls = render(self.VALUES).gateway_config()["worker"]["urls"]
-        assert urls[2] == "http://r-vase-sgl-worker-2.r-vase-sgl-worker.ns.svc:30000"
-        dns = render({**self.VALUES, "gateway.workerDiscovery": "dns"}).gateway_config()
-        assert dns["worker"]["dns"] == ["http://r-vase-sgl-worker-leaders.ns.svc:30000"]
+        worker = render(self.VALUES).gateway_config()["worker"]
+        assert worker["dns"] == ["http://r-vase-sgl-worker-leaders.ns.svc:30000"]
+        listed = render({**self.VALUES, "gateway.workerDiscovery": "list"}).gateway_config()
+        third = listed["worker"]["urls"][2]
+        assert third == "http://r-vase-sgl-worker-2.r-vase-sgl-worker.ns.svc:30000"

@@ -39,6 +39,9 @@ kind: StatefulSet
 metadata:
   name: {{ .name }}
   labels: {{- include "vase-sgl.workerLabels" . | nindent 4 }}
+  annotations:
+    {{- include "vase-sgl.scanPullPolicy" . | nindent 4 }}
+    {{- include "vase-sgl.scanSecretEnv" . | nindent 4 }}
 spec:
   serviceName: {{ .name }}
   {{- if eq .worker.autoscaling.mode "none" }}
