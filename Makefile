@@ -78,3 +78,7 @@ chart-docs: $(READY) ## Write the table of values in k8s/vase-sgl/README.md
 .PHONY: chart-security
 chart-security: helm ## Scan the rendered chart with checkov (installs it once, about 300 MB)
 	@$(BIN)/python k8s/tools/scan.py
+
+.PHONY: gpu-constraints
+gpu-constraints: $(READY) ## Resolve the versions of the GPU worker's image anew
+	@$(BIN)/python k8s/tools/gpu_constraints.py

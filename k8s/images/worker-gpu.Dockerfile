@@ -17,9 +17,7 @@ ENV PATH=/opt/vase-sgl/bin:$PATH \
     PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1
 COPY . .
-# SGLang pins what matters on a GPU.
-# hadolint ignore=DL3013
-RUN pip install '.[gpu]' \
+RUN pip install --constraint k8s/images/constraints-gpu.txt '.[gpu]' \
     && vase-sgl doctor --require worker
 
 FROM ${CUDA_IMAGE}

@@ -10,15 +10,13 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-import venv
 from pathlib import Path
 
 from fetch_helm import fetch
+from own_environment import ROOT, command
 
 CHECKOV = "checkov==3.3.30"
-ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "k8s" / "vase-sgl"
-ENVIRONMENT = ROOT / ".cache" / "checkov"
 PROFILES = {
     "cpu-demo": ["--values=values-cpu-demo.yaml"],
     "h100": ["--values=values-h100.yaml"],
@@ -32,12 +30,12 @@ SKIPPED = {"CKV_K8S_21": "manifests name no namespace: helm installs them into t
 
 def main() -> int:
     helm = fetch() / "helm"
-    checkov = _install()
+    checkov = command("checkov", CHECKOV)
     failed = False
     with tempfile.TemporaryDirectory() as temporary:
         for profile, options in PROFILES.items():
-            command = [helm, "template", "r", ".", *PINNED, *options]
-            rendered = subprocess.run(command, cwd=CHART, capture_output=True, check=True)
+            template = [helm, "template", "r", ".", *PINNED, *options]
+            rendered = subprocess.run(template, cwd=CHART, capture_output=True, check=True)
             file = Path(temporary) / f"{profile}.yaml"
             file.write_bytes(rendered.stdout)
             print(f"== {profile}", flush=True)
@@ -48,17 +46,6 @@ def main() -> int:
     for check, reason in SKIPPED.items():
         print(f"left out: {check}: {reason}")
     return int(failed)
-
-
-def _install() -> Path:
-    """The command `checkov`, installed on first use."""
-    command = ENVIRONMENT / "bin" / "checkov"
-    if not command.exists():
-        print(f"installing {CHECKOV} into {ENVIRONMENT.relative_to(ROOT)}", flush=True)
-        venv.create(ENVIRONMENT, with_pip=True, clear=True)
-        pip = [ENVIRONMENT / "bin" / "python", "-m", "pip", "install", "--quiet"]
-        subprocess.run([*pip, "--disable-pip-version-check", CHECKOV], check=True)
-    return command
 
 
 if __name__ == "__main__":

@@ -12,9 +12,13 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.k8s.chart import ROOT, render
 
@@ -115,6 +119,40 @@ def test_gateway_brings_neither_torch_nor_sglang() -> None:
     assert pip_installs(runs) == [["--constraint", "requirements-cpu.txt", ".[gateway]"]]
 
 
+@pytest.mark.parametrize(
+    ("constraints", "extra"),
+    [("requirements-cpu.txt", "gateway"), ("k8s/images/constraints-gpu.txt", "gpu")],
+)
+def test_constraints_fit_the_projects_requirements(constraints: str, extra: str) -> None:
+    pins = {
+        canonicalize_name(name): version
+        for name, version in re.findall(
+            r"^([\w.-]+)==(\S+)", (ROOT / constraints).read_text(), re.M
+        )
+    }
+    for requirement in requirements_of(extra):
+        pinned = pins.get(canonicalize_name(requirement.name))
+        assert pinned is not None, f"{requirement.name}: run `make gpu-constraints`"
+        assert requirement.specifier.contains(pinned), f"{requirement} is not {pinned}"
+
+
+def requirements_of(extra: str) -> Iterator[Requirement]:
+    """Requirements of one of the project's extras, and of those it includes."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for text in project["optional-dependencies"][extra]:
+        requirement = Requirement(text)
+        if requirement.name == project["name"]:
+            for included in requirement.extras:
+                yield from requirements_of(included)
+        else:
+            yield requirement
+
+
+def test_gpu_worker_brings_sglang_as_published() -> None:
+    runs = " && ".join(rest for word, rest in instructions("worker-gpu") if word == "RUN")
+    assert pip_installs(runs) == [["--constraint", "k8s/images/constraints-gpu.txt", ".[gpu]"]]
+
+
 def test_demo_profile_names_the_model_in_the_image() -> None:
     target = next(
         words[-1]
@@ -142,7 +180,10 @@ def test_build_context_is_what_the_images_install(tmp_path: Path) -> None:
         "vase_sgl",
         "k8s",
     }
-    assert {p for p in files if p.parts[0] == "k8s"} == {Path("k8s/images/vase_grpc_health.py")}
+    assert {p.name for p in files if p.parts[0] == "k8s"} == {
+        "constraints-gpu.txt",
+        "vase_grpc_health.py",
+    }
     assert not [path for path in files if "__pycache__" in path.parts]
 
 
