@@ -123,7 +123,8 @@ def _render(arguments: tuple[str, ...]) -> Rendered:
     done = run_helm("template", RELEASE, str(CHART), f"--namespace={NAMESPACE}", *arguments)
     if done.returncode != 0:
         raise RenderError(done.stderr)
-    return Rendered(tuple(m for m in yaml.safe_load_all(done.stdout) if m is not None))
+    manifests = yaml.load_all(done.stdout, Loader=yaml.CSafeLoader)
+    return Rendered(tuple(manifest for manifest in manifests if manifest is not None))
 
 
 def _only(items: list[dict[str, Any]]) -> dict[str, Any]:

@@ -20,6 +20,12 @@ CUSTOM_KINDS = {path.stem for path in SCHEMAS.glob("*.json")}
 
 def check(manifest: Manifest, version: str = NEWEST) -> None:
     """Raise a validation error unless the manifest fits its schema, unknown fields included."""
+    _check(json.dumps(manifest), version)
+
+
+@functools.cache  # most manifests are the same in most renderings
+def _check(text: str, version: str) -> None:
+    manifest = json.loads(text)
     if manifest["kind"] not in CUSTOM_KINDS:
         kubernetes_validate.validate(manifest, version, strict=True)
         return
