@@ -66,3 +66,19 @@ proto: $(READY) ## Regenerate the gRPC code from proto/
 clean: ## Remove the environment and every cache in this folder
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: helm
+helm: $(READY) ## Fetch helm and kubectl into .cache/ (pinned)
+	@$(BIN)/python k8s/tools/fetch_helm.py
+
+.PHONY: chart-docs
+chart-docs: $(READY) ## Write the table of values in k8s/vase-sgl/README.md
+	@$(BIN)/python k8s/tools/values_table.py
+
+.PHONY: chart-security
+chart-security: helm ## Scan the rendered chart with checkov (installs it once, about 300 MB)
+	@$(BIN)/python k8s/tools/scan.py
+
+.PHONY: gpu-constraints
+gpu-constraints: $(READY) ## Resolve the versions of the GPU worker's image anew
+	@$(BIN)/python k8s/tools/gpu_constraints.py

@@ -1,0 +1,234 @@
+"""The container images: linted, not root, nothing secret, the same installation as `make setup`.
+
+No container engine is needed. VASE_TEST_IMAGES=1 also runs the gateway image's installation in a
+virtual environment, from the files the build would get (a minute, from the package index).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests.k8s.chart import ROOT, render
+
+IMAGES = ROOT / "k8s" / "images"
+NAMES = ("gateway", "worker-gpu", "worker-cpu")
+
+
+def dockerfile(name: str) -> str:
+    return (IMAGES / f"{name}.Dockerfile").read_text(encoding="utf-8")
+
+
+def instructions(name: str) -> list[tuple[str, str]]:
+    """Instructions and their arguments, continued lines joined, comments dropped."""
+    lines = [line for line in dockerfile(name).splitlines() if not line.startswith("#")]
+    joined = "\n".join(lines).replace("\\\n", " ")
+    found = [line.split(maxsplit=1) for line in joined.splitlines() if line.strip()]
+    return [(word, re.sub(r"\s+", " ", rest)) for word, rest in found]
+
+
+def final_stage(name: str) -> list[tuple[str, str]]:
+    every = instructions(name)
+    last = max(i for i, (word, _) in enumerate(every) if word == "FROM")
+    return every[last:]
+
+
+def pip_installs(commands: str) -> list[list[str]]:
+    """Arguments of every `pip install` among shell commands."""
+    found = [shlex.split(part) for part in re.split(r"&&|\|\||;", commands)]
+    return [words[2:] for words in found if words[:2] == ["pip", "install"]]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_hadolint(name: str) -> None:
+    tool = Path(sys.executable).parent / "hadolint"
+    done = subprocess.run(
+        [tool, "--no-color", IMAGES / f"{name}.Dockerfile"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_stages_from_one_pinned_base(name: str) -> None:
+    froms = [rest for word, rest in instructions(name) if word == "FROM"]
+    bases = {rest.split()[0] for rest in froms}
+    assert len(froms) == 2 and len(bases) == 1
+    (argument,) = (rest for word, rest in instructions(name) if word == "ARG" and "IMAGE" in rest)
+    variable, _, image = argument.partition("=")
+    assert bases == {f"${{{variable}}}"}
+    # A full version, and room for a digest.
+    assert re.fullmatch(r"[a-z/]+:\d+\.\d+\.\d+-[a-z0-9.-]+", image), image
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_final_stage_runs_as_the_charts_user(name: str) -> None:
+    stage = dict(final_stage(name))
+    security = render().gateway_pod()["securityContext"]
+    assert stage["USER"] == f"{security['runAsUser']}:{security['runAsGroup']}"
+    assert stage["ENTRYPOINT"] == '["tini", "--", "vase-sgl"]'
+    assert "--timeout" in stage["HEALTHCHECK"]
+    for label in ("title", "description", "licenses", "version", "revision"):
+        assert f"org.opencontainers.image.{label}=" in stage["LABEL"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_secret_goes_in(name: str) -> None:
+    for word, rest in instructions(name):
+        if word in ("ARG", "ENV", "LABEL"):
+            assert not re.search(r"(?i)token|password|secret|_key\b", rest), rest
+        assert word != "ADD"
+    copies = [rest for word, rest in final_stage(name) if word == "COPY"]
+    assert copies == ["--from=build /opt/vase-sgl /opt/vase-sgl"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_chart_passes_arguments_to_the_entrypoint(name: str) -> None:
+    """The chart sets `args` alone, so that tini stays the first process."""
+    rendered = render()
+    container = rendered.gateway() if name == "gateway" else rendered.worker()
+    assert "command" not in container
+    assert container["args"][0] == dict(final_stage(name))["CMD"].split('"')[1]
+
+
+def test_cpu_worker_installs_what_make_setup_does() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    wanted = [shlex.split(call) for call in re.findall(r"\$\(call pip_install,(.*)\)", makefile)]
+    runs = " && ".join(rest for word, rest in instructions("worker-cpu") if word == "RUN")
+    # In the image the project itself is not editable; that is the one difference.
+    made = [[w for w in words if w != "-e"] for words in wanted]
+    assert pip_installs(runs) == made
+    assert ["--no-deps", "-e", "."] in wanted and len(wanted) == 3
+
+
+def test_gateway_brings_neither_torch_nor_sglang() -> None:
+    runs = " && ".join(rest for word, rest in instructions("gateway") if word == "RUN")
+    assert pip_installs(runs) == [["--constraint", "requirements-cpu.txt", ".[gateway]"]]
+
+
+@pytest.mark.parametrize(
+    ("constraints", "extra"),
+    [("requirements-cpu.txt", "gateway"), ("k8s/images/constraints-gpu.txt", "gpu")],
+)
+def test_constraints_fit_the_projects_requirements(constraints: str, extra: str) -> None:
+    pins = {
+        canonicalize_name(name): version
+        for name, version in re.findall(
+            r"^([\w.-]+)==(\S+)", (ROOT / constraints).read_text(), re.M
+        )
+    }
+    for requirement in requirements_of(extra):
+        pinned = pins.get(canonicalize_name(requirement.name))
+        assert pinned is not None, f"{requirement.name}: run `make gpu-constraints`"
+        assert requirement.specifier.contains(pinned), f"{requirement} is not {pinned}"
+
+
+def requirements_of(extra: str) -> Iterator[Requirement]:
+    """Requirements of one of the project's extras, and of those it includes."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for text in project["optional-dependencies"][extra]:
+        requirement = Requirement(text)
+        if requirement.name == project["name"]:
+            for included in requirement.extras:
+                yield from requirements_of(included)
+        else:
+            yield requirement
+
+
+def test_gpu_worker_brings_sglang_as_published() -> None:
+    runs = " && ".join(rest for word, rest in instructions("worker-gpu") if word == "RUN")
+    assert pip_installs(runs) == [["--constraint", "k8s/images/constraints-gpu.txt", ".[gpu]"]]
+
+
+def test_demo_profile_names_the_model_in_the_image() -> None:
+    target = next(
+        words[-1]
+        for word, rest in instructions("worker-cpu")
+        if word == "RUN"
+        for words in (shlex.split(part) for part in rest.split("&&"))
+        if words[0] == "mv"
+    )
+    assert f"--model-path={target}" in render(profile="cpu-demo").worker()["args"]
+    mount = next(
+        m for m in render(profile="cpu-demo").worker()["volumeMounts"] if m["name"] == "models"
+    )
+    assert not target.startswith(mount["mountPath"])  # a volume there would hide it
+
+
+def test_build_context_is_what_the_images_install(tmp_path: Path) -> None:
+    files = {path.relative_to(tmp_path) for path in build_context(tmp_path) if path.is_file()}
+    top = {path.parts[0] for path in files}
+    assert top == {
+        "LICENSE",
+        "README.md",
+        "pyproject.toml",
+        "requirements-cpu.txt",
+        "kernels",
+        "vase_sgl",
+        "k8s",
+    }
+    assert {p.name for p in files if p.parts[0] == "k8s"} == {
+        "constraints-gpu.txt",
+        "vase_grpc_health.py",
+    }
+    assert not [path for path in files if "__pycache__" in path.parts]
+
+
+@pytest.mark.skipif(
+    os.environ.get("VASE_TEST_IMAGES") != "1", reason="set VASE_TEST_IMAGES=1: installs packages"
+)
+@pytest.mark.timeout(600)
+def test_gateway_image_installs(tmp_path: Path) -> None:
+    source, target = tmp_path / "src", tmp_path / "venv"
+    source.mkdir()
+    build_context(source)
+    subprocess.run([sys.executable, "-m", "venv", target], check=True)
+    (run,) = (
+        rest
+        for word, rest in instructions("gateway")
+        if word == "RUN" and rest.startswith("pip install")
+    )
+    environment = {**os.environ, "PATH": f"{target}/bin:{os.environ['PATH']}", "PYTHONPATH": ""}
+    command = run.replace("/opt/vase-sgl", str(target))
+    subprocess.run(["sh", "-euc", command], cwd=source, env=environment, check=True)
+    python = target / "bin" / "python"
+    heavy = "import importlib.util as u; print([n for n in ('torch', 'sglang') if u.find_spec(n)])"
+    done = subprocess.run([python, "-c", heavy], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    done = subprocess.run(
+        [target / "bin" / "vase-grpc-health", "--target=127.0.0.1:1"], check=False, env=environment
+    )
+    assert done.returncode == 2
+
+
+def build_context(target: Path) -> list[Path]:
+    """Copy what .dockerignore lets through, by its rules: the last pattern that fits decides."""
+    patterns = [
+        line
+        for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+        if line and not line.startswith("#")
+    ]
+    assert patterns[0] == "*"
+    for pattern in (p.removeprefix("!") for p in patterns if p.startswith("!")):
+        source = ROOT / pattern
+        assert source.exists(), f".dockerignore names {pattern}, which is not there"
+        (target / pattern).parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target / pattern, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, target / pattern)
+    assert [p for p in patterns if p != "*" and not p.startswith("!")] == ["**/__pycache__"]
+    return list(target.rglob("*"))
