@@ -25,7 +25,7 @@ _FLAGS = (
 
 
 class WorkerProcess:
-    def __init__(self, model: Path, folder: Path) -> None:
+    def __init__(self, model: Path, folder: Path, *flags: str, **env: str) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -33,14 +33,19 @@ class WorkerProcess:
         self.log = folder / f"worker-{self.port}.log"
         self._command = [
             *(sys.executable, "-m", "vase_sgl.cli", "worker", "--model-path", str(model)),
-            *("--port", str(self.port), *_FLAGS),
+            *("--port", str(self.port), *_FLAGS, *flags),
         ]
+        self._env = {**os.environ, **env}
         self.http = httpx.Client(base_url=self.url, timeout=300)
 
     def __enter__(self) -> Self:
         with self.log.open("wb") as output:
             self._process = subprocess.Popen(
-                self._command, stdout=output, stderr=output, start_new_session=True
+                self._command,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                env=self._env,
             )
         deadline = time.monotonic() + 240
         while time.monotonic() < deadline:
