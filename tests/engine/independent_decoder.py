@@ -22,8 +22,13 @@ class IndependentDecoder:
     round, [layers][kv heads], kept for digests."""
 
     def __init__(
-        self, weights: dict[str, torch.Tensor], vase: dict[str, Any], rope_shift: int = 0
+        self,
+        weights: dict[str, torch.Tensor],
+        vase: dict[str, Any],
+        rope_shift: int = 0,
+        kv_dtype: torch.dtype = torch.float32,
     ) -> None:
+        self.kv_dtype = kv_dtype
         self.weights = weights
         self.vase = vase
         self.forgotten: list[list[list[list[int]]]] = []
@@ -74,7 +79,8 @@ class IndependentDecoder:
             self.queries[layer].append(q)
             mixed = []
             for head in range(KV_HEADS):
-                self.rows[layer][head].append((k[head], v[head], self.position))
+                stored = (x[head].to(self.kv_dtype).float() for x in (k, v))
+                self.rows[layer][head].append((*stored, self.position))
             for head in range(HEADS):
                 rows = self.rows[layer][head * KV_HEADS // HEADS]
                 keys = torch.stack([row[0] for row in rows])

@@ -29,6 +29,11 @@ def _engine_tokens(
     return answer.tokens
 
 
+def _kv_dtype(stepped: SteppedScheduler) -> torch.dtype:
+    dtype: torch.dtype = stepped.scheduler.tp_worker.model_runner.token_to_kv_pool.dtype
+    return dtype
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize(
     ("prompt_mode", "length", "production"),
@@ -42,7 +47,9 @@ def test_tokens_equal_the_independent_decoder(
     assert CONFIG["num_hidden_layers"] == LAYERS
     vase = {"budget": 24, "window": 8, "policy": policy, "prompt": prompt_mode, "seed": 2**40 + 7}
     prompt = [2 + (17 * i + length) % 250 for i in range(length)]
-    expected = IndependentDecoder(weights_of(stepped), vase).generate(prompt, 70)
+    expected = IndependentDecoder(weights_of(stepped), vase, kv_dtype=_kv_dtype(stepped)).generate(
+        prompt, 70
+    )
     stepped.configure(overlap=production, prefix_cache=production)
     if production:
         stepped.submit("before", prompt, max_new_tokens=2)

@@ -40,6 +40,21 @@ def refuse_unsupported_flags(server_args: Any) -> None:
         raise UnsupportedConfiguration("a static KV budget needs: " + "; ".join(cures))
 
 
+def refuse_scaled_kv(model: Any) -> None:
+    """Raise `UnsupportedConfiguration` for a checkpoint that scales its float8 KV entries.
+
+    Attention multiplies by the scale, so scores read from the cache without it would be others.
+    """
+    for name, module in model.named_modules():
+        for scale in ("k_scale_float", "v_scale_float"):
+            if getattr(module, scale, None) not in (None, 1.0):
+                raise UnsupportedConfiguration(
+                    f"a static KV budget needs float8 KV entries without scales, but {name} has "
+                    f"{scale} {getattr(module, scale)}: leave out --kv-cache-dtype, or use a "
+                    "checkpoint without KV scales"
+                )
+
+
 def refuse_unsupported_pool(model_runner: Any) -> None:
     """Raise `UnsupportedConfiguration` for models whose cache is not plain full attention."""
     from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator

@@ -65,6 +65,7 @@ class Hook:
 def _check_start(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER `Scheduler.__init__`: refuse what would corrupt, or hooks that are missing."""
     limits.refuse_unsupported_pool(scheduler.tp_worker.model_runner)
+    limits.refuse_scaled_kv(scheduler.tp_worker.model_runner.model)
     verify_applied()
     prometheus.start_metrics(scheduler)
 

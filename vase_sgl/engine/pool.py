@@ -23,7 +23,7 @@ _MIB = 2**20
 class BudgetPool:
     """Side buffers of one KV pool, created once per model runner, before the first request.
 
-    k_buffers, v_buffers: per layer [slots, kv_heads, head_dim], SGLang's own tensors.
+    k_buffers, v_buffers: per layer [slots, kv_heads, head_dim], SGLang's own memory.
     token_positions: int32 [layers, slots, kv_heads]; valid for the first `budget` columns of a
         request that had a round. Before that, and for the recent window, a token's position
         follows from its column, so nothing is written per step.
@@ -32,8 +32,9 @@ class BudgetPool:
 
     def __init__(self, model_runner: Any, config: EngineConfig) -> None:
         kv = model_runner.token_to_kv_pool
-        self.k_buffers: list[torch.Tensor] = list(kv.k_buffer)
-        self.v_buffers: list[torch.Tensor] = list(kv.v_buffer)
+        # SGLang holds float8 rows as bytes.
+        self.k_buffers: list[torch.Tensor] = [x.view(kv.dtype) for x in kv.k_buffer]
+        self.v_buffers: list[torch.Tensor] = [x.view(kv.dtype) for x in kv.v_buffer]
         slots, kv_heads, head_dim = self.k_buffers[0].shape
         layers = len(self.k_buffers)
         device = self.k_buffers[0].device

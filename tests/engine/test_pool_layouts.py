@@ -1,0 +1,59 @@
+"""Other KV pools: pages of 16 slots, and float8 entries. Each in a process of its own, because
+SGLang builds one scheduler a process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vase_sgl.engine import limits
+
+_DECODER = "tests/engine/test_independent_decode.py::test_tokens_equal_the_independent_decoder"
+_PAGED = (
+    f"{_DECODER}[vase-attnv-evict-45-True]",
+    f"{_DECODER}[vase-dkv-keep-45-True]",
+    f"{_DECODER}[random-evict-12-False]",
+    "tests/engine/test_loops_and_prefixes.py::test_same_tokens_and_digests_in_every_mode",
+    "tests/engine/test_schedules.py::test_random_schedules[True-True-120]",
+    "tests/engine/test_failures_others_met.py::test_01_the_token_in_flight_has_a_slot_of_its_own",
+)
+_FLOAT8 = (
+    f"{_DECODER}[vase-attnv-evict-45-True]",
+    f"{_DECODER}[vase-attnv-keep-45-True]",
+    f"{_DECODER}[vase-dkv-evict-12-False]",
+    f"{_DECODER}[knorm-evict-45-True]",
+)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "tests"),
+    [
+        ("VASE_TEST_PAGE_SIZE", "16", _PAGED),
+        ("VASE_TEST_KV_DTYPE", "fp8_e5m2", _FLOAT8),
+        ("VASE_TEST_KV_DTYPE", "fp8_e4m3", _FLOAT8),
+    ],
+    ids=["page-size-16", "fp8-e5m2", "fp8-e4m3"],
+)
+def test_the_engine_on(variable: str, value: str, tests: tuple[str, ...]) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", *tests],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, variable: value},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert f"{len(tests)} passed" in result.stdout
+
+
+def test_scaled_float8_entries_are_refused() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1))
+    limits.refuse_scaled_kv(model)
+    model[0].k_scale_float = 0.5
+    with pytest.raises(limits.UnsupportedConfiguration, match=r"0 has k_scale_float 0\.5"):
+        limits.refuse_scaled_kv(model)
