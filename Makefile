@@ -46,6 +46,11 @@ demo: model ## Serve a real model with a fixed KV budget, stream, replay, compar
 test: model ## Run the default test suite (two processes, about 9 minutes)
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup
 
+MINUTES ?= 10
+.PHONY: soak
+soak: $(READY) ## Random load on the real scheduler for MINUTES=10, every invariant checked
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.engine.soak --minutes $(MINUTES)
+
 .PHONY: lint
 lint: $(READY) ## ruff, mypy --strict, buf lint
 	@$(BIN)/ruff check .

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from prometheus_client import REGISTRY
+from prometheus_client import CollectorRegistry
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 
 from tests.engine.scheduler_harness import SteppedScheduler
@@ -234,14 +234,15 @@ def test_12_buffers_are_sized_to_the_requests_that_can_run(stepped: SteppedSched
 
 
 def test_13_a_budget_that_never_evicts_is_visible() -> None:
-    metrics = EngineMetrics({"model_name": "m", "dp_rank": "0"})
+    registry = CollectorRegistry()
+    metrics = EngineMetrics({"model_name": "m", "dp_rank": "0"}, registry)
     params = EvictionParams.parse({"budget": 300, "window": 8})
     metrics.count_request(params)
     metrics.count_finished(RequestCache(params, 30, page_size=1, prefix_cache=True), rounds=0)
     labels = {"model_name": "m", "dp_rank": "0", "policy": "vase-attnv"}
 
     def value(name: str, **more: str) -> float | None:
-        return REGISTRY.get_sample_value(name, labels | more)
+        return registry.get_sample_value(name, labels | more)
 
     assert value("vase:requests_total", prompt="evict") == 1
     assert value("vase:finished_requests_total", evicted="false") == 1

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang.srt.server_args import ServerArgs
 
 from tests.engine.scheduler_harness import SteppedScheduler
 from vase_sgl.engine import limits, plugin
+from vase_sgl.engine.prometheus import EngineMetrics
 
 
 @pytest.mark.parametrize("hook", plugin.active_hooks(), ids=lambda hook: hook.target)
@@ -95,3 +98,19 @@ def test_sglang_itself_is_unmodified() -> None:
     count, changed = output.stdout.split(maxsplit=1)
     assert int(count) > 1000
     assert changed.strip() == "[]"
+
+
+def test_the_table_of_refused_flags_is_complete() -> None:
+    """docs/engine.md lists exactly what `limits` refuses."""
+    text = (Path(__file__).parents[2] / "docs" / "engine.md").read_text()
+    section = text.split("## Refused at start-up")[1].split("##")[0]
+    listed = re.findall(r"^\| `(\w+)` \|", section, flags=re.MULTILINE)
+    assert sorted(listed) == sorted(limits._REQUIRED)
+
+
+def test_the_documented_metrics_are_the_ones_there_are() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "engine.md").read_text()
+    listed = {name.removesuffix("_total") for name in re.findall(r"`(vase:\w+)`", text)}
+    registry = CollectorRegistry()
+    EngineMetrics({"model_name": "m", "dp_rank": "0"}, registry)
+    assert listed == {family.name for family in registry.collect()}

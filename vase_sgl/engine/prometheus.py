@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sglang.srt.runtime_context import get_parallel
 
 from vase_sgl.engine.pool import BudgetPool
 from vase_sgl.engine.request_cache import RequestCache, cache_of
 from vase_sgl.eviction import EvictionParams
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
 
 #: Gauges are refreshed at most this often; a refresh looks at every running request.
 _REFRESH_SECONDS = 1.0
@@ -56,21 +59,27 @@ class Slots:
 
 
 class EngineMetrics:
-    """Prometheus series of one scheduler process, labelled as `model_name` and `dp_rank`."""
+    """Prometheus series of one scheduler process, labelled as `model_name` and `dp_rank`.
 
-    def __init__(self, labels: dict[str, str]) -> None:
+    `registry`: prometheus_client's default one if None.
+    """
+
+    def __init__(self, labels: dict[str, str], registry: CollectorRegistry | None = None) -> None:
         # Imported now, because SGLang decides about the multiprocess folder before.
-        from prometheus_client import Counter, Gauge, Histogram
+        from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 
+        registry = registry or REGISTRY
         self._labels = labels
         names = list(labels)
 
         def gauge(name: str, text: str) -> Any:
-            series = Gauge(f"vase:{name}", text, names, multiprocess_mode="mostrecent")
+            series = Gauge(
+                f"vase:{name}", text, names, multiprocess_mode="mostrecent", registry=registry
+            )
             return series.labels(**labels)
 
         def counter(name: str, text: str, *more: str) -> Any:
-            series = Counter(f"vase:{name}", text, [*names, *more])
+            series = Counter(f"vase:{name}", text, [*names, *more], registry=registry)
             return series if more else series.labels(**labels)
 
         self._requests = counter(
@@ -87,7 +96,11 @@ class EngineMetrics:
         self._seconds = counter("compaction_seconds", "Host time spent in eviction rounds.")
         self._integrity = counter("integrity_errors", "Failed checks of VASE_CHECK_INTEGRITY.")
         self._budgets = Histogram(
-            "vase:budget_tokens", "Budgets asked for.", [*names, "policy"], buckets=_BUDGET_BUCKETS
+            "vase:budget_tokens",
+            "Budgets asked for.",
+            [*names, "policy"],
+            buckets=_BUDGET_BUCKETS,
+            registry=registry,
         )
         self._slots = {
             "total": gauge("total_slots", "KV slots of the pool."),
