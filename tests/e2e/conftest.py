@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.otlp_receiver import OtlpReceiver
 from tests.e2e.worker_process import WorkerProcess
 from vase_sgl.demo.model import ensure_model
 
@@ -15,7 +16,19 @@ def model() -> Path:
 
 
 @pytest.fixture(scope="session")
-def worker(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
+def traces() -> Iterator[OtlpReceiver]:
+    """Where `worker` sends its traces."""
+    with OtlpReceiver() as receiver:
+        yield receiver
+
+
+@pytest.fixture(scope="session")
+def worker(
+    model: Path, traces: OtlpReceiver, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[WorkerProcess]:
     """One worker for all tests; starting it takes most of the time."""
-    with WorkerProcess(model, tmp_path_factory.mktemp("worker")) as process:
+    folder = tmp_path_factory.mktemp("worker")
+    endpoint = f"127.0.0.1:{traces.port}"
+    flags = ("--enable-metrics", "--enable-trace", "--otlp-traces-endpoint", endpoint)
+    with WorkerProcess(model, folder, *flags) as process:
         yield process

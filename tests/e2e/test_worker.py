@@ -13,6 +13,7 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.e2e.otlp_receiver import OtlpReceiver
 from tests.e2e.worker_process import TOTAL_SLOTS, WorkerProcess, body
 from vase_sgl.demo.model import MODEL_NAME
 
@@ -188,6 +189,34 @@ def test_metrics_prove_that_the_budget_acts(worker: WorkerProcess) -> None:
     assert after["vase:physical_to_logical_ratio", ""] == 1
     assert after["vase:integrity_errors_total", ""] == 0
     assert "sglang:num_running_reqs" in worker.http.get("/metrics").text
+
+
+def test_rounds_are_events_of_the_request_s_trace(
+    worker: WorkerProcess, traces: OtlpReceiver
+) -> None:
+    """Through SGLang's own OpenTelemetry option, to a real OTLP receiver."""
+    traces.spans.clear()
+    answer = worker.generate(PROMPT, vase=BUDGET, new=90)
+    deadline = time.monotonic() + 30
+    while not (events := _events(traces)) and time.monotonic() < deadline:
+        time.sleep(0.2)  # exported in batches
+    statistics = answer["meta_info"]["vase"]
+    assert [event["vase.round"] for event in events] == list(range(1, statistics["rounds"] + 1))
+    assert {event["vase.physical_length"] for event in events} == {64}
+    assert {event["vase.kept_length"] for event in events} == {48}
+    assert [event["vase.logical_length"] for event in events] == [
+        64 + 16 * index for index in range(statistics["rounds"])
+    ]
+
+
+def _events(traces: OtlpReceiver) -> list[dict[str, int]]:
+    found = [
+        {item.key: item.value.int_value for item in event.attributes}
+        for span in list(traces.spans)
+        for event in span.events
+        if event.name == "vase.evict"
+    ]
+    return sorted(found, key=lambda event: event["vase.round"])
 
 
 def test_a_repeated_prompt_is_cached_and_the_answer_the_same(worker: WorkerProcess) -> None:

@@ -20,7 +20,6 @@ _FLAGS = (
     str(TOTAL_SLOTS),
     "--max-running-requests",
     "16",
-    "--enable-metrics",
 )
 
 

@@ -41,7 +41,9 @@ class _Collector:
 
     def send_output(self, output: Any, *_: Any) -> None:
         if isinstance(output, AbortReq):
-            self.answers.setdefault(output.rid, Answer()).finish = output.finished_reason
+            # Without a reason: aborted while it waited.
+            finish = output.finished_reason or {"type": "abort"}
+            self.answers.setdefault(output.rid, Answer()).finish = finish
         if not hasattr(output, "output_ids"):
             return
         info = unwrap_from_pickle(output.customized_info) if output.customized_info else {}
