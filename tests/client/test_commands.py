@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from tests.gateway.audit_records import tamper
 from tests.gateway.running import Running
 from vase_sgl.cli import build_app
 
@@ -127,17 +128,54 @@ async def test_a_wrong_tenant_is_not_added(running: Running, tmp_path: Path) -> 
     assert not (tmp_path / "new.yaml").exists()
 
 
-async def test_audit_verify(running: Running) -> None:
-    await running.client.generate_once("tell me", max_new_tokens=2)
+async def test_audit_verify_export_prune(running: Running, tmp_path: Path) -> None:
+    for _ in range(3):
+        await running.client.generate_once("tell me", max_new_tokens=2)
     url = ("--url", running.audit_url)
     output, _ = await run(running, "audit", "verify", *url)
-    assert output == "alice: 1 records, chain is whole\n"
-    import sqlite3
+    assert output.startswith("alice: 3 records, chain is whole; head 3:")
+    head = output.split()[-1]
+    file = str(tmp_path / "export.jsonl")
+    _, errors = await run(running, "audit", "export", *url, "-o", file)
+    assert errors == "3 records\n"
+    await run(running, "audit", "export", *url, "-o", file, status=1)  # never overwritten
+    assert (await run(running, "audit", "verify", "--file", file))[0] == output
+    piped, _ = await run(running, "audit", "export", *url, "--tenant", "alice")
+    assert piped == Path(file).read_text()
 
-    with sqlite3.connect(running.audit_url.removeprefix("sqlite+aiosqlite:///")) as connection:
-        connection.execute("UPDATE records SET text = 'x'")
+    dry, _ = await run(running, "audit", "prune", *url, "--older-than", "0m", "--dry-run")
+    assert dry == "alice: 3 records would be removed, up to sequence 3\n"
+    pruned, _ = await run(running, "audit", "prune", *url, "--before", "2100-01-01", "--by", "me")
+    assert pruned == "alice: 3 records removed, up to sequence 3\n"
+    await running.client.generate_once("tell me", max_new_tokens=2)
+    output, _ = await run(running, "audit", "verify", *url, "--tenant", "alice", "--head", head)
+    assert output.startswith("alice: 1 records, chain is whole; 3 before them were pruned; head 4:")
+    assert (await run(running, "audit", "migrate", *url))[0].endswith("schema revision 0002\n")
+
+    await tamper(running.audit_url, "UPDATE records SET payload = NULL")
     output, _ = await run(running, "audit", "verify", *url, status=1)
-    assert "its content was changed" in output
+    assert output.startswith("alice: altered at record ") and "its payload is gone" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "text"),
+    [
+        (("verify", "--url", "sqlite+aiosqlite:///nowhere.sqlite3"), 1, "no audit store nowhere"),
+        (("verify", "--tenant", "eve"), 1, "no chain of a tenant 'eve'; there are: alice"),
+        (("verify", "--head", "3:aa"), 2, "needs --tenant"),
+        (("verify", "--tenant", "alice", "--head", "3:aa"), 2, "as verify shows it"),
+        (("prune",), 2, "give --before or --older-than"),
+        (("prune", "--before", "soon"), 2, "'soon' is not a date"),
+        (("prune", "--older-than", "9 years"), 2, "90d, 12h or 30m"),
+    ],
+)
+async def test_audit_commands_say_what_is_wrong(
+    running: Running, arguments: tuple[str, ...], status: int, text: str
+) -> None:
+    await running.client.generate_once("tell me", max_new_tokens=2)
+    url = () if "--url" in arguments else ("--url", running.audit_url)
+    _, errors = await run(running, "audit", *arguments, *url, status=status)
+    assert text in " ".join(errors.replace("│", " ").split())
 
 
 async def test_doctor(running: Running) -> None:

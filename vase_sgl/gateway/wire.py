@@ -48,7 +48,6 @@ def timings(value: audit.Timings) -> pb.Timings:
 
 def result(record: audit.Record) -> pb.GenerationResult:
     """The last message of a generation."""
-    prompt_tokens, completion_tokens = len(record.prompt_token_ids), len(record.output_token_ids)
     return pb.GenerationResult(
         finish_reason=finish_reason(record.finish_reason),
         usage=usage(record),
@@ -56,15 +55,13 @@ def result(record: audit.Record) -> pb.GenerationResult:
         cache=cache(record.cache),
         round_digests=record.round_digests,
         timings=timings(record.timings),
-        full_kv_slots=prompt_tokens + completion_tokens,
+        full_kv_slots=record.prompt_tokens + record.completion_tokens,
     )
 
 
 def usage(record: audit.Record) -> pb.Usage:
     """Token counts."""
-    return pb.Usage(
-        prompt_tokens=len(record.prompt_token_ids), completion_tokens=len(record.output_token_ids)
-    )
+    return pb.Usage(prompt_tokens=record.prompt_tokens, completion_tokens=record.completion_tokens)
 
 
 def sampling(params: Mapping[str, Any]) -> pb.SamplingParams:
