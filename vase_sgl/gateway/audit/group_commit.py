@@ -26,7 +26,7 @@ class GroupCommit(Generic[T, R]):
         *,
         retry_alone: Callable[[Exception], bool],
         size: Callable[[T], int],
-        max_items: int = 256,
+        max_items: int = 64,
         max_bytes: int = 8 * 2**20,
         capacity: int = 1024,
     ) -> None:
