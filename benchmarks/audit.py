@@ -49,9 +49,7 @@ def main() -> None:
 
 async def _measure_all(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     results = []
-    print(
-        f"{'callers':>7} {'alone/s':>9} {'group/s':>9} {'ratio':>6} {'late p99 ms (alone, group)':>27}"
-    )
+    print("callers   alone/s   group/s  ratio   late p99 ms: alone, group")
     for callers in arguments.callers:
         rates: dict[str, list[float]] = {"alone": [], "group": []}
         late: dict[str, list[float]] = {"alone": [], "group": []}
