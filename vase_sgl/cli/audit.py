@@ -113,14 +113,13 @@ def prune(
     if (before is None) == (older_than is None):
         raise typer.BadParameter("give --before or --older-than", param_hint="--before")
     if before is not None:
-        cutoff = times.unix_micros(before, "--before")
+        cutoff = times.moment(before, "--before")
     else:
-        now = datetime.datetime.now(datetime.UTC)
-        moment = now - times.age(str(older_than), "--older-than")
-        cutoff = times.unix_micros(moment.isoformat(), "--older-than")
+        age = times.age(str(older_than), "--older-than")
+        cutoff = datetime.datetime.now(datetime.UTC) - age
     by = by or f"{getpass.getuser()}@{socket.gethostname()}"
     with reported(AuditError):
-        asyncio.run(_prune(url, tenant, cutoff, by, dry_run))
+        asyncio.run(_prune(url, tenant, _unix_micros(cutoff), by, dry_run))
 
 
 def migrate(url: Url = DEFAULT_URL) -> None:
@@ -245,3 +244,8 @@ def _place(head: str | None) -> tuple[int, str] | None:
             param_hint="--head",
         )
     return int(match[1]), match[2]
+
+
+def _unix_micros(moment: datetime.datetime) -> int:
+    epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+    return (moment - epoch) // datetime.timedelta(microseconds=1)

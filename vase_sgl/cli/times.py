@@ -10,22 +10,16 @@ import typer
 _UNITS = {"d": "days", "h": "hours", "m": "minutes"}
 
 
-def unix_micros(text: str, option: str) -> int:
-    """Microseconds since the epoch of an ISO 8601 date or time, UTC unless it has an offset.
-
-    Raises `typer.BadParameter`.
-    """
+def moment(text: str, option: str) -> datetime.datetime:
+    """An ISO 8601 date or time, UTC unless it has an offset. Raises `typer.BadParameter`."""
     try:
-        moment = datetime.datetime.fromisoformat(text)
+        found = datetime.datetime.fromisoformat(text)
     except ValueError as error:
         raise typer.BadParameter(
             f"{text!r} is not a date; one looks like 2026-11-01 or 2026-11-01T08:30+01:00",
             param_hint=option,
         ) from error
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=datetime.UTC)
-    epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
-    return (moment - epoch) // datetime.timedelta(microseconds=1)
+    return found if found.tzinfo else found.replace(tzinfo=datetime.UTC)
 
 
 def age(text: str, option: str) -> datetime.timedelta:

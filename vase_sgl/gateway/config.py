@@ -154,6 +154,17 @@ class Audit(_Section):
         return keys
 
 
+class ReplaySection(_Section):
+    """How replays share the workers with generations. They count against no tenant's limits."""
+
+    #: Replays that run at once; others wait.
+    max_concurrent: int = Field(default=2, ge=1)
+    #: Share of a worker's KV slots that a replay leaves free for generations, unless it is alone.
+    spare_share: float = Field(default=0.25, ge=0, le=1)
+    #: Seconds a replay may wait for its turn.
+    max_wait_seconds: float = Field(default=300.0, gt=0)
+
+
 class GatewayConfig(BaseSettings):
     """All of it. Made by `load_config`."""
 
@@ -166,6 +177,7 @@ class GatewayConfig(BaseSettings):
     grpc: Grpc = Grpc()
     worker: WorkerSection = WorkerSection()
     audit: Audit = Audit()
+    replay: ReplaySection = ReplaySection()
     #: Who may call; written by `vase-sgl tenants add`.
     tenants_file: Path = Path(".vase-sgl/tenants.yaml")
     #: Turn authentication off: everyone is tenant `anonymous`. Never beyond your own machine.

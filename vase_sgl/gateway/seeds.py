@@ -83,6 +83,35 @@ def seeds_for(
     )
 
 
+class SeedCheck(enum.Enum):
+    """What `check_seeds` finds."""
+
+    #: The seeds are what the tenant's secret gives.
+    VERIFIED = "verified"
+    #: They are not: the record or the secret was changed.
+    MISMATCH = "mismatch"
+    #: The tenant no longer has the version of the secret that the record names.
+    VERSION_REMOVED = "version removed"
+    #: The record is from before origins were recorded.
+    ORIGIN_UNKNOWN = "origin unknown"
+
+
+def check_seeds(tenant: Tenant, seeds: Seeds, *, request_id: str, sample_index: int) -> SeedCheck:
+    """Derive recorded seeds again. A replay does not need that: it takes those recorded."""
+    if seeds.origin is None:
+        return SeedCheck.ORIGIN_UNKNOWN
+    master = tenant.master_version(seeds.master_version)
+    if master is None:
+        return SeedCheck.VERSION_REMOVED
+    encoded = _encode(seeds.origin, request_id=request_id, request_seed=seeds.request_seed)
+    derived = (
+        derive(master.value, "sampling", encoded, sample_index),
+        derive(master.value, "eviction", encoded, sample_index),
+    )
+    same = derived == (seeds.sampling, seeds.eviction)
+    return SeedCheck.VERIFIED if same else SeedCheck.MISMATCH
+
+
 def _encode(origin: SeedOrigin, *, request_id: str, request_seed: int | None) -> bytes:
     match origin:
         case SeedOrigin.REQUEST_SEED:

@@ -14,6 +14,7 @@ from vase_sgl.gateway.audit import AuditStore, KeyRing
 from vase_sgl.gateway.auth import AuthInterceptor, KeyAuthenticator, NoAuthenticator
 from vase_sgl.gateway.config import Audit, ConfigError, GatewayConfig, Tls
 from vase_sgl.gateway.health import GatewayHealth
+from vase_sgl.gateway.replay_gate import ReplayGate
 from vase_sgl.gateway.runs import Background
 from vase_sgl.gateway.service import GatewayService
 from vase_sgl.gateway.worker_embedded import EmbeddedWorker, Progress, worker_command
@@ -102,7 +103,11 @@ class Gateway:
     async def _serve(self, progress: Progress) -> None:
         gateway_pb2_grpc.add_VaseGatewayServicer_to_server(
             GatewayService(
-                self._router, self._store, self._background, self._config.default_eviction
+                self._router,
+                self._store,
+                self._background,
+                self._config.default_eviction,
+                ReplayGate(**self._config.replay.model_dump()),
             ),
             self._server,
         )

@@ -131,6 +131,10 @@ class Tenant(_Model):
         """The master secret new seeds are derived from: the one with the highest version."""
         return max(self.master_secrets, key=lambda secret: secret.version)
 
+    def master_version(self, version: int) -> MasterSecret | None:
+        """The master secret of this version; None if it was removed."""
+        return next((s for s in self.master_secrets if s.version == version), None)
+
     def has_role(self, *roles: Role) -> bool:
         """Whether the tenant has one of `roles`, or is `admin`."""
         return Role.ADMIN in self.roles or not self.roles.isdisjoint(roles)

@@ -7,6 +7,7 @@ from typing import Any
 
 from vase_sgl.gateway import audit, workers
 from vase_sgl.gateway.seeds import Seeds
+from vase_sgl.gateway.tenants import Retention
 from vase_sgl.rpc.v1 import gateway_pb2 as pb
 
 _FINISH = {
@@ -18,6 +19,10 @@ _STATUS = {
     audit.RecordStatus.COMPLETED: pb.RECORD_STATUS_COMPLETED,
     audit.RecordStatus.ABORTED: pb.RECORD_STATUS_ABORTED,
     audit.RecordStatus.FAILED: pb.RECORD_STATUS_FAILED,
+}
+_RETENTION = {
+    Retention.FULL: pb.RETENTION_FULL,
+    Retention.HASH: pb.RETENTION_HASH,
 }
 
 
@@ -38,6 +43,8 @@ def seeds(value: Seeds) -> pb.Seeds:
         eviction=value.eviction,
         policy=value.policy,
         master_version=value.master_version,
+        origin=value.origin or "",
+        request_seed=value.request_seed,
     )
 
 
@@ -105,6 +112,9 @@ def record(stored: audit.StoredRecord) -> pb.Record:
         sequence=stored.sequence,
         previous_hash=stored.previous_hash,
         hash=stored.hash,
+        retention=_RETENTION[value.retention],
+        usage=usage(value),
+        digests=None if value.digests is None else pb.ContentDigests(**vars(value.digests)),
     )
 
 
@@ -122,4 +132,5 @@ def summary(stored: audit.StoredRecord) -> pb.RecordSummary:
         budget=evicted["budget"],
         rounds=value.cache.rounds if value.cache else 0,
         digest=value.cache.digest if value.cache else "",
+        retention=_RETENTION[value.retention],
     )
