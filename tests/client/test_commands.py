@@ -119,6 +119,27 @@ async def test_tenants_add_list_remove(running: Running) -> None:
     assert "there is no tenant bob" in errors
 
 
+async def test_a_tenants_master_secret_rotates(running: Running) -> None:
+    alice = ("alice", "--file", str(running.tenants_file))
+    answer = await running.client.generate_once("tell me", max_new_tokens=3)
+    _, errors = await run(running, "tenants", "forget-secret", *alice, "--version", "1", status=1)
+    assert "version 1 is the one in use; `vase-sgl tenants rotate alice` first" in errors
+    output, _ = await run(running, "tenants", "rotate", *alice)
+    assert output == "new seeds of alice come from master secret version 2\n"
+    newer = await running.client.generate_once("tell me", max_new_tokens=3)
+    assert newer.result.seeds.master_version == 2
+    output, _ = await run(running, "replay", answer.request_id)
+    assert output == "MATCH: 3 tokens and 0 eviction rounds are equal\n"
+
+    await run(running, "tenants", "forget-secret", *alice, "--version", "1")
+    output, _ = await run(running, "replay", answer.request_id)
+    assert output.startswith("MATCH") and "version of the tenant's master secret was" in output
+    _, errors = await run(running, "tenants", "forget-secret", *alice, "--version", "1", status=1)
+    assert "has no master secret version 1; there are: 2" in errors
+    _, errors = await run(running, "tenants", "rotate", "bob", *alice[1:], status=1)
+    assert "there is no tenant bob" in errors
+
+
 async def test_a_wrong_tenant_is_not_added(running: Running, tmp_path: Path) -> None:
     file = ("--file", str(tmp_path / "new.yaml"))
     _, errors = await run(running, "tenants", "add", "Bob", *file, status=1)

@@ -40,9 +40,10 @@ async def connect(url: str, *, migrate: bool | None, create: bool = True) -> Asy
     if migrate is None:
         migrate = engine.dialect.name == "sqlite" and create
     try:
-        async with writing(engine) as connection:
-            if migrate:
+        if migrate:
+            async with writing(engine) as connection:
                 await connection.run_sync(schema.upgrade)
+        async with engine.connect() as connection:
             await connection.run_sync(_check)
     except BaseException as error:
         await engine.dispose()
