@@ -208,6 +208,34 @@ async def test_an_old_record_behind_a_newer_one_stays(store: AuditStore, audit_u
     assert await problems(audit_url) == {"alice": None, "bob": None}
 
 
+async def test_a_broken_chain_is_not_pruned_unnoticed(store: AuditStore, audit_url: str) -> None:
+    await tamper(audit_url, "UPDATE records SET payload = NULL WHERE sequence = 1")
+    async with reading.opened(audit_url) as engine:
+        with pytest.raises(AuditError, match="alice is broken, and pruning could remove"):
+            await pruning.prune(engine, "alice", before_unix_micros=3000, by="me")
+        pruned = await pruning.prune(engine, "alice", before_unix_micros=3000, by="me", force=True)
+        async with reading.snapshot(engine) as connection:
+            (checkpoint,) = await reading.checkpoints_of(connection, "alice")
+    assert pruned.records == 2
+    assert json.loads(checkpoint.entry)["chain_was_whole"] is False
+    assert (await problems(audit_url))["alice"] is None
+
+
+async def test_two_prunes_at_once_do_not_both_note_it(store: AuditStore, audit_url: str) -> None:
+    async with reading.opened(audit_url) as one, reading.opened(audit_url) as two:
+        results = await asyncio.gather(
+            *(
+                pruning.prune(engine, "alice", before_unix_micros=3000, by="me")
+                for engine in (one, two) * 3
+            ),
+            return_exceptions=True,
+        )
+        assert all(isinstance(r, (pruning.Pruned, AuditError)) for r in results), results
+        async with reading.snapshot(one) as connection:
+            assert len(await reading.checkpoints_of(connection, "alice")) == 1
+    assert await problems(audit_url) == {"alice": None, "bob": None}
+
+
 async def test_a_prune_that_was_cut_short_is_whole_and_goes_on(
     store: AuditStore, audit_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

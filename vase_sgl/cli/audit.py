@@ -102,6 +102,9 @@ def prune(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would be removed.")
     ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Prune a broken chain too; the checkpoint says so.")
+    ] = False,
 ) -> None:
     """Remove old records. A checkpoint in the chain says how many, when and by whom.
 
@@ -119,7 +122,7 @@ def prune(
         cutoff = datetime.datetime.now(datetime.UTC) - age
     by = by or f"{getpass.getuser()}@{socket.gethostname()}"
     with reported(AuditError):
-        asyncio.run(_prune(url, tenant, _unix_micros(cutoff), by, dry_run))
+        asyncio.run(_prune(url, tenant, _unix_micros(cutoff), by, dry_run, force))
 
 
 def migrate(url: Url = DEFAULT_URL) -> None:
@@ -191,24 +194,28 @@ async def _export(url: str, tenant: str | None, output: Path | None) -> int:
     return count
 
 
-async def _prune(url: str, tenant: str | None, cutoff: int, by: str, dry_run: bool) -> None:
+async def _prune(
+    url: str, tenant: str | None, cutoff: int, by: str, dry_run: bool, force: bool
+) -> None:
     from vase_sgl.gateway.audit import reading
 
     async with reading.opened(url) as engine:
         async with reading.snapshot(engine) as connection:
             chosen = _chosen(await reading.ends(connection), tenant)
         for name in chosen:
-            await _prune_one(engine, name, cutoff, by, dry_run)
+            await _prune_one(engine, name, cutoff, by, dry_run, force)
 
 
-async def _prune_one(engine: AsyncEngine, tenant: str, cutoff: int, by: str, dry: bool) -> None:
+async def _prune_one(
+    engine: AsyncEngine, tenant: str, cutoff: int, by: str, dry: bool, force: bool
+) -> None:
     from vase_sgl.gateway.audit import pruning, reading
 
     if dry:
         async with reading.snapshot(engine) as connection:
             found = await pruning.due(connection, tenant, cutoff)
     else:
-        found = await pruning.prune(engine, tenant, before_unix_micros=cutoff, by=by)
+        found = await pruning.prune(engine, tenant, before_unix_micros=cutoff, by=by, force=force)
     verb = "would be removed" if dry else "removed"
     up_to = f", up to sequence {found.last_sequence}" if found.records else ""
     typer.echo(f"{tenant}: {found.records} records {verb}{up_to}")

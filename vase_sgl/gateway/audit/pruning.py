@@ -6,11 +6,13 @@ import dataclasses
 import time
 
 from sqlalchemy import delete, func, insert, select
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from vase_sgl.gateway.audit import database
+from vase_sgl.gateway.audit import database, reading
 from vase_sgl.gateway.audit.entries import GENESIS, canonical, hash_of
-from vase_sgl.gateway.audit.tables import chains, checkpoints, records
+from vase_sgl.gateway.audit.errors import AuditError
+from vase_sgl.gateway.audit.tables import checkpoints, records
 
 #: Records removed in one transaction, so that appending gateways never wait long.
 _CHUNK = 1000
@@ -42,15 +44,40 @@ async def due(connection: AsyncConnection, tenant: str, before_unix_micros: int)
     return Pruned(tenant, count, last or 0)
 
 
-async def prune(engine: AsyncEngine, tenant: str, *, before_unix_micros: int, by: str) -> Pruned:
+async def prune(
+    engine: AsyncEngine, tenant: str, *, before_unix_micros: int, by: str, force: bool = False
+) -> Pruned:
     """Note a checkpoint in the tenant's chain, then remove the records up to it.
 
     The checkpoint is durable first: it is what the database's triggers let records go for. Cut
-    short, the next prune removes the rest.
+    short, the next prune removes the rest. force: prune a broken chain as well; the checkpoint
+    then says so. Raises `AuditError` for a broken chain, or if another prune is under way.
+    """
+    async with reading.snapshot(engine) as connection:
+        end = (await reading.ends(connection))[tenant]
+        _, problem = await reading.verify(connection, tenant, end)
+    if problem is not None and not force:
+        raise AuditError(
+            f"the chain of {tenant} is broken, and pruning could remove what shows it: {problem}; "
+            "look into it, or prune with --force"
+        )
+    try:
+        pruned, through = await _note(engine, tenant, before_unix_micros, by, problem is None)
+    except IntegrityError as error:
+        raise AuditError(f"another prune of {tenant}'s chain is under way; try again") from error
+    await _remove(engine, tenant, through)
+    return pruned
+
+
+async def _note(
+    engine: AsyncEngine, tenant: str, before_unix_micros: int, by: str, whole: bool
+) -> tuple[Pruned, int]:
+    """Store the checkpoint if there is something to prune; up to where records may go now.
+
+    It takes no lock, for which the role that prunes would need more rights: of two prunes at the
+    same time one finds the checkpoint's number taken.
     """
     async with database.writing(engine) as connection:
-        # Two prunes of one chain take turns; gateways wait for this short transaction only.
-        await connection.execute(select(chains).where(chains.c.tenant == tenant).with_for_update())
         pruned = await due(connection, tenant, before_unix_micros)
         last_checkpoint = (
             await connection.execute(
@@ -80,6 +107,7 @@ async def prune(engine: AsyncEngine, tenant: str, *, before_unix_micros: int, by
                     "before_unix_micros": before_unix_micros,
                     "pruned_unix_micros": time.time_ns() // 1000,
                     "by": by,
+                    "chain_was_whole": whole,
                 }
             )
             await connection.execute(
@@ -92,8 +120,7 @@ async def prune(engine: AsyncEngine, tenant: str, *, before_unix_micros: int, by
                 )
             )
             reached = pruned.last_sequence
-    await _remove(engine, tenant, reached)
-    return pruned
+    return pruned, reached
 
 
 async def _remove(engine: AsyncEngine, tenant: str, through: int) -> None:
