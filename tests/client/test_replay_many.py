@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from tests.client.test_commands import run
 from tests.gateway.running import Running
+from vase_sgl.cli import build_app
 from vase_sgl.cli.replay_many import is_chosen
 from vase_sgl.client import AsyncClient
 
@@ -135,6 +137,7 @@ def test_a_sample_is_even_nested_and_depends_on_the_seed() -> None:
         (("--since", "2020-01-01", "--sample", "0%"), "not a share"),
     ],
 )
-async def test_wrong_options(running: Running, arguments: tuple[str, ...], text: str) -> None:
-    _, errors = await run(running, "replay", *arguments, status=2)
-    assert text in " ".join(errors.replace("│", " ").split())
+def test_wrong_options(arguments: tuple[str, ...], text: str) -> None:
+    result = CliRunner().invoke(build_app(), ["replay", *arguments], env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert text in " ".join(result.stderr.replace("│", " ").split())

@@ -119,6 +119,34 @@ async def _works_again(running: Running) -> None:
                 return
 
 
+@pytest.mark.xdist_group("postgres")
+async def test_a_gateway_that_hangs_does_not_keep_a_chain_locked(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that is stopped, or behind a cut network, after it took its turn."""
+    monkeypatch.setattr(database, "_PATIENCE_SECONDS", 1)
+    store = await AuditStore.open(postgres_url, migrate=True)
+    hanging = await AuditStore.open(postgres_url)
+    await store.append(numbered(1))
+    taken, over = asyncio.Event(), asyncio.Event()
+
+    async def hang() -> None:
+        async with database.writing(hanging._engine) as connection:
+            await hanging._lock(connection, {"alice"})
+            taken.set()
+            await over.wait()
+
+    task = asyncio.create_task(hang())
+    await taken.wait()
+    assert (await asyncio.wait_for(store.append(numbered(2)), 5)).sequence == 2
+    over.set()
+    with pytest.raises(Exception, match=r"terminated|closed"):
+        await task
+    assert await problems(postgres_url) == {"alice": None}
+    await store.close()
+    await hanging.close()
+
+
 async def test_a_stopped_store_has_committed_what_waited(audit_url: str) -> None:
     store = await AuditStore.open(audit_url, migrate=True)
     waiting = [asyncio.create_task(store.append(numbered(n))) for n in range(50)]

@@ -18,7 +18,7 @@ from vase_sgl.gateway.audit import schema
 from vase_sgl.gateway.audit.errors import AuditError
 
 #: Seconds one statement, or the wait for another process's lock, may take.
-_PATIENCE_SECONDS = 10
+_PATIENCE_SECONDS = 10.0
 #: The drivers that are known to work, with what each is told about patience.
 _CONNECT_ARGS: dict[str, dict[str, Any]] = {
     "sqlite+aiosqlite": {},
@@ -62,6 +62,11 @@ async def writing(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
     async with engine.connect() as connection:
         await connection.execution_options(vase_writes=True)
         async with connection.begin():
+            if engine.dialect.name == "postgresql":
+                # A gateway that is stopped or cut off here would keep its locks for good.
+                milliseconds = int(_PATIENCE_SECONDS * 1000)
+                limit = f"SET LOCAL idle_in_transaction_session_timeout = {milliseconds}"
+                await connection.execute(text(limit))
             yield connection
 
 
@@ -76,6 +81,8 @@ def _engine(url: str, create: bool) -> AsyncEngine:
             )
         engine = create_async_engine(
             url,
+            # Whoever waited for a chain's end reads what the others have written.
+            **({} if driver.startswith("sqlite") else {"isolation_level": "READ COMMITTED"}),
             hide_parameters=True,  # prompts and seeds must not reach a log with an error
             pool_pre_ping=True,  # a connection the server has closed is replaced, not reported
             connect_args=_CONNECT_ARGS[driver],
@@ -127,7 +134,7 @@ def _prepare_sqlite(engine: AsyncEngine, create: bool) -> None:
         cursor.execute("PRAGMA journal_mode=WAL")
         cursor.execute("PRAGMA synchronous=FULL")
         # Another process, such as `audit prune`, may hold the write lock for a moment.
-        cursor.execute(f"PRAGMA busy_timeout={_PATIENCE_SECONDS * 1000}")
+        cursor.execute(f"PRAGMA busy_timeout={int(_PATIENCE_SECONDS * 1000)}")
         cursor.close()
 
     @event.listens_for(engine.sync_engine, "begin")

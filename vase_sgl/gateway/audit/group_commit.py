@@ -75,6 +75,7 @@ class GroupCommit(Generic[T, R]):
     async def _settle(self, batch: Sequence[tuple[T, asyncio.Future[R]]]) -> None:
         try:
             results = await self._commit([item for item, _ in batch])
+            settled = list(zip(batch, results, strict=True))
         except Exception as error:
             if len(batch) > 1 and self._retry_alone(error):
                 logger.warning("a batch of %d failed; each is tried alone", len(batch))
@@ -85,6 +86,6 @@ class GroupCommit(Generic[T, R]):
                 if not future.done():
                     future.set_exception(error)
         else:
-            for (_, future), result in zip(batch, results, strict=True):
+            for (_, future), result in settled:
                 if not future.done():  # else its caller was cancelled
                     future.set_result(result)
