@@ -97,13 +97,23 @@ async def test_two_gateways_append_to_one_chain(store: AuditStore, audit_url: st
     await second.close()
 
 
-async def test_a_record_cannot_be_stored_twice_and_its_neighbours_are(store: AuditStore) -> None:
+async def test_a_record_cannot_be_stored_twice_and_its_neighbours_are(
+    store: AuditStore, audit_url: str
+) -> None:
     await store.append(numbered(1))
     results = await asyncio.gather(
         *map(store.append, (numbered(2), numbered(1), numbered(3))), return_exceptions=True
     )
     assert [isinstance(result, Exception) for result in results] == [False, True, False]
     assert [s.sequence for s in await store.latest("alice", before=None, count=9)] == [3, 2, 1]
+    # Both in one batch, and one that cannot even be encoded.
+    results = await asyncio.gather(
+        *map(store.append, (numbered(4), numbered(4), numbered(5, failure="\ud800"), numbered(6))),
+        return_exceptions=True,
+    )
+    assert sum(isinstance(result, Exception) for result in results) == 2
+    assert [s.sequence for s in await store.latest("alice", before=None, count=2)] == [5, 4]
+    assert await problems(audit_url) == {"alice": None}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager, contextmanager
 
 from sqlalchemy import RowMapping, func, insert, select, update
 from sqlalchemy.dialects import postgresql
-from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from vase_sgl.gateway.audit import database
@@ -30,6 +30,8 @@ _RETRY_SECONDS = 0.2
 
 #: What a database that is away, full or overloaded raises; anything else is a defect.
 _TROUBLE = (SQLAlchemyError, OSError, TimeoutError)
+#: What one record that cannot be stored causes, whatever else is in its batch.
+_ITEM_FAULTS = (IntegrityError, DataError)
 
 
 class AuditStore:
@@ -129,7 +131,7 @@ class AuditStore:
         try:
             try:
                 stored = await self._write(batch)
-            except IntegrityError:
+            except _ITEM_FAULTS:
                 raise
             except _TROUBLE as error:
                 logger.warning("appending %d records failed, once more: %s", len(batch), error)
@@ -145,7 +147,7 @@ class AuditStore:
 
     async def _write(self, batch: Sequence[Sealed], *, again: bool = False) -> list[StoredRecord]:
         """Append all of `batch` in one transaction."""
-        rows: dict[str, Row] = {}
+        rows: list[Row] = []
         async with database.writing(self._engine) as connection:
             ends = await self._lock(connection, {sealed.record.tenant for sealed in batch})
             done = await self._stored(connection, batch) if again else {}
@@ -156,17 +158,17 @@ class AuditStore:
                 sequence, last_hash = ends[record.tenant]
                 row = sealed.at(sequence + 1, last_hash)
                 ends[record.tenant] = row.sequence, row.hash
-                rows[record.record_id] = row
+                rows.append(row)
             if rows:
-                await connection.execute(insert(records), [vars(row) for row in rows.values()])
-                for tenant in {row.tenant for row in rows.values()}:
+                await connection.execute(insert(records), [vars(row) for row in rows])
+                for tenant in {row.tenant for row in rows}:
                     sequence, last_hash = ends[tenant]
                     await connection.execute(
                         update(chains)
                         .where(chains.c.tenant == tenant)
                         .values(sequence=sequence, hash=last_hash)
                     )
-        placed = {**done, **rows}
+        placed = {**done, **{row.record_id: row for row in rows}}
         return [placed_at(sealed.record, placed[sealed.record.record_id]) for sealed in batch]
 
     async def _lock(
@@ -212,7 +214,7 @@ def _row(values: RowMapping) -> Row:
 def _unavailable(what: str) -> Iterator[None]:
     try:
         yield
-    except IntegrityError:
+    except _ITEM_FAULTS:
         raise
     except _TROUBLE as error:
         if isinstance(error, SQLAlchemyError) and not isinstance(error, DBAPIError):
