@@ -159,6 +159,7 @@ async def test_audit_verify_export_prune(running: Running, tmp_path: Path) -> No
     file = str(tmp_path / "export.jsonl")
     _, errors = await run(running, "audit", "export", *url, "-o", file)
     assert errors == "3 records\n"
+    assert Path(file).stat().st_mode & 0o777 == 0o600
     await run(running, "audit", "export", *url, "-o", file, status=1)  # never overwritten
     assert (await run(running, "audit", "verify", "--file", file))[0] == output
     piped, _ = await run(running, "audit", "export", *url, "--tenant", "alice")

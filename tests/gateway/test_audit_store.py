@@ -218,6 +218,14 @@ def test_the_entry_is_pinned() -> None:
     assert row.hash == ("1c6ae243a22f093a5dbcc83f11f39984bb2c75c3bd5ef04e39944aa2b7f7075b")
 
 
+async def test_a_sqlite_file_is_its_owners(tmp_path: Path) -> None:
+    store = await AuditStore.open(f"sqlite+aiosqlite:///{tmp_path / 'a.sqlite3'}")
+    await store.append(numbered(1))
+    files = list(tmp_path.glob("a.sqlite3*"))
+    assert len(files) == 3 and {file.stat().st_mode & 0o777 for file in files} == {0o600}
+    await store.close()
+
+
 async def test_a_sqlite_commit_is_synced(tmp_path: Path) -> None:
     from sqlalchemy import text
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import datetime
 import getpass
+import os
 import re
 import socket
 import sys
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
@@ -181,17 +183,18 @@ async def _export(url: str, tenant: str | None, output: Path | None) -> int:
     async with reading.opened(url) as engine, reading.snapshot(engine) as connection:
         ends = await reading.ends(connection)
         chosen = _chosen(ends, tenant)
-        file = sys.stdout if output is None else output.open("x", encoding="utf-8")
-        try:
+        with nullcontext(sys.stdout) if output is None else _private(output) as file:
             for name in chosen:
                 async with aclosing(export.lines(connection, name, ends[name])) as lines:
                     async for line in lines:
                         file.write(line + "\n")
                         count += line.startswith('{"kind":"record"')
-        finally:
-            if output is not None:
-                file.close()
     return count
+
+
+def _private(path: Path) -> TextIO:
+    """A new file that only its owner can read: it may hold prompts."""
+    return open(path, "x", encoding="utf-8", opener=partial(os.open, mode=0o600))
 
 
 async def _prune(

@@ -111,18 +111,23 @@ def _check(connection: Connection) -> None:
             )
 
 
+def _find_file(file: Path, create: bool) -> None:
+    if file.exists():
+        return
+    if not create:
+        raise AuditError(f"there is no audit store {file}; name the gateway's audit.url with --url")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # It will hold prompts. SQLite gives its journal files the same mode.
+        file.touch(mode=0o600)
+    except OSError as error:
+        raise AuditError(f"cannot open the audit store {file}: {error}") from error
+
+
 def _prepare_sqlite(engine: AsyncEngine, create: bool) -> None:
     name = engine.url.database
     if name not in (None, "", ":memory:"):
-        file = Path(str(name))
-        if not create and not file.exists():
-            raise AuditError(
-                f"there is no audit store {file}; name the gateway's audit.url with --url"
-            )
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise AuditError(f"cannot open the audit store {file}: {error}") from error
+        _find_file(Path(str(name)), create)
 
     @event.listens_for(engine.sync_engine, "connect")
     def configure(connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:
