@@ -1,7 +1,8 @@
 """A worker without a model behind the real HTTP interface: deterministic, and it fails on order.
 
 Tokens depend on prompt, sampling seed and position; eviction follows the static budget's
-arithmetic, with digests that depend on the eviction seed. Faults are attributes to set.
+arithmetic, with digests that depend on policy, budget, window and seed. Faults are attributes to
+set.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class ScriptedWorker:
         self.max_budget = 4096
         self.context_length = 8192
         self.hides_vocabulary = False
+        self.available_slots = 9_000
         self.token_seconds = 0.0
         #: Letters added to each token's text, to make chunks big.
         self.padding = 0
@@ -115,7 +117,7 @@ class ScriptedWorker:
             "fingerprint": self.fingerprint,
             "limits": {"max_budget": self.max_budget, "max_window": 64},
             "default": self.default_eviction,
-            "slots": {"total": 10_000, "available": 9_000, "reserved": 1_000},
+            "slots": {"total": 10_000, "available": self.available_slots, "reserved": 1_000},
             "rounds": 7,
             "evicted_tokens": 224,
             "running_requests": len(self.running),
@@ -242,7 +244,8 @@ class Run:
         seed: Any = self._vase["seed"]
         if self._faults.other_digest_at_round == number:
             seed = "other"
-        self.digests.append(f"{_hash(previous, seed, number):016x}")
+        chosen_by = [self._vase[name] for name in ("policy", "budget", "window")]
+        self.digests.append(f"{_hash(previous, seed, number, chosen_by):016x}")
 
 
 def token_of(word: str) -> int:

@@ -75,7 +75,7 @@ def test_the_documented_example_shows_every_key_with_its_default() -> None:
     defaults = load_config(overrides={"worker": {"model_path": "Qwen/Qwen3-8B"}})
     assert config.model_dump() == defaults.model_dump()
     text = example.read_text()
-    for section in ("worker", "listen", "grpc", "audit"):
+    for section in ("worker", "listen", "grpc", "audit", "replay"):
         for key in type(getattr(config, section)).model_fields:
             assert f"{key}:" in text, f"{section}.{key}"
     for key in type(config).model_fields:

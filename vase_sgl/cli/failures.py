@@ -13,7 +13,9 @@ _EXTRAS = {
     "gateway": (
         "aiohttp",
         "aiosqlite",
+        "alembic",
         "argon2",
+        "asyncpg",
         "cryptography",
         "grpc_health",
         "grpc_reflection",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Self, Unpack
@@ -169,10 +170,22 @@ class AsyncClient:
         return messages.record(answer.record)
 
     async def list_records(
-        self, *, page_size: int = 0, timeout: float | None = None
+        self,
+        *,
+        page_size: int = 0,
+        since: datetime.datetime | None = None,
+        until: datetime.datetime | None = None,
+        timeout: float | None = None,
     ) -> AsyncIterator[types.RecordSummary]:
-        """The tenant's own records, newest first; fetches pages as it goes."""
-        request = pb.ListRecordsRequest(page_size=page_size)
+        """The tenant's own records, newest first; fetches pages as it goes.
+
+        Requests that arrived at `since` or later, and before `until`; both need a time zone.
+        """
+        request = pb.ListRecordsRequest(
+            page_size=page_size,
+            since_unix_micros=messages.unix_micros(since),
+            until_unix_micros=messages.unix_micros(until),
+        )
         while True:
             with translated():
                 page = await self._stub.ListRecords(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Self, Unpack
@@ -160,10 +161,22 @@ class Client:
         return messages.record(answer.record)
 
     def list_records(
-        self, *, page_size: int = 0, timeout: float | None = None
+        self,
+        *,
+        page_size: int = 0,
+        since: datetime.datetime | None = None,
+        until: datetime.datetime | None = None,
+        timeout: float | None = None,
     ) -> Iterator[types.RecordSummary]:
-        """The tenant's own records, newest first; fetches pages as it goes."""
-        request = pb.ListRecordsRequest(page_size=page_size)
+        """The tenant's own records, newest first; fetches pages as it goes.
+
+        Requests that arrived at `since` or later, and before `until`; both need a time zone.
+        """
+        request = pb.ListRecordsRequest(
+            page_size=page_size,
+            since_unix_micros=messages.unix_micros(since),
+            until_unix_micros=messages.unix_micros(until),
+        )
         while True:
             with translated():
                 page = self._stub.ListRecords(request, timeout=timeout, metadata=self._metadata)

@@ -7,6 +7,8 @@ errors. Relative paths are relative to the working directory.
 
 from __future__ import annotations
 
+import base64
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -98,11 +100,69 @@ class WorkerSection(_Section):
         return urls
 
 
+class AuditKey(_Section):
+    """A key that encrypts recorded content: base64 of 32 bytes, in a file or a variable."""
+
+    version: int = Field(ge=1)
+    file: Path | None = None
+    #: Name of an environment variable.
+    env: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> AuditKey:
+        if (self.file is None) == (self.env is None):
+            raise ValueError("say where the key is: file or env, one of them")
+        return self
+
+    def read(self) -> bytes:
+        """The key itself. Raises `ConfigError`."""
+        where = f"audit.encryption_keys: key version {self.version}"
+        try:
+            text = self.file.read_text("ascii") if self.file else os.environ[str(self.env)]
+            key = base64.b64decode(text.strip(), validate=True)
+        except OSError as error:
+            raise ConfigError(f"{where}: cannot read {self.file}: {error.strerror}") from error
+        except KeyError as error:
+            raise ConfigError(f"{where}: the variable {self.env} is not set") from error
+        except ValueError as error:
+            raise ConfigError(f"{where} is not base64") from error
+        if len(key) != 32:
+            raise ConfigError(
+                f"{where} has {len(key)} bytes instead of 32; `openssl rand -base64 32` makes one"
+            )
+        return key
+
+
 class Audit(_Section):
     """Where generations are recorded."""
 
-    #: SQLAlchemy URL with an async driver. The default needs no server.
+    #: SQLAlchemy URL: sqlite+aiosqlite or postgresql+asyncpg. The default needs no server.
     url: str = "sqlite+aiosqlite:///.vase-sgl/audit.sqlite3"
+    #: Bring the tables up to date at start. Not set: if it is SQLite, whose file is this gateway's
+    #: own. A shared PostgreSQL waits for `vase-sgl audit migrate`: the gateway's role need not
+    #: have the right, and an old gateway beside this one could no longer write.
+    migrate_on_start: bool | None = None
+    #: The highest version encrypts what is recorded from now on; the others only decrypt. None:
+    #: content is stored as it is.
+    encryption_keys: tuple[AuditKey, ...] = ()
+
+    @field_validator("encryption_keys")
+    @classmethod
+    def _check_keys(cls, keys: tuple[AuditKey, ...]) -> tuple[AuditKey, ...]:
+        if len({key.version for key in keys}) != len(keys):
+            raise ValueError("every key needs a version of its own")
+        return keys
+
+
+class ReplaySection(_Section):
+    """How replays share the workers with generations. They count against no tenant's limits."""
+
+    #: Replays that run at once; others wait.
+    max_concurrent: int = Field(default=2, ge=1)
+    #: Share of a worker's KV slots that a replay leaves free for generations, unless it is alone.
+    spare_share: float = Field(default=0.25, ge=0, le=1)
+    #: Seconds a replay may wait for its turn.
+    max_wait_seconds: float = Field(default=300.0, gt=0)
 
 
 class GatewayConfig(BaseSettings):
@@ -117,6 +177,7 @@ class GatewayConfig(BaseSettings):
     grpc: Grpc = Grpc()
     worker: WorkerSection = WorkerSection()
     audit: Audit = Audit()
+    replay: ReplaySection = ReplaySection()
     #: Who may call; written by `vase-sgl tenants add`.
     tenants_file: Path = Path(".vase-sgl/tenants.yaml")
     #: Turn authentication off: everyone is tenant `anonymous`. Never beyond your own machine.

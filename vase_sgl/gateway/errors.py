@@ -58,6 +58,12 @@ class WorkerUnavailable(GatewayError):
     code = grpc.StatusCode.UNAVAILABLE
 
 
+class AuditUnavailable(GatewayError):
+    """The audit store cannot be used now; a record that was to be stored may not be."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+
+
 class WorkerAborted(GatewayError):
     """The worker gave the request up without being asked to."""
 

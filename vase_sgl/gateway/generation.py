@@ -102,6 +102,7 @@ class Generations:
             return record
 
     async def _plan(self, tenant: Tenant, request: pb.GenerateRequest) -> _Plan:
+        self._store.check()
         request_id = uuid.uuid4().hex
         prompt = validation.prompt_of(request)
         max_new_tokens = validation.max_new_tokens_of(request, tenant)
@@ -230,4 +231,7 @@ def _record(
         round_digests=latest.round_digests,
         fingerprint=plan.info.fingerprint,
         timings=clock.timings(),
+        retention=plan.tenant.retention,
+        prompt_tokens=len(plan.request.prompt_token_ids),
+        completion_tokens=len(latest.token_ids),
     )

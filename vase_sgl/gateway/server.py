@@ -10,10 +10,11 @@ import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from vase_sgl.gateway.audit import AuditStore
+from vase_sgl.gateway.audit import AuditStore, KeyRing
 from vase_sgl.gateway.auth import AuthInterceptor, KeyAuthenticator, NoAuthenticator
-from vase_sgl.gateway.config import ConfigError, GatewayConfig, Tls
+from vase_sgl.gateway.config import Audit, ConfigError, GatewayConfig, Tls
 from vase_sgl.gateway.health import GatewayHealth
+from vase_sgl.gateway.replay_gate import ReplayGate
 from vase_sgl.gateway.runs import Background
 from vase_sgl.gateway.service import GatewayService
 from vase_sgl.gateway.worker_embedded import EmbeddedWorker, Progress, worker_command
@@ -74,7 +75,7 @@ class Gateway:
         async with AsyncExitStack() as undo:
             port = _bind(server, config)
             undo.push_async_callback(server.stop, None)
-            store = await AuditStore.open(config.audit.url)
+            store = await _open_store(config.audit)
             undo.push_async_callback(store.close)
             gateway = cls(config, server, store, port)
             undo.push_async_callback(gateway._router.close)
@@ -102,7 +103,11 @@ class Gateway:
     async def _serve(self, progress: Progress) -> None:
         gateway_pb2_grpc.add_VaseGatewayServicer_to_server(
             GatewayService(
-                self._router, self._store, self._background, self._config.default_eviction
+                self._router,
+                self._store,
+                self._background,
+                self._config.default_eviction,
+                ReplayGate(**self._config.replay.model_dump()),
             ),
             self._server,
         )
@@ -115,6 +120,11 @@ class Gateway:
             await self._embedded.start(progress)
             await self._router.check_all()
         self._router.start()
+
+
+async def _open_store(config: Audit) -> AuditStore:
+    keys = KeyRing({key.version: key.read() for key in config.encryption_keys})
+    return await AuditStore.open(config.url, migrate=config.migrate_on_start, keys=keys)
 
 
 def _embedded_worker(config: GatewayConfig) -> EmbeddedWorker | None:

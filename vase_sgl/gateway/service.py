@@ -16,7 +16,9 @@ from vase_sgl.gateway.auth import current_tenant
 from vase_sgl.gateway.errors import ClientGone, InvalidRequest, NotFound, as_status
 from vase_sgl.gateway.generation import Generations
 from vase_sgl.gateway.replay import Outcome, Progress, Replays, Verdict
+from vase_sgl.gateway.replay_gate import ReplayGate
 from vase_sgl.gateway.runs import Background
+from vase_sgl.gateway.seeds import SeedCheck
 from vase_sgl.gateway.tenants import Role
 from vase_sgl.gateway.validation import require
 from vase_sgl.gateway.workers import WorkerRouter
@@ -35,6 +37,12 @@ _OUTCOMES = {
     Outcome.DIVERGED: pb.ReplayVerdict.OUTCOME_DIVERGED,
     Outcome.INCOMPARABLE: pb.ReplayVerdict.OUTCOME_INCOMPARABLE,
 }
+_SEED_CHECKS = {
+    SeedCheck.VERIFIED: pb.SEED_CHECK_VERIFIED,
+    SeedCheck.MISMATCH: pb.SEED_CHECK_MISMATCH,
+    SeedCheck.VERSION_REMOVED: pb.SEED_CHECK_VERSION_REMOVED,
+    SeedCheck.ORIGIN_UNKNOWN: pb.SEED_CHECK_ORIGIN_UNKNOWN,
+}
 
 
 class GatewayService(gateway_pb2_grpc.VaseGatewayServicer):
@@ -50,11 +58,12 @@ class GatewayService(gateway_pb2_grpc.VaseGatewayServicer):
         store: AuditStore,
         background: Background,
         default_eviction: Mapping[str, Any] | None,
+        replay_gate: ReplayGate,
     ) -> None:
         self._router = router
         self._store = store
         self._generations = Generations(router, store, background, default_eviction)
-        self._replays = Replays(router, store, background)
+        self._replays = Replays(router, store, background, replay_gate)
 
     async def Generate(  # type: ignore[override]  # the stub knows only generators
         self, request: pb.GenerateRequest, context: Context
@@ -117,7 +126,14 @@ class GatewayService(gateway_pb2_grpc.VaseGatewayServicer):
             )
             before = _page_position(request.page_token)
             # One more than asked for tells whether there is a next page.
-            found = await self._store.latest(tenant.name, before=before, count=size + 1)
+            has = request.HasField
+            found = await self._store.latest(
+                tenant.name,
+                before=before,
+                count=size + 1,
+                since_unix_micros=request.since_unix_micros if has("since_unix_micros") else None,
+                until_unix_micros=request.until_unix_micros if has("until_unix_micros") else None,
+            )
             page = found[:size]
             return pb.ListRecordsResponse(
                 records=[wire.summary(stored) for stored in page],
@@ -202,4 +218,5 @@ def _verdict(verdict: Verdict) -> pb.ReplayVerdict:
         ],
         tokens_compared=verdict.tokens_compared,
         rounds_compared=verdict.rounds_compared,
+        seed_check=_SEED_CHECKS[verdict.seed_check],
     )

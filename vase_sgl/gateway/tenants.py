@@ -49,6 +49,15 @@ class SeedPolicy(enum.StrEnum):
     LOCKED = "locked"
 
 
+class Retention(enum.StrEnum):
+    """What the audit store keeps of a prompt and its answer."""
+
+    #: Token ids, text and stop strings; needed for a replay.
+    FULL = "full"
+    #: Salted digests of them.
+    HASH = "hash"
+
+
 def _known_policies(names: tuple[str, ...]) -> tuple[str, ...]:
     unknown = [name for name in names if name not in POLICIES]
     if unknown:
@@ -105,6 +114,8 @@ class Tenant(_Model):
     roles: frozenset[Role] = frozenset({Role.GENERATE, Role.REPLAY})
     seed_policy: SeedPolicy = SeedPolicy.CLIENT
     limits: Limits = Limits()
+    #: Of new records; those that are stored stay as they are.
+    retention: Retention = Retention.FULL
     master_secrets: tuple[MasterSecret, ...] = Field(min_length=1, repr=False)
     keys: tuple[StoredKey, ...] = ()
 
@@ -119,6 +130,10 @@ class Tenant(_Model):
     def master(self) -> MasterSecret:
         """The master secret new seeds are derived from: the one with the highest version."""
         return max(self.master_secrets, key=lambda secret: secret.version)
+
+    def master_version(self, version: int) -> MasterSecret | None:
+        """The master secret of this version; None if it was removed."""
+        return next((s for s in self.master_secrets if s.version == version), None)
 
     def has_role(self, *roles: Role) -> bool:
         """Whether the tenant has one of `roles`, or is `admin`."""

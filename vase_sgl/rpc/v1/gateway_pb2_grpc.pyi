@@ -11,8 +11,10 @@ Status codes, the same for every call:
   UNAUTHENTICATED      no API key, or one that is unknown or revoked
   PERMISSION_DENIED    the tenant lacks the role for this call
   NOT_FOUND            no such record among the tenant's own
-  FAILED_PRECONDITION  the record cannot be replayed (it is not of a completed generation)
-  UNAVAILABLE          no worker is ready, or the worker was lost; safe to retry
+  FAILED_PRECONDITION  the record cannot be replayed (it is not of a completed generation, or
+                       its content was not kept), or its content cannot be decrypted
+  UNAVAILABLE          no worker is ready, the worker was lost, or the audit store cannot be
+                       used; safe to retry, and an answer without a result was not recorded
   ABORTED              the worker gave the request up
   INTERNAL             a defect; the gateway's log has the details under the request id
 """
