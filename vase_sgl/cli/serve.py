@@ -35,10 +35,17 @@ def serve(
     worker_url: Annotated[
         list[str] | None, typer.Option(help="Running worker to use instead; repeatable.")
     ] = None,
+    worker_dns: Annotated[
+        list[str] | None,
+        typer.Option(help="URL whose name stands for one worker per address; repeatable."),
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     grpc_port: Annotated[int | None, typer.Option(help="Port to listen on; 0: any.")] = None,
     tenants_file: Annotated[Path | None, typer.Option(help="Who may call.")] = None,
     audit_url: Annotated[str | None, typer.Option(help="Where to record generations.")] = None,
+    redis_url: Annotated[
+        str | None, typer.Option(help="Count the tenants' usage there, for all gateways.")
+    ] = None,
     insecure_no_auth: Annotated[
         bool, typer.Option("--insecure-no-auth", help="Let everyone in. Only for your own machine.")
     ] = False,
@@ -51,6 +58,7 @@ def serve(
     """Serve gRPC until SIGTERM or Ctrl-C, then drain."""
     from vase_sgl.gateway.audit import AuditError
     from vase_sgl.gateway.config import ConfigError, load_config
+    from vase_sgl.gateway.limits.shared import SharedUsageError
     from vase_sgl.gateway.server import PortInUse
     from vase_sgl.gateway.tenants import TenantFileError
     from vase_sgl.gateway.worker_embedded import WorkerStartError
@@ -63,14 +71,18 @@ def serve(
             "worker": {
                 "model_path": model_path,
                 "urls": worker_url or None,
+                "dns": worker_dns or None,
                 "args": worker_args or None,
             },
             "audit": {"url": audit_url},
+            "limits": {"redis_url": redis_url},
             "tenants_file": tenants_file,
             "insecure_no_auth": insecure_no_auth or None,
         }
     )
-    with reported(ConfigError, TenantFileError, AuditError, PortInUse, WorkerStartError):
+    with reported(
+        ConfigError, TenantFileError, SharedUsageError, AuditError, PortInUse, WorkerStartError
+    ):
         asyncio.run(_serve(load_config(config, overrides)))
 
 

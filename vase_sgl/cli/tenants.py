@@ -38,6 +38,15 @@ def add(
     max_budget: Annotated[int | None, typer.Option(min=2)] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1)] = None,
     max_prompt_tokens: Annotated[int | None, typer.Option(min=1)] = None,
+    requests_per_second: Annotated[
+        float | None, typer.Option(min=0.001, help="[default: any]")
+    ] = None,
+    tokens_per_minute: Annotated[
+        int | None, typer.Option(min=1, help="Prompt and output. [default: any]")
+    ] = None,
+    max_concurrent_requests: Annotated[
+        int | None, typer.Option(min=1, help="Waiting or running. [default: any]")
+    ] = None,
     policy: Annotated[
         list[str] | None, typer.Option(help="Eviction policy to allow; repeatable. [default: all]")
     ] = None,
@@ -65,6 +74,9 @@ def add(
             "max_budget": max_budget,
             "max_new_tokens": max_new_tokens,
             "max_prompt_tokens": max_prompt_tokens,
+            "requests_per_second": requests_per_second,
+            "tokens_per_minute": tokens_per_minute,
+            "max_concurrent_requests": max_concurrent_requests,
             "policies": policy,
         }
         try:

@@ -8,12 +8,14 @@ import uuid
 from collections.abc import Awaitable, Callable, Mapping
 
 from vase_sgl.gateway import telemetry
+from vase_sgl.gateway.admission import Passage
 from vase_sgl.gateway.audit import AuditStore, Record, RecordStatus
 from vase_sgl.gateway.errors import FailedPrecondition, NotFound
 from vase_sgl.gateway.generation import raise_if_aborted
+from vase_sgl.gateway.router import Need, WorkerRouter
 from vase_sgl.gateway.runs import Background, running
 from vase_sgl.gateway.tenants import Tenant
-from vase_sgl.gateway.workers import Worker, WorkerChunk, WorkerRequest, WorkerRouter
+from vase_sgl.gateway.workers import Worker, WorkerChunk, WorkerRequest
 
 
 class Outcome(enum.Enum):
@@ -152,12 +154,13 @@ class Replays:
         self._store = store
         self._background = background
 
-    async def run(self, tenant: Tenant, record_id: str, send: Send) -> Verdict:
+    async def run(self, passage: Passage, record_id: str, send: Send) -> Verdict:
         """Replay one of the tenant's own records, sending progress. Raises `GatewayError`."""
+        tenant = passage.tenant
         with telemetry.span("vase.replay", tenant=tenant.name) as span:
             record = await self._load(tenant, record_id)
             telemetry.describe_eviction(span, record.eviction)
-            verdict = await self._run(record, send)
+            verdict = await self._run(passage, record, send)
             span.set_attribute("vase.outcome", verdict.outcome.value)
             span.set_attribute("vase.rounds", verdict.rounds_compared)
             return verdict
@@ -177,7 +180,7 @@ class Replays:
             )
         return record
 
-    async def _run(self, record: Record, send: Send) -> Verdict:
+    async def _run(self, passage: Passage, record: Record, send: Send) -> Verdict:
         worker, differences = await self._worker_for(record)
         if differences:
             return Verdict(Outcome.INCOMPARABLE, differences=differences)
@@ -188,8 +191,12 @@ class Replays:
             eviction=record.eviction,
         )
         comparison = Comparison(record)
-        async with running(worker, request, self._background) as chunks:
+        async with (
+            passage.worker(Need.of(request), only=worker.name) as lease,
+            running(lease, request, self._background) as chunks,
+        ):
             async for chunk in chunks:
+                passage.used(request, chunk)
                 raise_if_aborted(chunk.finish)
                 verdict = comparison.see(chunk)
                 if verdict is not None:

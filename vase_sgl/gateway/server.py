@@ -10,15 +10,23 @@ import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from vase_sgl.gateway.admission import Admissions
 from vase_sgl.gateway.audit import AuditStore
 from vase_sgl.gateway.auth import AuthInterceptor, KeyAuthenticator, NoAuthenticator
 from vase_sgl.gateway.config import ConfigError, GatewayConfig, Tls
+from vase_sgl.gateway.discovery import discover
+from vase_sgl.gateway.fair_queue import FairQueue
+from vase_sgl.gateway.generation import Generations
 from vase_sgl.gateway.health import GatewayHealth
+from vase_sgl.gateway.limits.local import LocalUsage
+from vase_sgl.gateway.limits.shared import SharedUsage
+from vase_sgl.gateway.limits.usage import Usage
+from vase_sgl.gateway.replay import Replays
+from vase_sgl.gateway.router import Lease, WorkerRouter
 from vase_sgl.gateway.runs import Background
 from vase_sgl.gateway.service import GatewayService
 from vase_sgl.gateway.worker_embedded import EmbeddedWorker, Progress, worker_command
 from vase_sgl.gateway.worker_http import HttpWorker
-from vase_sgl.gateway.workers import WorkerRouter
 from vase_sgl.rpc.v1 import gateway_pb2, gateway_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -34,23 +42,30 @@ class Gateway:
     """A running gateway. Made by `start`, ended by `stop`."""
 
     def __init__(
-        self, config: GatewayConfig, server: grpc.aio.Server, store: AuditStore, port: int
+        self,
+        config: GatewayConfig,
+        server: grpc.aio.Server,
+        store: AuditStore,
+        usage: Usage,
+        port: int,
     ) -> None:
         self._config = config
         self._server = server
         self._store = store
+        self._usage = usage
         self._health = GatewayHealth(SERVICE_NAME)
         self._background = Background()
         self._embedded = _embedded_worker(config)
+        self._queue: FairQueue[Lease] = FairQueue(
+            max_waiting=config.queue.max_waiting,
+            max_waiting_per_tenant=config.queue.max_waiting_per_tenant,
+            max_wait_seconds=config.queue.max_wait_seconds,
+        )
         self._router = WorkerRouter(
-            [self._embedded]
-            if self._embedded
-            else [
-                HttpWorker(url, stall_seconds=config.worker.stall_seconds)
-                for url in config.worker.urls
-            ],
-            interval_seconds=config.worker.health_interval_seconds,
+            [self._embedded] if self._embedded else [self._remote(u) for u in config.worker.urls],
+            config.worker,
             on_change=self._health.announce,
+            on_room=self._queue.dispatch,
         )
         self.port = port
 
@@ -58,10 +73,10 @@ class Gateway:
     async def start(cls, config: GatewayConfig, progress: Progress) -> Gateway:
         """Bind the port, serve, start the embedded worker and wait for it.
 
-        What can go wrong cheaply goes first: tenants, port and store before the model. Health
-        says NOT_SERVING until a worker is ready; remote workers are waited for in the background.
-        Raises `TenantFileError`, `PortInUse`, `ConfigError`, `AuditError`, `WorkerStartError`;
-        failed or cancelled, it leaves nothing behind.
+        What can go wrong cheaply goes first: tenants, port, Redis and store before the model.
+        Health says NOT_SERVING until a worker is ready; remote workers are waited for in the
+        background. Raises `TenantFileError`, `PortInUse`, `ConfigError`, `SharedUsageError`,
+        `AuditError`, `WorkerStartError`; failed or cancelled, it leaves nothing behind.
         """
         authenticator = (
             NoAuthenticator() if config.insecure_no_auth else KeyAuthenticator(config.tenants_file)
@@ -74,9 +89,11 @@ class Gateway:
         async with AsyncExitStack() as undo:
             port = _bind(server, config)
             undo.push_async_callback(server.stop, None)
+            usage = await _usage(config)
+            undo.push_async_callback(usage.close)
             store = await AuditStore.open(config.audit.url)
             undo.push_async_callback(store.close)
-            gateway = cls(config, server, store, port)
+            gateway = cls(config, server, store, usage, port)
             undo.push_async_callback(gateway._router.close)
             await gateway._serve(progress)
             undo.pop_all()
@@ -93,19 +110,32 @@ class Gateway:
         await self._server.stop(self._config.drain_seconds)
         await self._background.settle()
         await self._router.close()
+        await self._usage.close()
         await self._store.close()
 
     async def hurry(self) -> None:
         """Cut a running `stop` short: cancel what still runs."""
         await self._server.stop(None)
 
+    def _remote(self, url: str) -> HttpWorker:
+        return HttpWorker(url, stall_seconds=self._config.worker.stall_seconds)
+
     async def _serve(self, progress: Progress) -> None:
-        gateway_pb2_grpc.add_VaseGatewayServicer_to_server(
-            GatewayService(
-                self._router, self._store, self._background, self._config.default_eviction
+        router, store, background = self._router, self._store, self._background
+        service = GatewayService(
+            router,
+            store,
+            Admissions(self._usage, self._queue, router, background),
+            Generations(
+                router,
+                store,
+                background,
+                self._config.default_eviction,
+                self._config.worker.retries,
             ),
-            self._server,
+            Replays(router, store, background),
         )
+        gateway_pb2_grpc.add_VaseGatewayServicer_to_server(service, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if self._config.grpc.reflection:
             names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -114,7 +144,25 @@ class Gateway:
         if self._embedded is not None:
             await self._embedded.start(progress)
             await self._router.check_all()
-        self._router.start()
+        dns = self._config.worker.dns
+        self._router.start(
+            discover(
+                dns,
+                interval_seconds=self._config.worker.dns_interval_seconds,
+                connect=self._remote,
+            )
+            if dns
+            else None
+        )
+
+
+async def _usage(config: GatewayConfig) -> Usage:
+    section = config.limits
+    if section.redis_url is None:
+        return LocalUsage()
+    return await SharedUsage.connect(
+        section.redis_url, prefix=section.redis_prefix, on_failure=section.on_redis_failure
+    )
 
 
 def _embedded_worker(config: GatewayConfig) -> EmbeddedWorker | None:

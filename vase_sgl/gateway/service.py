@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import grpc
@@ -11,15 +10,15 @@ from google.protobuf.message import Message
 
 from vase_sgl.eviction.params import DEFAULT_WINDOW
 from vase_sgl.gateway import wire
+from vase_sgl.gateway.admission import Admissions
 from vase_sgl.gateway.audit import AuditStore
 from vase_sgl.gateway.auth import current_tenant
 from vase_sgl.gateway.errors import ClientGone, InvalidRequest, NotFound, as_status
 from vase_sgl.gateway.generation import Generations
 from vase_sgl.gateway.replay import Outcome, Progress, Replays, Verdict
-from vase_sgl.gateway.runs import Background
+from vase_sgl.gateway.router import WorkerRouter
 from vase_sgl.gateway.tenants import Role
 from vase_sgl.gateway.validation import require
-from vase_sgl.gateway.workers import WorkerRouter
 from vase_sgl.rpc.v1 import gateway_pb2 as pb
 from vase_sgl.rpc.v1 import gateway_pb2_grpc
 
@@ -48,13 +47,15 @@ class GatewayService(gateway_pb2_grpc.VaseGatewayServicer):
         self,
         router: WorkerRouter,
         store: AuditStore,
-        background: Background,
-        default_eviction: Mapping[str, Any] | None,
+        admissions: Admissions,
+        generations: Generations,
+        replays: Replays,
     ) -> None:
         self._router = router
         self._store = store
-        self._generations = Generations(router, store, background, default_eviction)
-        self._replays = Replays(router, store, background)
+        self._admissions = admissions
+        self._generations = generations
+        self._replays = replays
 
     async def Generate(  # type: ignore[override]  # the stub knows only generators
         self, request: pb.GenerateRequest, context: Context
@@ -62,7 +63,8 @@ class GatewayService(gateway_pb2_grpc.VaseGatewayServicer):
         async with as_status(context, "Generate"):
             tenant = current_tenant(Role.GENERATE)
             send = functools.partial(_write, context)
-            record = await self._generations.run(tenant, request, send)
+            async with self._admissions.admit(tenant) as passage:
+                record = await self._generations.run(passage, request, send)
             await send(pb.GenerateResponse(result=wire.result(record)))
 
     async def GenerateOnce(  # type: ignore[override]
@@ -70,7 +72,8 @@ class GatewayService(gateway_pb2_grpc.VaseGatewayServicer):
     ) -> pb.GenerateOnceResponse | None:
         async with as_status(context, "GenerateOnce"):
             tenant = current_tenant(Role.GENERATE)
-            record = await self._generations.run(tenant, request.request, _discard)
+            async with self._admissions.admit(tenant) as passage:
+                record = await self._generations.run(passage, request.request, _discard)
             return pb.GenerateOnceResponse(
                 request_id=record.record_id,
                 text=record.text,
@@ -88,7 +91,8 @@ class GatewayService(gateway_pb2_grpc.VaseGatewayServicer):
 
         async with as_status(context, "Replay"):
             tenant = current_tenant(Role.REPLAY)
-            verdict = await self._replays.run(tenant, request.record_id, send)
+            async with self._admissions.admit(tenant) as passage:
+                verdict = await self._replays.run(passage, request.record_id, send)
             await _write(context, pb.ReplayResponse(verdict=_verdict(verdict)))
 
     async def GetRecord(  # type: ignore[override]

@@ -20,6 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from vase_sgl.eviction.policies import POLICIES
 from vase_sgl.gateway.keys import new_key
+from vase_sgl.gateway.limits.usage import UsageLimits
 from vase_sgl.gateway.problems import describe
 
 
@@ -69,6 +70,20 @@ class Limits(_Model):
     max_prompt_tokens: int = Field(default=131072, ge=1)
     #: Policies the tenant may use; a request without eviction counts as `full`.
     policies: Annotated[tuple[str, ...], AfterValidator(_known_policies)] = tuple(POLICIES)
+    #: Requests per second, evenly; a rested tenant may send one second's worth at once. None: any.
+    requests_per_second: float | None = Field(default=None, gt=0, le=1e6)
+    #: Prompt and output tokens per minute. Checked on arrival against what is left, charged at the
+    #: end of a request. None: any.
+    tokens_per_minute: int | None = Field(default=None, ge=1, le=10**12)
+    #: Requests at the gateway at once, waiting or running. None: any.
+    max_concurrent_requests: int | None = Field(default=None, ge=1)
+
+    @property
+    def usage(self) -> UsageLimits:
+        """The limits that are counted over time."""
+        return UsageLimits(
+            self.requests_per_second, self.tokens_per_minute, self.max_concurrent_requests
+        )
 
 
 class MasterSecret(_Model):

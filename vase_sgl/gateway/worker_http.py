@@ -218,6 +218,11 @@ def _info(answer: Mapping[str, Any]) -> WorkerInfo:
     first = states[0]
     vocab_size = first.get("vocab_size")
     default = first.get("default")
+    maxima = [
+        s["effective_max_running_requests_per_dp"]
+        for s in answer["internal_states"]
+        if "effective_max_running_requests_per_dp" in s
+    ]
     return WorkerInfo(
         fingerprint={str(k): str(v) for k, v in first["fingerprint"].items()},
         default_eviction=None if default is None else dict(default),
@@ -231,6 +236,7 @@ def _info(answer: Mapping[str, Any]) -> WorkerInfo:
         running_requests=sum(int(state["running_requests"]) for state in states),
         rounds=sum(int(state["rounds"]) for state in states),
         evicted_tokens=sum(int(state["evicted_tokens"]) for state in states),
+        max_running_requests=sum(map(int, maxima)) or None,
     )
 
 
