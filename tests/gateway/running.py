@@ -51,7 +51,10 @@ def add_tenant(file: Path, name: str, **fields: Any) -> str:
 async def run_gateway(
     folder: Path, client_tls: Tls | None = None, **config: Any
 ) -> AsyncIterator[Running]:
-    """Start worker and gateway, wait until ready; `config` overrides configuration keys."""
+    """Start worker and gateway, wait until ready; `config` overrides configuration keys.
+
+    Keys of `worker` are added to the scripted worker's own.
+    """
     tenants_file = folder / "tenants.yaml"
     key = add_tenant(tenants_file, "alice", roles=["generate", "replay", "audit"])
     audit_url = f"sqlite+aiosqlite:///{folder / 'audit.sqlite3'}"
@@ -59,7 +62,11 @@ async def run_gateway(
         settings = load_config(
             overrides={
                 "listen": {"port": 0},
-                "worker": {"urls": [worker.url], "health_interval_seconds": 0.1},
+                "worker": {
+                    "urls": [worker.url],
+                    "health_interval_seconds": 0.1,
+                    **config.pop("worker", {}),
+                },
                 "audit": {"url": audit_url},
                 "tenants_file": tenants_file,
                 "drain_seconds": 2,

@@ -43,7 +43,7 @@ class Faults:
 class ScriptedWorker:
     """Serve with `async with ScriptedWorker() as worker`, at `worker.url`."""
 
-    def __init__(self, port: int = 0) -> None:
+    def __init__(self, port: int = 0, host: str = "127.0.0.1") -> None:
         self.url = ""
         self.faults = Faults()
         self.fingerprint = dict(FINGERPRINT)
@@ -57,7 +57,10 @@ class ScriptedWorker:
         self.bodies: list[dict[str, Any]] = []
         self.aborted: list[str] = []
         self.running: set[str] = set()
+        self.most_running = 0
+        self.max_running_requests: int | None = None
         self.tokens_written = 0
+        self._host = host
         self._port = port
         self._runner: web.AppRunner | None = None
 
@@ -70,16 +73,25 @@ class ScriptedWorker:
         app.router.add_get("/server_info", self._server_info)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", self._port)
+        site = web.TCPSite(self._runner, self._host, self._port)
         await site.start()
         assert site._server is not None
         port = site._server.sockets[0].getsockname()[1]  # type: ignore[attr-defined]
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = f"http://{self._host}:{port}"
         return self
 
     async def __aexit__(self, *exception: object) -> None:
         assert self._runner is not None
         await self._runner.cleanup()
+
+    async def kill(self) -> None:
+        """Cut every connection and stop listening, as a process that dies does."""
+        assert self._runner is not None and self._runner.server is not None
+        for connection in self._runner.server.connections:
+            if connection.transport is not None:
+                connection.transport.abort()
+        for site in list(self._runner.sites):
+            await site.stop()
 
     async def wait_for_abort(self, seconds: float = 5.0) -> str:
         """The first aborted request id, as soon as nothing runs any more."""
@@ -87,6 +99,12 @@ class ScriptedWorker:
             while not self.aborted or self.running:
                 await asyncio.sleep(0.01)
         return self.aborted[0]
+
+    async def wait_for_abort_of(self, count: int) -> None:
+        """Wait until so many requests were aborted."""
+        async with asyncio.timeout(5):
+            while len(self.aborted) < count:
+                await asyncio.sleep(0.01)
 
     async def _tokenize(self, request: web.Request) -> web.Response:
         body = await request.json()
@@ -122,7 +140,10 @@ class ScriptedWorker:
             "context_length": self.context_length,
             **({} if self.hides_vocabulary else {"vocab_size": VOCAB}),
         }
-        return web.json_response({"internal_states": [{"vase": vase}]})
+        state: dict[str, Any] = {"vase": vase}
+        if self.max_running_requests is not None:
+            state["effective_max_running_requests_per_dp"] = self.max_running_requests
+        return web.json_response({"internal_states": [state]})
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -133,6 +154,7 @@ class ScriptedWorker:
             )
         rid = body["rid"]
         self.running.add(rid)
+        self.most_running = max(self.most_running, len(self.running))
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         try:

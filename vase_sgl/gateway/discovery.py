@@ -29,7 +29,7 @@ async def discover(
     *,
     interval_seconds: float,
     connect: Callable[[str], Worker],
-    resolve: Resolve = resolve,
+    resolve: Resolve,
 ) -> AsyncIterator[Sequence[Worker]]:
     """Yield every worker behind the names in `urls`, at once and after each interval.
 

@@ -14,7 +14,7 @@ from vase_sgl.gateway.admission import Admissions
 from vase_sgl.gateway.audit import AuditStore
 from vase_sgl.gateway.auth import AuthInterceptor, KeyAuthenticator, NoAuthenticator
 from vase_sgl.gateway.config import ConfigError, GatewayConfig, Tls
-from vase_sgl.gateway.discovery import discover
+from vase_sgl.gateway.discovery import discover, resolve
 from vase_sgl.gateway.fair_queue import FairQueue
 from vase_sgl.gateway.generation import Generations
 from vase_sgl.gateway.health import GatewayHealth
@@ -150,6 +150,7 @@ class Gateway:
                 dns,
                 interval_seconds=self._config.worker.dns_interval_seconds,
                 connect=self._remote,
+                resolve=resolve,
             )
             if dns
             else None
