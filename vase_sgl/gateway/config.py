@@ -64,6 +64,10 @@ class Grpc(_Section):
     keepalive_seconds: float = Field(default=30.0, ge=1)
     #: Seconds a ping may stay unanswered before the connection is dropped.
     keepalive_timeout_seconds: float = Field(default=10.0, ge=1)
+    #: Seconds between a client's own pings, at least; one that pings more often is cut off.
+    min_ping_interval_seconds: float = Field(default=10.0, ge=0)
+    #: Seconds a client may leave output unread before its request is given up.
+    client_stall_seconds: float = Field(default=60.0, gt=0)
     #: Let tools such as grpcurl list services and messages.
     reflection: bool = True
 

@@ -134,6 +134,7 @@ class Gateway:
                 self._config.worker.retries,
             ),
             Replays(router, store, background),
+            client_stall_seconds=self._config.grpc.client_stall_seconds,
         )
         gateway_pb2_grpc.add_VaseGatewayServicer_to_server(service, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -218,8 +219,13 @@ def _options(config: GatewayConfig) -> list[tuple[str, int]]:
         ("grpc.keepalive_time_ms", int(settings.keepalive_seconds * 1000)),
         ("grpc.keepalive_timeout_ms", int(settings.keepalive_timeout_seconds * 1000)),
         ("grpc.keepalive_permit_without_calls", 1),
-        # Clients may ping as well; gRPC's own default would cut them off after a few.
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        # Clients may ping as well; gRPC's own default would cut them off after a few. One that
+        # pings faster than this is cut off after `max_ping_strikes`.
+        (
+            "grpc.http2.min_ping_interval_without_data_ms",
+            int(settings.min_ping_interval_seconds * 1000),
+        ),
+        ("grpc.http2.max_ping_strikes", 2),
         # Otherwise a second gateway binds the same port and takes half of the calls.
         ("grpc.so_reuseport", 0),
     ]

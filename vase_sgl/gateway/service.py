@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from typing import Any
 
@@ -13,7 +14,7 @@ from vase_sgl.gateway import wire
 from vase_sgl.gateway.admission import Admissions
 from vase_sgl.gateway.audit import AuditStore
 from vase_sgl.gateway.auth import current_tenant
-from vase_sgl.gateway.errors import ClientGone, InvalidRequest, NotFound, as_status
+from vase_sgl.gateway.errors import ClientGone, ClientStalled, InvalidRequest, NotFound, as_status
 from vase_sgl.gateway.generation import Generations
 from vase_sgl.gateway.replay import Outcome, Progress, Replays, Verdict
 from vase_sgl.gateway.router import WorkerRouter
@@ -50,19 +51,22 @@ class GatewayService(gateway_pb2_grpc.VaseGatewayServicer):
         admissions: Admissions,
         generations: Generations,
         replays: Replays,
+        *,
+        client_stall_seconds: float,
     ) -> None:
         self._router = router
         self._store = store
         self._admissions = admissions
         self._generations = generations
         self._replays = replays
+        self._client_stall = client_stall_seconds
 
     async def Generate(  # type: ignore[override]  # the stub knows only generators
         self, request: pb.GenerateRequest, context: Context
     ) -> None:
         async with as_status(context, "Generate"):
             tenant = current_tenant(Role.GENERATE)
-            send = functools.partial(_write, context)
+            send = functools.partial(self._write, context)
             async with self._admissions.admit(tenant) as passage:
                 record = await self._generations.run(passage, request, send)
             await send(pb.GenerateResponse(result=wire.result(record)))
@@ -87,13 +91,13 @@ class GatewayService(gateway_pb2_grpc.VaseGatewayServicer):
     ) -> None:
         async def send(progress: Progress) -> None:
             message = pb.ReplayProgress(**vars(progress))
-            await _write(context, pb.ReplayResponse(progress=message))
+            await self._write(context, pb.ReplayResponse(progress=message))
 
         async with as_status(context, "Replay"):
             tenant = current_tenant(Role.REPLAY)
             async with self._admissions.admit(tenant) as passage:
                 verdict = await self._replays.run(passage, request.record_id, send)
-            await _write(context, pb.ReplayResponse(verdict=_verdict(verdict)))
+            await self._write(context, pb.ReplayResponse(verdict=_verdict(verdict)))
 
     async def GetRecord(  # type: ignore[override]
         self, request: pb.GetRecordRequest, context: Context
@@ -168,14 +172,22 @@ class GatewayService(gateway_pb2_grpc.VaseGatewayServicer):
             return response
         return None
 
+    async def _write(self, context: Context, message: Message) -> None:
+        """Write to the client's stream; waits while the client does not read.
 
-async def _write(context: Context, message: Message) -> None:
-    """Write to the client's stream; waits while the client does not read. Raises `ClientGone`."""
-    try:
-        await context.write(message)
-    except Exception as error:
-        # gRPC raises a private type when the client leaves while a message waits to be sent.
-        raise ClientGone from error
+        So the gateway holds one message of each stream, and gRPC a few megabytes of a connection.
+        Raises `ClientGone`, and `ClientStalled` for a client that does not read for too long.
+        """
+        try:
+            async with asyncio.timeout(self._client_stall):
+                await context.write(message)
+        except TimeoutError as error:
+            raise ClientStalled(
+                f"the client did not read for {self._client_stall:g} s; the request was aborted"
+            ) from error
+        except Exception as error:
+            # gRPC raises a private type when the client leaves while a message waits to be sent.
+            raise ClientGone from error
 
 
 async def _discard(message: pb.GenerateResponse) -> None:
