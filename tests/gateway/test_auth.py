@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import logging
 import time
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from tests.gateway.running import Running, run_gateway
+from tests.gateway.running import Running, add_tenant, run_gateway
 from vase_sgl.client import (
     AsyncClient,
     AuthenticationError,
@@ -20,7 +22,9 @@ from vase_sgl.client import (
     PermissionError_,
     VaseError,
 )
-from vase_sgl.gateway import tenants
+from vase_sgl.gateway import keys, tenants
+from vase_sgl.gateway.auth import Credential, KeyAuthenticator
+from vase_sgl.gateway.errors import TooManyChecks, Unauthenticated
 
 
 async def refused(running: Running, key: str | None) -> str:
@@ -59,6 +63,44 @@ async def test_a_second_check_of_a_key_is_fast(running: Running) -> None:
     for _ in range(20):
         await running.client.capacity()
     assert (time.perf_counter() - start) / 20 < 0.02
+
+
+async def test_a_checked_key_is_remembered_for_a_minute_and_never_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verified, now = [], 0.0
+    real = keys.verify
+    monkeypatch.setattr(keys, "verify", lambda *a: verified.append(a[0]) or real(*a))
+    key = add_tenant(tmp_path / "t.yaml", "bob")
+    bad = key[:-1] + ("0" if key[-1] != "0" else "1")
+    authenticator = KeyAuthenticator(tmp_path / "t.yaml", lambda: now)
+    for _ in range(3):
+        assert (await authenticator.tenant_of(Credential(key))).name == "bob"
+        with pytest.raises(Unauthenticated):
+            await authenticator.tenant_of(Credential(bad))
+    assert verified == [key, bad]
+    now = 61.0
+    await authenticator.tenant_of(Credential(key))
+    assert verified == [key, bad, key]
+    remembered = list(authenticator._checked)
+    assert len(remembered) == 2 and hashlib.blake2b(key.encode()).digest() not in remembered
+    assert key not in repr(Credential(key))
+
+
+async def test_a_flood_of_keys_is_refused_and_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vase_sgl.gateway.auth._WAITING_CHECKS", 8)
+    monkeypatch.setattr("vase_sgl.gateway.auth._REMEMBERED", 16)
+    key = add_tenant(tmp_path / "t.yaml", "bob")
+    authenticator = KeyAuthenticator(tmp_path / "t.yaml")
+    await authenticator.tenant_of(Credential(key))
+    flood = [authenticator.tenant_of(Credential(f"{key[:-8]}{n:08x}")) for n in range(40)]
+    outcomes = await asyncio.gather(*flood, return_exceptions=True)
+    assert {type(outcome) for outcome in outcomes} == {Unauthenticated, TooManyChecks}
+    assert sum(isinstance(outcome, Unauthenticated) for outcome in outcomes) == 8
+    await authenticator.tenant_of(Credential(key))
+    assert len(authenticator._checked) <= 16
 
 
 async def test_tenants_come_and_go_while_the_gateway_runs(running: Running) -> None:

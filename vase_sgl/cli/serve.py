@@ -41,6 +41,10 @@ def serve(
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     grpc_port: Annotated[int | None, typer.Option(help="Port to listen on; 0: any.")] = None,
+    tls: Annotated[
+        Path | None,
+        typer.Option(help="Encrypt with the certificate and private key in this PEM file."),
+    ] = None,
     tenants_file: Annotated[Path | None, typer.Option(help="Who may call.")] = None,
     audit_url: Annotated[str | None, typer.Option(help="Where to record generations.")] = None,
     redis_url: Annotated[
@@ -74,6 +78,7 @@ def serve(
                 "dns": worker_dns or None,
                 "args": worker_args or None,
             },
+            "tls": {"certificate": tls},
             "audit": {"url": audit_url},
             "limits": {"redis_url": redis_url},
             "tenants_file": tenants_file,

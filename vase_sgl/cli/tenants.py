@@ -50,6 +50,10 @@ def add(
     policy: Annotated[
         list[str] | None, typer.Option(help="Eviction policy to allow; repeatable. [default: all]")
     ] = None,
+    certificate_subject: Annotated[
+        list[str] | None,
+        typer.Option(help="Client certificate that stands for a key: CN=alice,O=...; repeatable."),
+    ] = None,
     another_key: Annotated[
         bool, typer.Option("--another-key", help="Give a tenant that exists one more key.")
     ] = False,
@@ -86,6 +90,7 @@ def add(
                     "seed_policy": seed_policy,
                     "limits": {key: value for key, value in limits.items() if value},
                     "master_secrets": [tenants.new_master_secret()],
+                    "certificate_subjects": certificate_subject or [],
                     **({"roles": role} if role else {}),
                 }
             )

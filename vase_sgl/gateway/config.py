@@ -45,9 +45,12 @@ class Listen(_Section):
 class Tls(_Section):
     """Encryption towards clients; PEM files."""
 
+    #: The certificate and those that lead to its authority.
     certificate: Path
-    key: Path
-    #: Given: clients need a certificate signed by this authority, besides their API key.
+    #: Its private key. None: it is in `certificate` as well.
+    key: Path | None = None
+    #: Given: clients need a certificate signed by this authority. Its subject may name the tenant;
+    #: otherwise an API key has to.
     client_ca: Path | None = None
 
 

@@ -41,9 +41,15 @@ class InvalidRequest(GatewayError):
 
 
 class Unauthenticated(GatewayError):
-    """No API key, or one that is unknown or revoked."""
+    """No API key or certificate, or one that is unknown or revoked."""
 
     code = grpc.StatusCode.UNAUTHENTICATED
+
+
+class TooManyChecks(GatewayError):
+    """So many unknown keys are being checked that another one has to wait."""
+
+    code = grpc.StatusCode.UNAVAILABLE
 
 
 class PermissionDenied(GatewayError):

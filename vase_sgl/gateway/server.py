@@ -205,7 +205,7 @@ def _credentials(tls: Tls) -> grpc.ServerCredentials:
             raise ConfigError(f"tls: cannot read {path}: {error.strerror}") from error
 
     return grpc.ssl_server_credentials(
-        [(read(tls.key), read(tls.certificate))],
+        [(read(tls.key or tls.certificate), read(tls.certificate))],
         root_certificates=read(tls.client_ca) if tls.client_ca else None,
         require_client_auth=tls.client_ca is not None,
     )

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated
 
 import yaml
+from cryptography import x509
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vase_sgl.eviction.policies import POLICIES
@@ -113,6 +114,17 @@ class StoredKey(_Model):
     created: datetime.datetime
 
 
+def _normal_subjects(subjects: tuple[str, ...]) -> tuple[str, ...]:
+    """As certificates are read: one spelling of each."""
+    try:
+        return tuple(x509.Name.from_rfc4514_string(s).rfc4514_string() for s in subjects)
+    except ValueError as error:
+        raise ValueError(
+            "a certificate subject is written as in RFC 4514: CN=alice,O=Example, no blanks after "
+            "commas"
+        ) from error
+
+
 class Tenant(_Model):
     """One tenant."""
 
@@ -122,6 +134,9 @@ class Tenant(_Model):
     limits: Limits = Limits()
     master_secrets: tuple[MasterSecret, ...] = Field(min_length=1, repr=False)
     keys: tuple[StoredKey, ...] = ()
+    #: Subjects of client certificates (RFC 4514, `CN=alice,O=Example`) that stand for a key. Only
+    #: used where the gateway asks for certificates, `tls.client_ca`.
+    certificate_subjects: Annotated[tuple[str, ...], AfterValidator(_normal_subjects)] = ()
 
     @model_validator(mode="after")
     def _check(self) -> Tenant:
@@ -151,6 +166,7 @@ class TenantFile(_Model):
         for kind, ids in (
             ("tenant name", [tenant.name for tenant in self.tenants]),
             ("key id", [key.id for tenant in self.tenants for key in tenant.keys]),
+            ("certificate subject", [s for t in self.tenants for s in t.certificate_subjects]),
         ):
             twice = sorted({i for i in ids if ids.count(i) > 1})
             if twice:
@@ -160,6 +176,10 @@ class TenantFile(_Model):
     def by_key_id(self) -> dict[str, tuple[Tenant, StoredKey]]:
         """Every key with its tenant, by key id."""
         return {key.id: (tenant, key) for tenant in self.tenants for key in tenant.keys}
+
+    def by_subject(self) -> dict[str, Tenant]:
+        """Every certificate subject with its tenant."""
+        return {s: tenant for tenant in self.tenants for s in tenant.certificate_subjects}
 
 
 def new_master_secret(version: int = 1) -> MasterSecret:
