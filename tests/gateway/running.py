@@ -31,6 +31,10 @@ class Running:
     def target(self) -> str:
         return f"127.0.0.1:{self.gateway.port}"
 
+    @property
+    def http_url(self) -> str:
+        return f"http://127.0.0.1:{self.gateway.http_port}"
+
     def add_tenant(self, name: str, **fields: Any) -> str:
         """Add a tenant to the file of the running gateway; its API key."""
         return add_tenant(self.tenants_file, name, **fields)

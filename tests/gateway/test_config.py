@@ -43,7 +43,7 @@ def test_a_variable_of_another_part_is_no_error(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("lisen: {}", "lisen: unknown key; known are listen, tls, grpc"),
+        ("lisen: {}", "lisen: unknown key; known are listen, tls, grpc, http"),
         ("listen: {prt: 1}", "listen.prt: unknown key; known are host, port"),
         ("listen: {port: 99999}", "listen.port: Input should be less than or equal to 65535"),
         ("tls: {certificate: a, key: b, ca: c}", "tls.ca: unknown key; known are certificate"),
@@ -79,7 +79,7 @@ def test_the_documented_example_shows_every_key_with_its_default() -> None:
     defaults = load_config(overrides={"worker": {"model_path": "Qwen/Qwen3-8B"}})
     assert config.model_dump() == defaults.model_dump()
     text = example.read_text()
-    for section in ("worker", "listen", "grpc", "queue", "limits", "audit"):
+    for section in ("worker", "listen", "grpc", "http", "queue", "limits", "audit"):
         for key in type(getattr(config, section)).model_fields:
             assert f"{key}:" in text, f"{section}.{key}"
     for key in type(config).model_fields:

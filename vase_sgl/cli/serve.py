@@ -41,6 +41,9 @@ def serve(
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     grpc_port: Annotated[int | None, typer.Option(help="Port to listen on; 0: any.")] = None,
+    http_port: Annotated[
+        int | None, typer.Option(help="Open the OpenAI-compatible HTTP door there; 0: any.")
+    ] = None,
     tls: Annotated[
         Path | None,
         typer.Option(help="Encrypt with the certificate and private key in this PEM file."),
@@ -78,6 +81,7 @@ def serve(
                 "dns": worker_dns or None,
                 "args": worker_args or None,
             },
+            "http": {"port": http_port},
             "tls": {"certificate": tls},
             "audit": {"url": audit_url},
             "limits": {"redis_url": redis_url},
@@ -106,6 +110,8 @@ async def _serve(config: GatewayConfig) -> None:
         await asyncio.gather(starting, return_exceptions=True)
         return
     gateway = starting.result()
+    if gateway.http_port is not None:
+        typer.echo(f"OpenAI-compatible HTTP on {config.listen.host}:{gateway.http_port}/v1")
     typer.echo(f"vase-sgl is serving on {config.listen.host}:{gateway.port}")
     await stop.wait()
     typer.echo("draining; once more to stop at once", err=True)

@@ -40,13 +40,18 @@ _tenant: contextvars.ContextVar[Tenant] = contextvars.ContextVar("vase_tenant")
 def current_tenant(*roles: Role) -> Tenant:
     """The calling tenant. Raises `PermissionDenied` unless it has one of `roles` (none: any)."""
     tenant = _tenant.get()
+    require_role(tenant, *roles)
+    return tenant
+
+
+def require_role(tenant: Tenant, *roles: Role) -> None:
+    """Raise `PermissionDenied` unless the tenant has one of `roles` (none: any)."""
     if roles and not tenant.has_role(*roles):
         wanted = " or ".join(f"`{role}`" for role in roles)
         raise PermissionDenied(
             f"tenant {tenant.name} lacks the role {wanted}; whoever runs the gateway can add it "
             "in the tenants file"
         )
-    return tenant
 
 
 @dataclasses.dataclass(frozen=True)

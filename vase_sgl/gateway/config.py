@@ -54,6 +54,15 @@ class Tls(_Section):
     client_ca: Path | None = None
 
 
+class Http(_Section):
+    """The OpenAI-compatible HTTP door. Host, `tls`, message sizes and ceilings are gRPC's own."""
+
+    #: TCP port; 0 takes a free one. None: the door stays shut.
+    port: int | None = Field(default=None, ge=0, le=65535)
+    #: Output tokens of a chat that does not say how many. A completion has OpenAI's own 16.
+    default_max_tokens: int = Field(default=1024, ge=1)
+
+
 class Grpc(_Section):
     """Limits of the gRPC server."""
 
@@ -188,6 +197,7 @@ class GatewayConfig(BaseSettings):
     listen: Listen = Listen()
     tls: Tls | None = None
     grpc: Grpc = Grpc()
+    http: Http = Http()
     worker: WorkerSection = WorkerSection()
     queue: Queue = Queue()
     limits: UsageSection = UsageSection()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import ssl
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -12,7 +14,12 @@ from grpc_reflection.v1alpha import reflection
 
 from vase_sgl.gateway.admission import Admissions
 from vase_sgl.gateway.audit import AuditStore
-from vase_sgl.gateway.auth import AuthInterceptor, KeyAuthenticator, NoAuthenticator
+from vase_sgl.gateway.auth import (
+    Authenticator,
+    AuthInterceptor,
+    KeyAuthenticator,
+    NoAuthenticator,
+)
 from vase_sgl.gateway.config import ConfigError, GatewayConfig, Tls
 from vase_sgl.gateway.discovery import discover, resolve
 from vase_sgl.gateway.fair_queue import FairQueue
@@ -21,6 +28,7 @@ from vase_sgl.gateway.health import GatewayHealth
 from vase_sgl.gateway.limits.local import LocalUsage
 from vase_sgl.gateway.limits.shared import SharedUsage
 from vase_sgl.gateway.limits.usage import Usage
+from vase_sgl.gateway.openai.door import OpenAIDoor
 from vase_sgl.gateway.replay import Replays
 from vase_sgl.gateway.router import Lease, WorkerRouter
 from vase_sgl.gateway.runs import Background
@@ -47,6 +55,7 @@ class Gateway:
         server: grpc.aio.Server,
         store: AuditStore,
         usage: Usage,
+        authenticator: Authenticator,
         port: int,
     ) -> None:
         self._config = config
@@ -67,7 +76,27 @@ class Gateway:
             on_change=self._health.announce,
             on_room=self._queue.dispatch,
         )
+        self._admissions = Admissions(usage, self._queue, self._router, self._background)
+        self._generations = Generations(
+            self._router,
+            store,
+            self._background,
+            config.default_eviction,
+            config.worker.retries,
+        )
+        self._door = OpenAIDoor(
+            authenticator,
+            self._admissions,
+            self._generations,
+            self._router,
+            default_max_tokens=config.http.default_max_tokens,
+            client_stall_seconds=config.grpc.client_stall_seconds,
+            max_body_bytes=config.grpc.max_receive_bytes,
+            max_concurrent=config.grpc.max_concurrent_calls,
+        )
         self.port = port
+        #: Port of the OpenAI-compatible door. None: it is shut.
+        self.http_port: int | None = None
 
     @classmethod
     async def start(cls, config: GatewayConfig, progress: Progress) -> Gateway:
@@ -78,7 +107,7 @@ class Gateway:
         background. Raises `TenantFileError`, `PortInUse`, `ConfigError`, `SharedUsageError`,
         `AuditError`, `WorkerStartError`; failed or cancelled, it leaves nothing behind.
         """
-        authenticator = (
+        authenticator: Authenticator = (
             NoAuthenticator() if config.insecure_no_auth else KeyAuthenticator(config.tenants_file)
         )
         server = grpc.aio.server(
@@ -93,8 +122,11 @@ class Gateway:
             undo.push_async_callback(usage.close)
             store = await AuditStore.open(config.audit.url)
             undo.push_async_callback(store.close)
-            gateway = cls(config, server, store, usage, port)
+            gateway = cls(config, server, store, usage, authenticator, port)
             undo.push_async_callback(gateway._router.close)
+            undo.push_async_callback(gateway._door.close)
+            if config.http.port is not None:
+                gateway.http_port = await _open_door(gateway._door, config)
             await gateway._serve(progress)
             undo.pop_all()
         logger.info("serving on %s:%d", config.listen.host, gateway.port)
@@ -107,7 +139,11 @@ class Gateway:
         """
         await self._health.shut_down()
         logger.info("draining for up to %g s", self._config.drain_seconds)
-        await self._server.stop(self._config.drain_seconds)
+        await asyncio.gather(
+            self._server.stop(self._config.drain_seconds),
+            self._door.drain(self._config.drain_seconds),
+        )
+        await self._door.close()
         await self._background.settle()
         await self._router.close()
         await self._usage.close()
@@ -115,25 +151,18 @@ class Gateway:
 
     async def hurry(self) -> None:
         """Cut a running `stop` short: cancel what still runs."""
-        await self._server.stop(None)
+        await asyncio.gather(self._server.stop(None), self._door.close())
 
     def _remote(self, url: str) -> HttpWorker:
         return HttpWorker(url, stall_seconds=self._config.worker.stall_seconds)
 
     async def _serve(self, progress: Progress) -> None:
-        router, store, background = self._router, self._store, self._background
         service = GatewayService(
-            router,
-            store,
-            Admissions(self._usage, self._queue, router, background),
-            Generations(
-                router,
-                store,
-                background,
-                self._config.default_eviction,
-                self._config.worker.retries,
-            ),
-            Replays(router, store, background),
+            self._router,
+            self._store,
+            self._admissions,
+            self._generations,
+            Replays(self._router, self._store, self._background),
             client_stall_seconds=self._config.grpc.client_stall_seconds,
         )
         gateway_pb2_grpc.add_VaseGatewayServicer_to_server(service, self._server)
@@ -191,10 +220,36 @@ def _bind(server: grpc.aio.Server, config: GatewayConfig) -> int:
             return server.add_insecure_port(address)
         return server.add_secure_port(address, _credentials(config.tls))
     except RuntimeError as error:
-        raise PortInUse(
-            f"cannot listen on {address}: the port is taken or the address is not this machine's; "
-            "stop the other process, or choose another port with listen.port or --grpc-port"
-        ) from error
+        raise _in_use(address, "listen.port or --grpc-port") from error
+
+
+async def _open_door(door: OpenAIDoor, config: GatewayConfig) -> int:
+    """Open the HTTP door; the port that was taken. Raises `PortInUse` or `ConfigError`."""
+    host, port = config.listen.host, config.http.port or 0
+    try:
+        return await door.open(host, port, None if config.tls is None else _context(config.tls))
+    except OSError as error:
+        raise _in_use(f"{host}:{port}", "http.port or --http-port") from error
+
+
+def _in_use(address: str, option: str) -> PortInUse:
+    return PortInUse(
+        f"cannot listen on {address}: the port is taken or the address is not this machine's; "
+        f"stop the other process, or choose another port with {option}"
+    )
+
+
+def _context(tls: Tls) -> ssl.SSLContext:
+    """The door's TLS, as strict as gRPC's."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(tls.certificate, tls.key)
+        if tls.client_ca is not None:
+            context.load_verify_locations(tls.client_ca)
+            context.verify_mode = ssl.CERT_REQUIRED
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"tls: {tls.certificate} cannot be used: {error}") from error
+    return context
 
 
 def _credentials(tls: Tls) -> grpc.ServerCredentials:
