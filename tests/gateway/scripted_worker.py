@@ -55,6 +55,8 @@ class ScriptedWorker:
         #: Letters added to each token's text, to make chunks big.
         self.padding = 0
         self.bodies: list[dict[str, Any]] = []
+        #: Header `traceparent` of each /generate.
+        self.traceparents: list[str | None] = []
         self.aborted: list[str] = []
         self.running: set[str] = set()
         self.most_running = 0
@@ -148,6 +150,7 @@ class ScriptedWorker:
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.bodies.append(body)
+        self.traceparents.append(request.headers.get("traceparent"))
         if self.faults.refuse_status is not None:
             return web.json_response(
                 {"error": {"message": "refused on order"}}, status=self.faults.refuse_status

@@ -54,6 +54,7 @@ def test_a_variable_of_another_part_is_no_error(monkeypatch: pytest.MonkeyPatch)
         ("worker: {dns: ['https://x:1']}", "a certificate names no addresses"),
         ("worker: {dns: ['http://x']}", "has no port; one looks like http://workers:30000"),
         ("worker: {model_path: m, dns: ['http://x:1']}", "exclude each other; set one"),
+        ("telemetry: {otlp_endpoint: 'x:1'}", "'x:1' is not a URL; one looks like http://c"),
         ("limits: {on_redis_failure: ignore}", "limits.on_redis_failure: Input should be"),
         ("default_eviction: {budget: 5, window: 9}", "budget 5 must be greater than window 9"),
         ("default_eviction: {budget: 50, window: 9, seed: 1}", "seeds are derived per request"),
@@ -79,7 +80,8 @@ def test_the_documented_example_shows_every_key_with_its_default() -> None:
     defaults = load_config(overrides={"worker": {"model_path": "Qwen/Qwen3-8B"}})
     assert config.model_dump() == defaults.model_dump()
     text = example.read_text()
-    for section in ("worker", "listen", "grpc", "http", "queue", "limits", "audit"):
+    sections = ("worker", "listen", "grpc", "http", "queue", "limits", "telemetry", "audit")
+    for section in sections:
         for key in type(getattr(config, section)).model_fields:
             assert f"{key}:" in text, f"{section}.{key}"
     for key in type(config).model_fields:

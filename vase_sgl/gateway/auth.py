@@ -18,7 +18,7 @@ from typing import Any
 import grpc
 from cryptography import x509
 
-from vase_sgl.gateway import keys, tenants
+from vase_sgl.gateway import keys, telemetry, tenants
 from vase_sgl.gateway.errors import PermissionDenied, TooManyChecks, Unauthenticated, as_status
 from vase_sgl.gateway.tenants import Role, Tenant, TenantFile, TenantFileError
 
@@ -72,8 +72,17 @@ class KeyAuthenticator:
     read keeps the last good one in force, and says so in the log.
     """
 
-    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
-        """Raises `TenantFileError` if the file is missing or wrong."""
+    def __init__(
+        self,
+        path: Path,
+        clock: Callable[[], float] = time.monotonic,
+        on_refusal: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Raises `TenantFileError` if the file is missing or wrong.
+
+        `on_refusal` is called for each credential that is refused.
+        """
+        self._on_refusal = on_refusal
         self._path = path
         self._clock = clock
         self._stamp = _stamp(path)
@@ -86,6 +95,13 @@ class KeyAuthenticator:
     async def tenant_of(self, credential: Credential) -> Tenant:
         """The tenant of a key, or without one of a certificate. Raises `Unauthenticated`."""
         self._reload_if_changed()
+        try:
+            return await self._find(credential)
+        except Unauthenticated:
+            self._on_refusal()
+            raise
+
+    async def _find(self, credential: Credential) -> Tenant:
         if credential.key is not None:
             return await self._tenant_of_key(credential.key)
         if credential.subject is None:
@@ -230,7 +246,8 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
                 credential = _credential(context)
                 # The handler runs in this same task, so it sees the variable, and no other does.
                 _tenant.set(await self._authenticator.tenant_of(credential))
-            return await behaviour(request, context)
+            with telemetry.caller(context.invocation_metadata() or ()):
+                return await behaviour(request, context)
 
         make = (
             grpc.unary_stream_rpc_method_handler

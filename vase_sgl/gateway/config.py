@@ -180,6 +180,26 @@ class UsageSection(_Section):
     on_redis_failure: Literal["refuse", "allow"] = "refuse"
 
 
+class TelemetrySection(_Section):
+    """Where spans and metrics go."""
+
+    #: OTLP collector (gRPC), such as http://collector:4317; https:// is encrypted. None: off.
+    otlp_endpoint: str | None = None
+    #: Seconds between exports to it.
+    export_interval_seconds: float = Field(default=10.0, gt=0)
+    #: Port of the /metrics page for Prometheus, on the host of `listen`; 0: any. None: off.
+    metrics_port: int | None = Field(default=None, ge=0, le=65535)
+    #: The resource attribute `service.name`.
+    service_name: str = Field(default="vase-sgl-gateway", min_length=1)
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _check_endpoint(cls, url: str | None) -> str | None:
+        if url is not None and not url.startswith(("http://", "https://")):
+            raise ValueError(f"{url!r} is not a URL; one looks like http://collector:4317")
+        return url
+
+
 class Audit(_Section):
     """Where generations are recorded."""
 
@@ -201,6 +221,7 @@ class GatewayConfig(BaseSettings):
     worker: WorkerSection = WorkerSection()
     queue: Queue = Queue()
     limits: UsageSection = UsageSection()
+    telemetry: TelemetrySection = TelemetrySection()
     audit: Audit = Audit()
     #: Who may call; written by `vase-sgl tenants add`.
     tenants_file: Path = Path(".vase-sgl/tenants.yaml")

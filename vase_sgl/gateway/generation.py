@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from vase_sgl.gateway import telemetry, validation, wire
+from vase_sgl.gateway import logs, telemetry, validation, wire
 from vase_sgl.gateway.admission import Passage
 from vase_sgl.gateway.audit import AuditStore, Record, RecordStatus, Timings
 from vase_sgl.gateway.deltas import OutputDeltas
@@ -22,6 +22,7 @@ from vase_sgl.gateway.errors import (
     WorkerAborted,
     WorkerUnavailable,
 )
+from vase_sgl.gateway.metrics import Metrics
 from vase_sgl.gateway.router import Lease, Need, WorkerRouter
 from vase_sgl.gateway.runs import Background, running
 from vase_sgl.gateway.seeds import Seeds, seeds_for
@@ -74,6 +75,11 @@ class _Plan:
     seeds: Seeds
     sample_index: int
 
+    @property
+    def operation(self) -> str:
+        """What the GenAI semantic conventions call it."""
+        return _operation(self.input_kind)
+
 
 class _Run:
     """How a generation goes: what came so far, from which worker, and when."""
@@ -97,6 +103,7 @@ class Generations:
         background: Background,
         default_eviction: Mapping[str, Any] | None,
         retries: int,
+        metrics: Metrics,
     ) -> None:
         """`retries`: other workers that are tried when one fails before its first token."""
         self._router = router
@@ -104,6 +111,7 @@ class Generations:
         self._background = background
         self._default_eviction = default_eviction
         self._retries = retries
+        self._metrics = metrics
 
     async def run(self, passage: Passage, request: pb.GenerateRequest, send: Send) -> Record:
         """Generate, sending every message but the result; returns when the record is durable.
@@ -116,16 +124,18 @@ class Generations:
         with telemetry.span("vase.generate", tenant=passage.tenant.name) as span:
             plan = await self._plan(passage.tenant, request)
             telemetry.describe_eviction(span, plan.request.eviction)
-            try:
-                await self._stream(passage, plan, run, send)
-            except BaseException as error:
-                await self._store_unfinished(plan, run, error)
-                raise
-            record = _record(plan, run, RecordStatus.COMPLETED)
-            span.set_attribute("vase.rounds", record.cache.rounds if record.cache else 0)
-            # Shielded: a client that leaves now does not undo a generation that completed.
-            await asyncio.shield(self._background.spawn(self._store.append(record)))
-            return record
+            with logs.fields(request_id=plan.request.request_id):
+                try:
+                    await self._stream(passage, plan, run, send)
+                except BaseException as error:
+                    await self._store_unfinished(plan, run, error)
+                    raise
+                record = _record(plan, run, RecordStatus.COMPLETED)
+                span.set_attribute("vase.rounds", record.cache.rounds if record.cache else 0)
+                self._tell(record, None)
+                # Shielded: a client that leaves now does not undo a generation that completed.
+                await asyncio.shield(self._background.spawn(self._store.append(record)))
+                return record
 
     async def _plan(self, tenant: Tenant, request: pb.GenerateRequest) -> _Plan:
         request_id = uuid.uuid4().hex
@@ -197,6 +207,7 @@ class Generations:
                     run.failed.add(lease.worker.name)
                     if not self._may_retry(run):
                         raise
+                    self._metrics.retried()
                     logger.warning(
                         "generation %s goes to another worker: %s", plan.request.request_id, error
                     )
@@ -212,22 +223,25 @@ class Generations:
         self, lease: Lease, passage: Passage, plan: _Plan, run: _Run, send: Send
     ) -> None:
         deltas = OutputDeltas(plan.request.sampling["stop"])
-        async with running(lease, plan.request, self._background) as chunks:
-            async for chunk in chunks:
-                run.latest = chunk
-                run.clock.tick(chunk)
-                passage.used(plan.request, chunk)
-                raise_if_aborted(chunk.finish)
-                text = deltas.take_text(chunk.text, final=chunk.finish is not None)
-                tokens = deltas.take_tokens(chunk.token_ids)
-                if text or tokens:
-                    await send(
-                        pb.GenerateResponse(
-                            chunk=pb.GenerationChunk(
-                                text=text, token_ids=tokens, cache=wire.cache(chunk.cache)
+        name, info, request = lease.worker.name, lease.info, plan.request
+        with telemetry.on_worker(plan.operation, name, info, request) as span:
+            async with running(lease, request, self._background) as chunks:
+                async for chunk in chunks:
+                    run.latest = chunk
+                    run.clock.tick(chunk)
+                    span.see(chunk)
+                    passage.used(plan.request, chunk)
+                    raise_if_aborted(chunk.finish)
+                    text = deltas.take_text(chunk.text, final=chunk.finish is not None)
+                    tokens = deltas.take_tokens(chunk.token_ids)
+                    if text or tokens:
+                        await send(
+                            pb.GenerateResponse(
+                                chunk=pb.GenerationChunk(
+                                    text=text, token_ids=tokens, cache=wire.cache(chunk.cache)
+                                )
                             )
                         )
-                    )
 
     async def _store_unfinished(self, plan: _Plan, run: _Run, error: BaseException) -> None:
         """Record a generation that reached a worker and did not complete."""
@@ -236,11 +250,39 @@ class Generations:
         run.clock.total_seconds = run.clock.elapsed()
         failed = isinstance(error, GatewayError) and not isinstance(error, ClientStalled)
         status = RecordStatus.FAILED if failed else RecordStatus.ABORTED
-        logger.info("generation %s %s", plan.request.request_id, status)
         record = _record(plan, run, status, str(error) if failed else "")
+        self._tell(record, error)
         storing = self._background.spawn(self._store.append(record))
         if failed:
             await asyncio.shield(storing)
+
+    def _tell(self, record: Record, error: BaseException | None) -> None:
+        """Count the generation, and log one line about it."""
+        code = None
+        if error is not None:
+            code = error.code.name if isinstance(error, GatewayError) else "CANCELLED"
+        self._metrics.generated(record, _operation(record.input_kind), code)
+        timings = record.timings
+        logger.info(
+            "generation %s %s",
+            record.record_id,
+            record.status,
+            extra={
+                "vase": {
+                    "status": record.status.value,
+                    "prompt_tokens": len(record.prompt_token_ids),
+                    "output_tokens": len(record.output_token_ids),
+                    "queue_seconds": round(timings.queue_seconds, 6),
+                    "ttft_seconds": timings.ttft_seconds and round(timings.ttft_seconds, 6),
+                    "total_seconds": round(timings.total_seconds, 6),
+                    "rounds": record.cache.rounds if record.cache else 0,
+                }
+            },
+        )
+
+
+def _operation(input_kind: str) -> str:
+    return "chat" if input_kind == "chat" else "text_completion"
 
 
 def _started(request: WorkerRequest) -> pb.GenerateResponse:

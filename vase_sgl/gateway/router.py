@@ -244,7 +244,7 @@ class WorkerRouter:
                 entry.in_flight,
                 entry.reserved if entry.info else 0,
             )
-            for entry in self._entries.values()
+            for entry in tuple(self._entries.values())  # may be called from another thread
         ]
 
     async def check_all(self) -> None:

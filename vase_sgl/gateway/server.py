@@ -28,6 +28,8 @@ from vase_sgl.gateway.health import GatewayHealth
 from vase_sgl.gateway.limits.local import LocalUsage
 from vase_sgl.gateway.limits.shared import SharedUsage
 from vase_sgl.gateway.limits.usage import Usage
+from vase_sgl.gateway.metrics import Metrics
+from vase_sgl.gateway.observability import Observability
 from vase_sgl.gateway.openai.door import OpenAIDoor
 from vase_sgl.gateway.replay import Replays
 from vase_sgl.gateway.router import Lease, WorkerRouter
@@ -56,9 +58,12 @@ class Gateway:
         store: AuditStore,
         usage: Usage,
         authenticator: Authenticator,
+        observability: Observability,
+        metrics: Metrics,
         port: int,
     ) -> None:
         self._config = config
+        self._observability = observability
         self._server = server
         self._store = store
         self._usage = usage
@@ -76,13 +81,15 @@ class Gateway:
             on_change=self._health.announce,
             on_room=self._queue.dispatch,
         )
-        self._admissions = Admissions(usage, self._queue, self._router, self._background)
+        self._admissions = Admissions(usage, self._queue, self._router, self._background, metrics)
+        metrics.watch(self._router.statuses, lambda: self._queue.waiting)
         self._generations = Generations(
             self._router,
             store,
             self._background,
             config.default_eviction,
             config.worker.retries,
+            metrics,
         )
         self._door = OpenAIDoor(
             authenticator,
@@ -97,6 +104,8 @@ class Gateway:
         self.port = port
         #: Port of the OpenAI-compatible door. None: it is shut.
         self.http_port: int | None = None
+        #: Port of the page for Prometheus. None: there is none.
+        self.metrics_port: int | None = None
 
     @classmethod
     async def start(cls, config: GatewayConfig, progress: Progress) -> Gateway:
@@ -107,8 +116,14 @@ class Gateway:
         background. Raises `TenantFileError`, `PortInUse`, `ConfigError`, `SharedUsageError`,
         `AuditError`, `WorkerStartError`; failed or cancelled, it leaves nothing behind.
         """
+        observability = Observability(config.telemetry)
+        metrics = Metrics(observability.meters)
         authenticator: Authenticator = (
-            NoAuthenticator() if config.insecure_no_auth else KeyAuthenticator(config.tenants_file)
+            NoAuthenticator()
+            if config.insecure_no_auth
+            else KeyAuthenticator(
+                config.tenants_file, on_refusal=lambda: metrics.rejected("unauthenticated")
+            )
         )
         server = grpc.aio.server(
             interceptors=[AuthInterceptor(authenticator)],
@@ -116,17 +131,20 @@ class Gateway:
             maximum_concurrent_rpcs=config.grpc.max_concurrent_calls,
         )
         async with AsyncExitStack() as undo:
+            undo.push_async_callback(observability.close)
             port = _bind(server, config)
             undo.push_async_callback(server.stop, None)
             usage = await _usage(config)
             undo.push_async_callback(usage.close)
             store = await AuditStore.open(config.audit.url)
             undo.push_async_callback(store.close)
-            gateway = cls(config, server, store, usage, authenticator, port)
+            gateway = cls(config, server, store, usage, authenticator, observability, metrics, port)
             undo.push_async_callback(gateway._router.close)
             undo.push_async_callback(gateway._door.close)
             if config.http.port is not None:
                 gateway.http_port = await _open_door(gateway._door, config)
+            if config.telemetry.metrics_port is not None:
+                gateway.metrics_port = await _open_page(observability, config)
             await gateway._serve(progress)
             undo.pop_all()
         logger.info("serving on %s:%d", config.listen.host, gateway.port)
@@ -148,6 +166,7 @@ class Gateway:
         await self._router.close()
         await self._usage.close()
         await self._store.close()
+        await self._observability.close()
 
     async def hurry(self) -> None:
         """Cut a running `stop` short: cancel what still runs."""
@@ -230,6 +249,15 @@ async def _open_door(door: OpenAIDoor, config: GatewayConfig) -> int:
         return await door.open(host, port, None if config.tls is None else _context(config.tls))
     except OSError as error:
         raise _in_use(f"{host}:{port}", "http.port or --http-port") from error
+
+
+async def _open_page(observability: Observability, config: GatewayConfig) -> int:
+    """Open the page for Prometheus; the port that was taken. Raises `PortInUse`."""
+    host, port = config.listen.host, config.telemetry.metrics_port or 0
+    try:
+        return await observability.open_page(host, port)
+    except OSError as error:
+        raise _in_use(f"{host}:{port}", "telemetry.metrics_port or --metrics-port") from error
 
 
 def _in_use(address: str, option: str) -> PortInUse:

@@ -67,7 +67,7 @@ class GatewayService(gateway_pb2_grpc.VaseGatewayServicer):
         async with as_status(context, "Generate"):
             tenant = current_tenant(Role.GENERATE)
             send = functools.partial(self._write, context)
-            async with self._admissions.admit(tenant) as passage:
+            async with self._admissions.admit(tenant, "generate") as passage:
                 record = await self._generations.run(passage, request, send)
             await send(pb.GenerateResponse(result=wire.result(record)))
 
@@ -76,7 +76,7 @@ class GatewayService(gateway_pb2_grpc.VaseGatewayServicer):
     ) -> pb.GenerateOnceResponse | None:
         async with as_status(context, "GenerateOnce"):
             tenant = current_tenant(Role.GENERATE)
-            async with self._admissions.admit(tenant) as passage:
+            async with self._admissions.admit(tenant, "generate") as passage:
                 record = await self._generations.run(passage, request.request, _discard)
             return pb.GenerateOnceResponse(
                 request_id=record.record_id,
@@ -95,7 +95,7 @@ class GatewayService(gateway_pb2_grpc.VaseGatewayServicer):
 
         async with as_status(context, "Replay"):
             tenant = current_tenant(Role.REPLAY)
-            async with self._admissions.admit(tenant) as passage:
+            async with self._admissions.admit(tenant, "replay") as passage:
                 verdict = await self._replays.run(passage, request.record_id, send)
             await self._write(context, pb.ReplayResponse(verdict=_verdict(verdict)))
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import aiohttp
 
+from vase_sgl.gateway import telemetry
 from vase_sgl.gateway.errors import GatewayError, InvalidRequest, WorkerUnavailable
 from vase_sgl.gateway.sse import events
 from vase_sgl.gateway.workers import CacheStats, Finish, WorkerChunk, WorkerInfo, WorkerRequest
@@ -60,7 +61,10 @@ class HttpWorker:
                 total=None, sock_connect=SHORT_TIMEOUT, sock_read=self._stall
             )
             async with self._http().post(
-                f"{self._url}/generate", json=body, timeout=timeout
+                f"{self._url}/generate",
+                json=body,
+                timeout=timeout,
+                headers=telemetry.outgoing(),
             ) as response:
                 await self._raise_for_status(response, "generate")
                 async for event in events(response.content.iter_any()):
@@ -117,6 +121,7 @@ class HttpWorker:
                 self._url + path,
                 json=body,
                 timeout=aiohttp.ClientTimeout(total=timeout),
+                headers=telemetry.outgoing(),
             ) as response:
                 await self._raise_for_status(response, path.rpartition("/")[2])
                 if response.content_type != "application/json":

@@ -13,6 +13,7 @@ from typing import Any
 from aiohttp import web
 from cryptography import x509
 
+from vase_sgl.gateway import telemetry
 from vase_sgl.gateway.admission import Admissions
 from vase_sgl.gateway.audit import Record
 from vase_sgl.gateway.auth import Authenticator, Credential, bearer, require_role
@@ -134,7 +135,8 @@ class OpenAIDoor:
         self._running += 1
         try:
             self._check_room()
-            return await handler(request)
+            with telemetry.caller(request.headers.items()):
+                return await handler(request)
         except GatewayError as error:
             status, headers, body = answers.error(error)
             return _failure(status, body, headers)
@@ -217,7 +219,7 @@ class _Samples:
         door, tenant = self._door, self._request[_TENANT]
 
         async def one(index: int) -> Record:
-            async with door._admissions.admit(tenant) as passage:
+            async with door._admissions.admit(tenant, "generate") as passage:
                 record = await door._generations.run(
                     passage, self._call.sample(index), lambda message: send(index, message)
                 )
