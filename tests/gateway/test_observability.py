@@ -168,7 +168,7 @@ async def test_the_page_for_prometheus(tmp_path: Path) -> None:
         with pytest.raises(Unavailable):
             await running.client.generate_once("tell me", max_new_tokens=1)
         seen = await scrape(running)
-        assert seen["vase_worker_breaker", "open", worker] == 1
+        assert seen["vase_worker_breaker", worker, "open"] == 1
         assert seen["vase_worker_breaker", "closed", worker] == 0
         assert seen["vase_requests_total", "UNAVAILABLE", "alice", "generate"] == 1
         assert seen["vase_requests_total", "CANCELLED", "alice", "generate"] == 1
