@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.gateway.scripted_worker import ScriptedWorker
-from vase_sgl.client import AsyncClient, Tls, Unavailable
+from vase_sgl.client import NEVER, AsyncClient, Tls, Unavailable
 from vase_sgl.gateway import tenants
 from vase_sgl.gateway.config import load_config
 from vase_sgl.gateway.server import Gateway
@@ -78,7 +78,7 @@ async def run_gateway(
             }
         )
         gateway = await Gateway.start(settings, lambda seconds: None)
-        client = AsyncClient(f"127.0.0.1:{gateway.port}", key, tls=client_tls)
+        client = AsyncClient(f"127.0.0.1:{gateway.port}", key, tls=client_tls, retry=NEVER)
         try:
             await until_ready(client)
             yield Running(worker, gateway, client, tenants_file, audit_url, key)

@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from tests.gateway.running import Running, add_tenant, run_gateway
 from vase_sgl.client import (
+    NEVER,
     AsyncClient,
     AuthenticationError,
     NotFound,
@@ -28,7 +29,7 @@ from vase_sgl.gateway.errors import TooManyChecks, Unauthenticated
 
 
 async def refused(running: Running, key: str | None) -> str:
-    async with AsyncClient(running.target, key) as client:
+    async with AsyncClient(running.target, key, retry=NEVER) as client:
         with pytest.raises(AuthenticationError) as error:
             await client.capacity()
         with pytest.raises(AuthenticationError):
@@ -105,7 +106,7 @@ async def test_a_flood_of_keys_is_refused_and_bounded(
 
 async def test_tenants_come_and_go_while_the_gateway_runs(running: Running) -> None:
     key = running.add_tenant("bob")
-    async with AsyncClient(running.target, key) as bob:
+    async with AsyncClient(running.target, key, retry=NEVER) as bob:
         await bob.generate_once("tell me", max_new_tokens=2)
         content = tenants.load(running.tenants_file)
         tenants.save(
@@ -130,13 +131,13 @@ async def test_a_broken_tenants_file_keeps_the_last_good_one(
 async def test_roles_are_enforced(running: Running) -> None:
     auditor = running.add_tenant("auditor", roles=["audit"])
     admin = running.add_tenant("admin", roles=["admin"])
-    async with AsyncClient(running.target, auditor) as client:
+    async with AsyncClient(running.target, auditor, retry=NEVER) as client:
         with pytest.raises(PermissionError_, match="tenant auditor lacks the role `generate`"):
             await client.generate_once("tell me")
         with pytest.raises(PermissionError_, match="lacks the role `replay`"):
             await client.replay("0" * 32).verdict()
         assert [r async for r in client.list_records()] == []
-    async with AsyncClient(running.target, admin) as client:
+    async with AsyncClient(running.target, admin, retry=NEVER) as client:
         answer = await client.generate_once("tell me", max_new_tokens=2)
         assert (await client.replay(answer.request_id).verdict()).outcome == "MATCH"
 
@@ -144,7 +145,7 @@ async def test_roles_are_enforced(running: Running) -> None:
 async def test_another_tenants_record_does_not_exist(running: Running) -> None:
     answer = await running.client.generate_once("tell me", max_new_tokens=2)
     key = running.add_tenant("bob", roles=["admin"])
-    async with AsyncClient(running.target, key) as bob:
+    async with AsyncClient(running.target, key, retry=NEVER) as bob:
         with pytest.raises(NotFound, match=r"no record .* of tenant bob"):
             await bob.get_record(answer.request_id)
         with pytest.raises(NotFound):
@@ -154,7 +155,7 @@ async def test_another_tenants_record_does_not_exist(running: Running) -> None:
 
 async def test_equal_seeds_of_two_tenants_are_not_equal(running: Running) -> None:
     key = running.add_tenant("bob")
-    async with AsyncClient(running.target, key) as bob:
+    async with AsyncClient(running.target, key, retry=NEVER) as bob:
         mine = await running.client.generate_once("tell me", max_new_tokens=5, seed=1)
         theirs = await bob.generate_once("tell me", max_new_tokens=5, seed=1)
     assert mine.token_ids != theirs.token_ids
@@ -178,7 +179,7 @@ async def test_limits_of_a_tenant_hold(running: Running) -> None:
         },
         "eviction: tenant small may not use a full cache": {},
     }
-    async with AsyncClient(running.target, key) as client:
+    async with AsyncClient(running.target, key, retry=NEVER) as client:
         for text, options in asked.items():
             with pytest.raises(VaseError) as error:
                 await client.generate_once("tell me", **{"max_new_tokens": 5, **options})
@@ -196,7 +197,7 @@ async def test_without_authentication_everyone_is_anonymous(
     with caplog.at_level(logging.WARNING):
         async with (
             run_gateway(tmp_path, insecure_no_auth=True) as running,
-            AsyncClient(running.target) as client,
+            AsyncClient(running.target, retry=NEVER) as client,
         ):
             answer = await client.generate_once("tell me", max_new_tokens=2)
             assert (await client.get_record(answer.request_id)).status == "completed"

@@ -9,7 +9,7 @@ import pytest
 
 from tests.gateway.running import Running, run_gateway
 from tests.gateway.scripted_worker import token_of
-from vase_sgl.client import AsyncClient, DeadlineExceeded, RateLimited
+from vase_sgl.client import NEVER, AsyncClient, DeadlineExceeded, RateLimited
 from vase_sgl.gateway.errors import LimitExceeded, WorkerUnavailable
 from vase_sgl.gateway.fair_queue import FairQueue
 
@@ -25,7 +25,7 @@ async def test_tenants_take_turns(tmp_path: Path) -> None:
     async with run_gateway(tmp_path, worker={"max_in_flight": 1}) as running:
         running.worker.token_seconds = 0.02
         key = running.add_tenant("bob")
-        async with AsyncClient(running.target, key) as bob:
+        async with AsyncClient(running.target, key, retry=NEVER) as bob:
             first = asyncio.create_task(running.client.generate_once("first", max_new_tokens=20))
             async with asyncio.timeout(5):
                 while not running.worker.running:
@@ -74,7 +74,7 @@ async def test_the_line_is_bounded(tmp_path: Path) -> None:
         key = running.add_tenant("bob")
         stream = running.client.generate("tell me", max_new_tokens=4000)
         await stream.started()
-        async with AsyncClient(running.target, key) as bob:
+        async with AsyncClient(running.target, key, retry=NEVER) as bob:
             waiting = [
                 asyncio.create_task(client.generate_once("tell me", max_new_tokens=1))
                 for client in (running.client, running.client, bob)

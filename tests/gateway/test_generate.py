@@ -7,7 +7,7 @@ from typing import Any
 
 from tests.gateway.running import Running
 from tests.gateway.scripted_worker import token_of
-from vase_sgl.client import AsyncClient, Message
+from vase_sgl.client import NEVER, AsyncClient, Message
 
 
 async def test_a_stream_brings_text_tokens_statistics_and_result(running: Running) -> None:
@@ -170,5 +170,5 @@ async def test_capacity_says_how_many_requests_fit(running: Running) -> None:
 
 async def test_two_clients_of_one_tenant_see_the_same_records(running: Running) -> None:
     answer = await running.client.generate_once("tell me", max_new_tokens=2)
-    async with AsyncClient(running.target, running.key) as second:
+    async with AsyncClient(running.target, running.key, retry=NEVER) as second:
         assert (await second.get_record(answer.request_id)).text == answer.text

@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.gateway.running import run_gateway
 from tests.gateway.test_abort import record_of
-from vase_sgl.client import AsyncClient, Unavailable, VaseError
+from vase_sgl.client import NEVER, AsyncClient, Unavailable, VaseError
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -60,7 +60,7 @@ async def test_liveness_is_not_readiness(tmp_path: Path) -> None:
         assert (await anext(watches["readiness"])).status == NOT_SERVING
         with pytest.raises(StopAsyncIteration):  # ended, and never told NOT_SERVING
             await anext(watches["liveness"])
-        async with AsyncClient(running.target, running.key) as late:
+        async with AsyncClient(running.target, running.key, retry=NEVER) as late:
             with pytest.raises(Unavailable):
                 await late.generate_once("tell me")
         assert sum([len(chunk.token_ids) async for chunk in stream]) == 50

@@ -15,7 +15,7 @@ from grpc_status import rpc_status
 
 from tests.gateway.redis_server import REDIS_URL, redis_server
 from tests.gateway.running import Running, run_gateway
-from vase_sgl.client import AsyncClient, RateLimited, Unavailable
+from vase_sgl.client import NEVER, AsyncClient, RateLimited, Unavailable
 from vase_sgl.gateway.errors import LimitExceeded
 from vase_sgl.gateway.limits import shared
 from vase_sgl.gateway.limits.local import LocalUsage
@@ -46,7 +46,7 @@ async def refusal(running: Running, key: str) -> tuple[grpc.StatusCode, str, flo
 
 async def test_requests_per_second(running: Running) -> None:
     key = running.add_tenant("bob", limits={"requests_per_second": 2})
-    async with AsyncClient(running.target, key) as bob:
+    async with AsyncClient(running.target, key, retry=NEVER) as bob:
         for _ in range(2):
             await bob.generate_once("tell me", max_new_tokens=1)
         code, text, seconds = await refusal(running, key)
@@ -61,7 +61,7 @@ async def test_requests_per_second(running: Running) -> None:
 async def test_tokens_are_charged_as_they_were_used(running: Running) -> None:
     """2 + 5 tokens of 60, though 1000 were allowed for; then 2 + 90, which makes a debt."""
     key = running.add_tenant("bob", limits={"tokens_per_minute": 60})
-    async with AsyncClient(running.target, key) as bob:
+    async with AsyncClient(running.target, key, retry=NEVER) as bob:
         running.worker.faults.end_after_tokens = 5
         for _ in range(3):
             await bob.generate_once("tell me", max_new_tokens=1000)
@@ -75,7 +75,7 @@ async def test_tokens_are_charged_as_they_were_used(running: Running) -> None:
 async def test_an_aborted_request_is_charged_for_what_came(running: Running) -> None:
     running.worker.token_seconds = 0.01
     key = running.add_tenant("bob", limits={"tokens_per_minute": 30})
-    async with AsyncClient(running.target, key) as bob:
+    async with AsyncClient(running.target, key, retry=NEVER) as bob:
         stream = bob.generate("tell me", max_new_tokens=4000)
         seen = 0
         async for _ in stream:
@@ -91,7 +91,7 @@ async def test_an_aborted_request_is_charged_for_what_came(running: Running) -> 
 async def test_concurrent_requests_and_replays(running: Running) -> None:
     running.worker.token_seconds = 0.01
     key = running.add_tenant("bob", limits={"max_concurrent_requests": 2})
-    async with AsyncClient(running.target, key) as bob:
+    async with AsyncClient(running.target, key, retry=NEVER) as bob:
         answer = await bob.generate_once("tell me", max_new_tokens=1)
         streams = [bob.generate("tell me", max_new_tokens=4000) for _ in range(2)]
         for stream in streams:
@@ -189,7 +189,10 @@ async def test_gateways_share_what_redis_counts(tmp_path: Path, redis_url: str) 
         limits = {"max_concurrent_requests": 1}
         keys = [gateway.add_tenant("bob", limits=limits) for gateway in (one, two)]
         one.worker.token_seconds = 0.01
-        async with AsyncClient(one.target, keys[0]) as bob, AsyncClient(two.target, keys[1]) as too:
+        async with (
+            AsyncClient(one.target, keys[0], retry=NEVER) as bob,
+            AsyncClient(two.target, keys[1], retry=NEVER) as too,
+        ):
             stream = bob.generate("tell me", max_new_tokens=4000)
             await stream.started()
             with pytest.raises(RateLimited, match="1 requests at once"):
@@ -229,7 +232,7 @@ async def test_redis_that_goes_away(tmp_path: Path, choice: str) -> None:
         section = {"redis_url": server.url, "on_redis_failure": choice}
         async with run_gateway(tmp_path, limits=section) as running:
             key = running.add_tenant("bob", limits={"max_concurrent_requests": 1})
-            async with AsyncClient(running.target, key) as bob:
+            async with AsyncClient(running.target, key, retry=NEVER) as bob:
                 await bob.generate_once("tell me", max_new_tokens=1)
                 server.kill()
                 if choice == "allow":

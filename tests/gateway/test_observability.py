@@ -17,7 +17,14 @@ from tests.gateway.otlp_receiver import attributes, otlp_receiver
 from tests.gateway.running import Running, add_tenant, run_gateway, until_ready
 from tests.gateway.scripted_worker import ScriptedWorker
 from tests.gateway.test_serve_command import serve, target_of
-from vase_sgl.client import AsyncClient, AuthenticationError, RateLimited, Unavailable, VaseError
+from vase_sgl.client import (
+    NEVER,
+    AsyncClient,
+    AuthenticationError,
+    RateLimited,
+    Unavailable,
+    VaseError,
+)
 from vase_sgl.gateway import tenants
 from vase_sgl.gateway.server import PortInUse
 from vase_sgl.rpc.v1 import gateway_pb2 as pb
@@ -133,11 +140,11 @@ async def test_the_page_for_prometheus(tmp_path: Path) -> None:
         with pytest.raises(VaseError):
             await running.client.generate_once("tell me", max_new_tokens=0)
         limited = running.add_tenant("bob", limits={"requests_per_second": 0.1})
-        async with AsyncClient(running.target, limited) as bob:
+        async with AsyncClient(running.target, limited, retry=NEVER) as bob:
             await bob.generate_once("tell me", max_new_tokens=1)
             with pytest.raises(RateLimited):
                 await bob.generate_once("tell me", max_new_tokens=1)
-        async with AsyncClient(running.target, "vsk_unknown") as nobody:
+        async with AsyncClient(running.target, "vsk_unknown", retry=NEVER) as nobody:
             with pytest.raises(AuthenticationError):
                 await nobody.generate_once("tell me")
         running.worker.token_seconds = 0.01
@@ -189,7 +196,7 @@ async def test_the_logs_of_a_process_are_json_and_hold_no_secrets(tmp_path: Path
         options = ("--worker-url", worker.url, "--grpc-port", "0", "--log-level", "debug")
         async with serve(tmp_path, *options, "--log-format", "json") as process:
             target = await target_of(process)
-            async with AsyncClient(target, key) as client:
+            async with AsyncClient(target, key, retry=NEVER) as client:
                 await until_ready(client)
                 answer = await client.generate_once("a-secret-prompt", max_new_tokens=4, seed=98765)
                 await client.replay(answer.request_id).verdict()
@@ -198,7 +205,7 @@ async def test_the_logs_of_a_process_are_json_and_hold_no_secrets(tmp_path: Path
                     await client.generate_once("a-secret-prompt", max_new_tokens=4, seed=98765)
                 with pytest.raises(VaseError):
                     await client.generate_once("a-secret-prompt", max_new_tokens=-7)
-            async with AsyncClient(target, key[:-1] + "z") as wrong:
+            async with AsyncClient(target, key[:-1] + "z", retry=NEVER) as wrong:
                 with pytest.raises(VaseError):
                     await wrong.capacity()
             process.send_signal(signal.SIGTERM)

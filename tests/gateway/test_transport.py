@@ -14,6 +14,7 @@ from cryptography.x509.oid import NameOID
 
 from tests.gateway.running import Running, run_gateway
 from vase_sgl.client import (
+    NEVER,
     AsyncClient,
     AuthenticationError,
     NotFound,
@@ -58,7 +59,7 @@ def certificate(folder: Path, *subject: tuple[x509.ObjectIdentifier, str]) -> tu
 
 
 async def works(running: Running, tls: Tls | None) -> bool:
-    async with AsyncClient(running.target, running.key, tls=tls) as client:
+    async with AsyncClient(running.target, running.key, tls=tls, retry=NEVER) as client:
         try:
             await client.generate_once("tell me", max_new_tokens=2, timeout=10)
         except Unavailable:
@@ -93,7 +94,7 @@ async def test_a_certificates_subject_names_the_tenant(tmp_path: Path) -> None:
     known = Tls(cert.read_bytes(), cert.read_bytes(), key.read_bytes())
     config = {"certificate": cert, "key": key, "client_ca": cert}
     async with run_gateway(tmp_path, client_tls=known, tls=config) as running:
-        async with AsyncClient(running.target, tls=known) as carol:
+        async with AsyncClient(running.target, tls=known, retry=NEVER) as carol:
             with pytest.raises(AuthenticationError, match=r"subject 'CN=carol,O=Example\\\\, Ltd'"):
                 await carol.capacity()
             running.add_tenant("carol", certificate_subjects=["CN=carol,O=Example\\, Ltd"])
@@ -102,7 +103,9 @@ async def test_a_certificates_subject_names_the_tenant(tmp_path: Path) -> None:
         # A key that is sent decides, whoever the certificate is.
         with pytest.raises(NotFound, match="of tenant alice"):
             await running.client.get_record(answer.request_id)
-        async with AsyncClient(running.target, running.key[:-1] + "z", tls=known) as wrong:
+        async with AsyncClient(
+            running.target, running.key[:-1] + "z", tls=known, retry=NEVER
+        ) as wrong:
             with pytest.raises(AuthenticationError):
                 await wrong.capacity()
 

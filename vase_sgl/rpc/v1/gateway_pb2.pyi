@@ -8,12 +8,14 @@ Health checking and reflection are open.
 
 Status codes, the same for every call:
   INVALID_ARGUMENT     a field is wrong or above a ceiling; the text names the field and the cure
-  UNAUTHENTICATED      no API key, or one that is unknown or revoked
+  UNAUTHENTICATED      no API key or certificate, or one that is unknown or revoked
   PERMISSION_DENIED    the tenant lacks the role for this call
   NOT_FOUND            no such record among the tenant's own
   FAILED_PRECONDITION  the record cannot be replayed (it is not of a completed generation)
+  RESOURCE_EXHAUSTED   a limit of the tenant or the length or time of the queue is exceeded;
+                       google.rpc.RetryInfo says when to come back
   UNAVAILABLE          no worker is ready, or the worker was lost; safe to retry
-  ABORTED              the worker gave the request up
+  ABORTED              the worker gave the request up, or the client did not read its stream
   INTERNAL             a defect; the gateway's log has the details under the request id
 """
 
@@ -436,7 +438,7 @@ class GenerateResponse(_message.Message):
     RESULT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def started(self) -> Global___GenerationStarted:
-        """Sent first, as soon as the request is valid and tokenized."""
+        """Sent first, as soon as the request is valid and a worker has room for it."""
 
     @_builtins.property
     def chunk(self) -> Global___GenerationChunk:
@@ -693,7 +695,7 @@ class Timings(_message.Message):
     TTFT_SECONDS_FIELD_NUMBER: _builtins.int
     TOTAL_SECONDS_FIELD_NUMBER: _builtins.int
     queue_seconds: _builtins.float
-    """Until the request was handed to the worker: validation and tokenizing."""
+    """Until the request was handed to the worker: validation, tokenizing and the wait in the queue."""
     ttft_seconds: _builtins.float
     """Until the first token was at the gateway. Absent if there was none."""
     total_seconds: _builtins.float
