@@ -197,7 +197,7 @@ async def test_errors_have_openais_shape_and_status(door: Running) -> None:
             assert answer.status == 404 and (await answer.json())["error"]["code"] == "http_error"
         async with http.post(f"{door.http_url}/v1/completions", data="{") as answer:
             assert answer.status == 400
-            assert (await answer.json())["error"]["message"] == "the body is not JSON"
+            assert (await answer.json())["error"]["message"].startswith("the body is not JSON")
     async with aiohttp.ClientSession() as http, http.get(f"{door.http_url}/v1/models") as answer:
         assert answer.status == 401 and "no API key" in (await answer.json())["error"]["message"]
 

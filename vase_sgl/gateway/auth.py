@@ -17,9 +17,16 @@ from typing import Any
 
 import grpc
 from cryptography import x509
+from google.protobuf.message import DecodeError
 
 from vase_sgl.gateway import keys, telemetry, tenants
-from vase_sgl.gateway.errors import PermissionDenied, TooManyChecks, Unauthenticated, as_status
+from vase_sgl.gateway.errors import (
+    InvalidRequest,
+    PermissionDenied,
+    TooManyChecks,
+    Unauthenticated,
+    as_status,
+)
 from vase_sgl.gateway.tenants import Role, Tenant, TenantFile, TenantFileError
 
 logger = logging.getLogger(__name__)
@@ -241,20 +248,32 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
         behaviour: Any = handler.unary_stream if handler.response_streaming else handler.unary_unary
         assert behaviour is not None, "the service has no call with a stream of requests"
 
-        async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        async def guarded(request: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             async with as_status(context, "authentication"):
                 credential = _credential(context)
                 # The handler runs in this same task, so it sees the variable, and no other does.
                 _tenant.set(await self._authenticator.tenant_of(credential))
+                # Here and not by gRPC: nothing is parsed for strangers, and the error has a text.
+                message = _parse(handler, request)
             with telemetry.caller(context.invocation_metadata() or ()):
-                return await behaviour(request, context)
+                return await behaviour(message, context)
 
         make = (
             grpc.unary_stream_rpc_method_handler
             if handler.response_streaming
             else grpc.unary_unary_rpc_method_handler
         )
-        return make(guarded, handler.request_deserializer, handler.response_serializer)
+        return make(guarded, None, handler.response_serializer)
+
+
+def _parse(handler: grpc.RpcMethodHandler[Any, Any], request: bytes) -> Any:
+    assert handler.request_deserializer is not None
+    try:
+        return handler.request_deserializer(request)
+    except DecodeError as error:
+        raise InvalidRequest(
+            "the message cannot be decoded; it is no message of this call, or was damaged"
+        ) from error
 
 
 def _credential(context: grpc.aio.ServicerContext[Any, Any]) -> Credential:

@@ -64,6 +64,7 @@ class Gateway:
     ) -> None:
         self._config = config
         self._observability = observability
+        self._metrics = metrics
         self._server = server
         self._store = store
         self._usage = usage

@@ -140,6 +140,10 @@ class OpenAIDoor:
         except GatewayError as error:
             status, headers, body = answers.error(error)
             return _failure(status, body, headers)
+        except UnicodeEncodeError as error:
+            # JSON can name half of a surrogate pair, which is no text.
+            refused = InvalidRequest(f"the body holds a character that is none: {error.reason}")
+            return _failure(400, answers.error(refused)[2])
         except web.HTTPException as error:
             text = f"{request.method} {request.path}: {error.reason}"
             return _failure(
@@ -289,8 +293,8 @@ class _Samples:
 async def _json(request: web.Request) -> object:
     try:
         return await request.json()
-    except ValueError as error:
-        raise InvalidRequest("the body is not JSON") from error
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest("the body is not JSON, or is nested too deeply") from error
 
 
 def _subject(request: web.Request) -> str | None:
