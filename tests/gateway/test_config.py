@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
-from vase_sgl.gateway.config import ConfigError, load_config
+from vase_sgl.gateway import tenants
+from vase_sgl.gateway.config import ConfigError, Tls, load_config
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -86,3 +88,16 @@ def test_the_documented_example_shows_every_key_with_its_default() -> None:
             assert f"{key}:" in text, f"{section}.{key}"
     for key in type(config).model_fields:
         assert f"{key}:" in text, key
+
+
+def test_the_reference_names_every_key() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "gateway.md").read_text()
+    config = load_config(overrides={"worker": {"model_path": "m"}})
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        section = type(value) if isinstance(value, BaseModel) else Tls if name == "tls" else None
+        for key in section.model_fields if section is not None else ():
+            assert f"`{name}.{key}" in text, f"{name}.{key}"
+        assert section is not None or f"`{name}`" in text, field
+    for key in tenants.Limits.model_fields:
+        assert f"`{key}`" in text, key

@@ -17,7 +17,7 @@ _fields: contextvars.ContextVar[Mapping[str, Any]] = contextvars.ContextVar(
     "vase_log", default=MappingProxyType({})
 )
 
-#: Libraries whose debug logs quote what passes through them.
+#: Libraries whose logs quote what passes through them, or are noise below warnings.
 _TALKATIVE = ("aiosqlite", "sqlalchemy", "aiohttp", "asyncio", "grpc", "redis", "asyncpg")
 
 
@@ -62,4 +62,4 @@ def set_up(level: str, format: Literal["text", "json"]) -> None:
     )
     logging.basicConfig(level=level.upper(), handlers=[handler])
     for name in _TALKATIVE:
-        logging.getLogger(name).setLevel(max(logging.INFO, logging.getLogger().level))
+        logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))
