@@ -6,19 +6,19 @@ import asyncio
 import dataclasses
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.gateway.running import Running, run_gateway
 from vase_sgl.client import Unavailable
 from vase_sgl.gateway.errors import WorkerUnavailable
-from vase_sgl.gateway.replay_gate import ReplayGate, slots_at_most
+from vase_sgl.gateway.replay_gate import ReplayGate
+from vase_sgl.gateway.router import Need
 from vase_sgl.gateway.workers import WorkerInfo, WorkerRequest
 
 IDLE = WorkerInfo({}, None, 4096, 64, 8192, 1000, 1000, 1000, 0, 0, 0, 0)
-REQUEST = WorkerRequest(
-    "a" * 32, tuple(range(10)), {"max_new_tokens": 90}, None
-)  # 100 slots at most
+NEED = Need(tuple(range(10)), max_new_tokens=90, eviction=None, reads_queries=False)  # 100 slots
 
 
 def busy(available: int) -> WorkerInfo:
@@ -36,15 +36,20 @@ class Watch:
     async def look(self) -> WorkerInfo:
         return self.info
 
-    async def replay(self, gate: ReplayGate, seconds: float = 0.02) -> None:
-        async with gate.turn(REQUEST, self.look):
-            self.running += 1
-            self.most = max(self.most, self.running)
+    def take(self) -> Watch:
+        self.running += 1
+        self.most = max(self.most, self.running)
+        return self
+
+    def release(self) -> None:
+        self.running -= 1
+
+    async def replay(self, gate: ReplayGate[Watch], seconds: float = 0.02) -> None:
+        async with gate.turn(NEED, self.look, self.take):
             await asyncio.sleep(seconds)
-            self.running -= 1
 
 
-def gate(max_concurrent: int = 2, wait: float = 5.0) -> ReplayGate:
+def gate(max_concurrent: int = 2, wait: float = 5.0) -> ReplayGate[Watch]:
     return ReplayGate(max_concurrent=max_concurrent, spare_share=0.25, max_wait_seconds=wait)
 
 
@@ -87,14 +92,41 @@ async def test_a_wait_ends_with_a_reason_and_frees_the_turn() -> None:
     ("eviction", "slots"),
     [
         (None, 100),
-        ({"policy": "full", "budget": 8, "window": 4}, 100),
-        ({"policy": "random", "budget": 32, "window": 8}, 40),
-        ({"policy": "random", "budget": 8, "window": 4}, 14),
-        ({"policy": "random", "budget": 512, "window": 64}, 100),
+        ({"policy": "full", "budget": 8, "window": 4, "prompt": "evict"}, 100),
+        ({"policy": "random", "budget": 32, "window": 8, "prompt": "evict"}, 40 + 10),
+        ({"policy": "random", "budget": 8, "window": 4, "prompt": "evict"}, 14 + 10),
+        ({"policy": "random", "budget": 8, "window": 4, "prompt": "keep"}, 22),
+        ({"policy": "random", "budget": 512, "window": 64, "prompt": "evict"}, 100),
     ],
 )
 def test_slots_of_a_replay(eviction: dict[str, object] | None, slots: int) -> None:
-    assert slots_at_most(dataclasses.replace(REQUEST, eviction=eviction)) == slots
+    request = WorkerRequest("a" * 32, tuple(range(10)), {"max_new_tokens": 90}, eviction)
+    assert Need.of(request).slots_at_most(IDLE) == slots
+
+
+async def test_a_replay_starts_when_no_generation_waits(tmp_path: Path) -> None:
+    """Two generations of 4002 slots run and a third waits for 10000; a replay of 6 would fit."""
+    async with run_gateway(tmp_path) as running:
+        answer = await running.client.generate_once("tell me", max_new_tokens=4)
+        running.worker.token_seconds = 0.01
+        options: dict[str, Any] = {"max_new_tokens": 5000, "budget": 3936, "window": 64}
+        streams = [running.client.generate("tell me", **options) for _ in range(2)]
+        for stream in streams:
+            await stream.started()
+        last = running.client.generate("wait for it", **options)
+        waiting = asyncio.create_task(last.started())
+        async with asyncio.timeout(5):
+            while running.gateway._queue.waiting != 1:
+                await asyncio.sleep(0.01)
+        replay = asyncio.create_task(running.client.replay(answer.request_id).verdict())
+        await asyncio.sleep(0.6)
+        assert len(running.worker.bodies) == 3 and not waiting.done() and not replay.done()
+        streams[0].cancel()
+        await waiting
+        assert (await replay).outcome == "MATCH"
+        assert [len(body["input_ids"]) for body in running.worker.bodies[3:]] == [3, 2]
+        for stream in (streams[1], last):
+            stream.cancel()
 
 
 async def test_generations_go_on_while_replays_wait(tmp_path: Path) -> None:

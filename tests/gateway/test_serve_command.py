@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from tests.gateway.running import add_tenant, until_ready
 from tests.gateway.scripted_worker import ScriptedWorker
 from vase_sgl.cli import build_app
-from vase_sgl.client import AsyncClient, Unavailable, VaseError
+from vase_sgl.client import NEVER, AsyncClient, Unavailable, VaseError
 
 
 @asynccontextmanager
@@ -60,7 +60,10 @@ async def test_sigterm_drains(tmp_path: Path, worker: ScriptedWorker) -> None:
     worker.token_seconds = 0.02
     async with serve(tmp_path, "--worker-url", worker.url, "--grpc-port", "0") as process:
         target = await target_of(process)
-        async with AsyncClient(target, key) as client, grpc.aio.insecure_channel(target) as channel:
+        async with (
+            AsyncClient(target, key, retry=NEVER) as client,
+            grpc.aio.insecure_channel(target) as channel,
+        ):
             await until_ready(client)
             stream = client.generate("tell me", max_new_tokens=60)
             await stream.started()
@@ -71,7 +74,7 @@ async def test_sigterm_drains(tmp_path: Path, worker: ScriptedWorker) -> None:
             state = await asyncio.wait_for(anext(states), 5)
             assert state.status == health_pb2.HealthCheckResponse.NOT_SERVING
             await asyncio.sleep(0.3)
-            async with AsyncClient(target, key) as late:
+            async with AsyncClient(target, key, retry=NEVER) as late:
                 with pytest.raises(Unavailable):
                     await late.generate_once("tell me", max_new_tokens=2)
             tokens = [t async for chunk in stream for t in chunk.token_ids]
@@ -85,7 +88,7 @@ async def test_a_second_signal_stops_at_once(tmp_path: Path, worker: ScriptedWor
     worker.token_seconds = 0.02
     options = ("--worker-url", worker.url, "--grpc-port", "0", "--insecure-no-auth")
     async with serve(tmp_path, *options) as process:
-        async with AsyncClient(await target_of(process)) as client:
+        async with AsyncClient(await target_of(process), retry=NEVER) as client:
             await until_ready(client)
             stream = client.generate("tell me", max_new_tokens=4000)
             await stream.started()

@@ -43,12 +43,25 @@ def add(
     max_budget: Annotated[int | None, typer.Option(min=2)] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1)] = None,
     max_prompt_tokens: Annotated[int | None, typer.Option(min=1)] = None,
+    requests_per_second: Annotated[
+        float | None, typer.Option(min=0.001, help="[default: any]")
+    ] = None,
+    tokens_per_minute: Annotated[
+        int | None, typer.Option(min=1, help="Prompt and output. [default: any]")
+    ] = None,
+    max_concurrent_requests: Annotated[
+        int | None, typer.Option(min=1, help="Waiting or running. [default: any]")
+    ] = None,
     policy: Annotated[
         list[str] | None, typer.Option(help="Eviction policy to allow; repeatable. [default: all]")
     ] = None,
     retention: Annotated[
         str, typer.Option(help="full, or hash: records hold digests and cannot be replayed.")
     ] = "full",
+    certificate_subject: Annotated[
+        list[str] | None,
+        typer.Option(help="Client certificate that stands for a key: CN=alice,O=...; repeatable."),
+    ] = None,
     another_key: Annotated[
         bool, typer.Option("--another-key", help="Give a tenant that exists one more key.")
     ] = False,
@@ -73,6 +86,9 @@ def add(
             "max_budget": max_budget,
             "max_new_tokens": max_new_tokens,
             "max_prompt_tokens": max_prompt_tokens,
+            "requests_per_second": requests_per_second,
+            "tokens_per_minute": tokens_per_minute,
+            "max_concurrent_requests": max_concurrent_requests,
             "policies": policy,
         }
         try:
@@ -83,6 +99,7 @@ def add(
                     "retention": retention,
                     "limits": {key: value for key, value in limits.items() if value},
                     "master_secrets": [tenants.new_master_secret()],
+                    "certificate_subjects": certificate_subject or [],
                     **({"roles": role} if role else {}),
                 }
             )

@@ -122,6 +122,20 @@ def _prompt_mode(name: object) -> pb.PromptMode.ValueType:
     )
 
 
+def capacity_request(
+    budget: int | None, window: int | None, prompt_tokens: int, prompt_mode: str | None
+) -> pb.GetCapacityRequest:
+    """The question about a budget. Raises `InvalidRequest` for an unknown prompt mode."""
+    return pb.GetCapacityRequest(
+        budget=budget,
+        window=window,
+        prompt_tokens=prompt_tokens,
+        prompt_mode=pb.PROMPT_MODE_UNSPECIFIED
+        if prompt_mode is None
+        else _prompt_mode(prompt_mode),
+    )
+
+
 def _set_prompt(request: pb.GenerateRequest, prompt: types.Prompt) -> None:
     if isinstance(prompt, str):
         request.text = prompt

@@ -11,7 +11,8 @@ import base64
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -46,10 +47,22 @@ class Listen(_Section):
 class Tls(_Section):
     """Encryption towards clients; PEM files."""
 
+    #: The certificate and those that lead to its authority.
     certificate: Path
-    key: Path
-    #: Given: clients need a certificate signed by this authority, besides their API key.
+    #: Its private key. None: it is in `certificate` as well.
+    key: Path | None = None
+    #: Given: clients need a certificate signed by this authority. Its subject may name the tenant;
+    #: otherwise an API key has to.
     client_ca: Path | None = None
+
+
+class Http(_Section):
+    """The OpenAI-compatible HTTP door. Host, `tls`, message sizes and ceilings are gRPC's own."""
+
+    #: TCP port; 0 takes a free one. None: the door stays shut.
+    port: int | None = Field(default=None, ge=0, le=65535)
+    #: Output tokens of a chat that does not say how many. A completion has OpenAI's own 16.
+    default_max_tokens: int = Field(default=1024, ge=1)
 
 
 class Grpc(_Section):
@@ -65,19 +78,51 @@ class Grpc(_Section):
     keepalive_seconds: float = Field(default=30.0, ge=1)
     #: Seconds a ping may stay unanswered before the connection is dropped.
     keepalive_timeout_seconds: float = Field(default=10.0, ge=1)
+    #: Seconds between a client's own pings, at least; one that pings more often is cut off.
+    min_ping_interval_seconds: float = Field(default=10.0, ge=0)
+    #: Seconds a client may leave output unread before its request is given up.
+    client_stall_seconds: float = Field(default=60.0, gt=0)
     #: Let tools such as grpcurl list services and messages.
     reflection: bool = True
 
 
+class BreakerSection(_Section):
+    """When a worker that keeps failing gets no more requests, and when it is tried again."""
+
+    #: Failures that open the breaker ...
+    failures: int = Field(default=5, ge=1)
+    #: ... within so many seconds.
+    window_seconds: float = Field(default=60.0, gt=0)
+    #: Seconds it stays open before single requests are let through.
+    open_seconds: float = Field(default=30.0, gt=0)
+    #: Successes of those that close it.
+    successes: int = Field(default=2, ge=1)
+
+
 class WorkerSection(_Section):
-    """The model: an embedded worker (`model_path`) or remote ones (`urls`)."""
+    """The model: an embedded worker (`model_path`) or remote ones (`urls`, `dns`).
+
+    All remote workers serve the same model with the same flags.
+    """
 
     #: Folder or name of the model to serve in a child process.
     model_path: str | None = None
     #: Further flags of the embedded `vase-sgl worker`: SGLang's own.
     args: tuple[str, ...] = ()
-    #: Base URLs of running workers, used in turn. Not together with `model_path`.
+    #: Base URLs of running workers. Not together with `model_path`.
     urls: tuple[str, ...] = ()
+    #: Base URLs whose host name stands for one worker per address, such as a headless Service.
+    dns: tuple[str, ...] = ()
+    #: Seconds between look-ups of the names in `dns`.
+    dns_interval_seconds: float = Field(default=10.0, gt=0)
+    #: Requests one worker is given at once. None: what it reports as its own maximum.
+    max_in_flight: int | None = Field(default=None, ge=1)
+    #: Other workers that are tried when one fails before its first token.
+    retries: int = Field(default=2, ge=0)
+    #: Prompts with the same first tokens go to the same worker while it has room; shorter prompts
+    #: go anywhere. 0: off, as it should be while workers keep no prefix cache.
+    affinity_tokens: int = Field(default=0, ge=0)
+    breaker: BreakerSection = BreakerSection()
     #: Where the embedded worker's output goes.
     log_file: Path = Path(".vase-sgl/worker.log")
     #: Seconds the embedded worker may take to load the model.
@@ -89,7 +134,7 @@ class WorkerSection(_Section):
     #: Seconds between health checks of a worker.
     health_interval_seconds: float = Field(default=5.0, gt=0)
 
-    @field_validator("urls")
+    @field_validator("urls", "dns")
     @classmethod
     def _check_urls(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
         for url in urls:
@@ -98,6 +143,63 @@ class WorkerSection(_Section):
         if len(set(urls)) != len(urls):
             raise ValueError("a worker is named twice")
         return urls
+
+    @field_validator("dns")
+    @classmethod
+    def _check_names(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        for url in urls:
+            if url.startswith("https://"):
+                raise ValueError(
+                    f"{url!r}: a certificate names no addresses; use http:// or list the workers "
+                    "in worker.urls"
+                )
+            if urlsplit(url).port is None:
+                raise ValueError(f"{url!r} has no port; one looks like http://workers:30000")
+        return urls
+
+
+class Queue(_Section):
+    """The line in front of the workers. Tenants take turns in it."""
+
+    #: Requests that may wait in all.
+    max_waiting: int = Field(default=1024, ge=1)
+    #: Requests of one tenant that may wait.
+    max_waiting_per_tenant: int = Field(default=256, ge=1)
+    #: Seconds one may wait.
+    max_wait_seconds: float = Field(default=30.0, gt=0)
+
+
+class UsageSection(_Section):
+    """Where the usage of tenants is counted. The limits themselves are in the tenants file."""
+
+    #: Redis, or anything that speaks its protocol, shared by all gateways. None: each gateway
+    #: counts for itself.
+    redis_url: str | None = None
+    #: Prefix of the keys in Redis; gateways with the same one share their limits.
+    redis_prefix: str = Field(default="vase", min_length=1)
+    #: What happens to requests while Redis is away: `refuse` them as UNAVAILABLE, or `allow` them
+    #: unchecked.
+    on_redis_failure: Literal["refuse", "allow"] = "refuse"
+
+
+class TelemetrySection(_Section):
+    """Where spans and metrics go."""
+
+    #: OTLP collector (gRPC), such as http://collector:4317; https:// is encrypted. None: off.
+    otlp_endpoint: str | None = None
+    #: Seconds between exports to it.
+    export_interval_seconds: float = Field(default=10.0, gt=0)
+    #: Port of the /metrics page for Prometheus, on the host of `listen`; 0: any. None: off.
+    metrics_port: int | None = Field(default=None, ge=0, le=65535)
+    #: The resource attribute `service.name`.
+    service_name: str = Field(default="vase-sgl-gateway", min_length=1)
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _check_endpoint(cls, url: str | None) -> str | None:
+        if url is not None and not url.startswith(("http://", "https://")):
+            raise ValueError(f"{url!r} is not a URL; one looks like http://collector:4317")
+        return url
 
 
 class AuditKey(_Section):
@@ -175,7 +277,11 @@ class GatewayConfig(BaseSettings):
     listen: Listen = Listen()
     tls: Tls | None = None
     grpc: Grpc = Grpc()
+    http: Http = Http()
     worker: WorkerSection = WorkerSection()
+    queue: Queue = Queue()
+    limits: UsageSection = UsageSection()
+    telemetry: TelemetrySection = TelemetrySection()
     audit: Audit = Audit()
     replay: ReplaySection = ReplaySection()
     #: Who may call; written by `vase-sgl tenants add`.
@@ -200,12 +306,15 @@ class GatewayConfig(BaseSettings):
 
     @model_validator(mode="after")
     def _check_worker(self) -> GatewayConfig:
-        if self.worker.model_path is not None and self.worker.urls:
-            raise ValueError("worker.model_path and worker.urls exclude each other; set one")
-        if self.worker.model_path is None and not self.worker.urls:
+        remote = self.worker.urls or self.worker.dns
+        if self.worker.model_path is not None and remote:
+            raise ValueError(
+                "worker.model_path and worker.urls or worker.dns exclude each other; set one"
+            )
+        if self.worker.model_path is None and not remote:
             raise ValueError(
                 "no worker: set worker.model_path (or --model-path) to serve a model here, or "
-                "worker.urls to use running workers"
+                "worker.urls or worker.dns to use running workers"
             )
         return self
 

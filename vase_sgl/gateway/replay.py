@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import enum
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 
 from vase_sgl.gateway import telemetry
+from vase_sgl.gateway.admission import Admissions
 from vase_sgl.gateway.audit import AuditStore, Record, RecordStatus
 from vase_sgl.gateway.errors import FailedPrecondition, NotFound
 from vase_sgl.gateway.generation import raise_if_aborted
 from vase_sgl.gateway.replay_gate import ReplayGate
+from vase_sgl.gateway.router import Lease, Need, WorkerRouter
 from vase_sgl.gateway.runs import Background, running
 from vase_sgl.gateway.seeds import SeedCheck, check_seeds
 from vase_sgl.gateway.tenants import Retention, Tenant
-from vase_sgl.gateway.workers import Worker, WorkerChunk, WorkerRequest, WorkerRouter
+from vase_sgl.gateway.workers import Worker, WorkerChunk, WorkerRequest
 
 
 class Outcome(enum.Enum):
@@ -153,17 +156,22 @@ class Replays:
     def __init__(
         self,
         router: WorkerRouter,
+        admissions: Admissions,
         store: AuditStore,
         background: Background,
-        gate: ReplayGate,
+        gate: ReplayGate[Lease],
     ) -> None:
         self._router = router
+        self._admissions = admissions
         self._store = store
         self._background = background
         self._gate = gate
 
     async def run(self, tenant: Tenant, record_id: str, send: Send) -> Verdict:
-        """Replay one of the tenant's own records, sending progress. Raises `GatewayError`."""
+        """Replay one of the tenant's own records, sending progress. Raises `GatewayError`.
+
+        It counts against none of the tenant's limits.
+        """
         with telemetry.span("vase.replay", tenant=tenant.name) as span:
             record = await self._load(tenant, record_id)
             telemetry.describe_eviction(span, record.eviction)
@@ -207,8 +215,8 @@ class Replays:
         )
         comparison = Comparison(record)
         async with (
-            self._gate.turn(request, worker.info),
-            running(worker, request, self._background) as chunks,
+            self._turn(request, worker) as lease,
+            running(lease, request, self._background) as chunks,
         ):
             async for chunk in chunks:
                 raise_if_aborted(chunk.finish)
@@ -217,6 +225,21 @@ class Replays:
                     return verdict
                 await send(comparison.progress())
         raise AssertionError("a worker's last chunk has a finish reason")
+
+    @asynccontextmanager
+    async def _turn(self, request: WorkerRequest, worker: Worker) -> AsyncIterator[Lease]:
+        """A lease on `worker`, once it can spare what the replay needs."""
+        need = Need.of(request)
+        async with AsyncExitStack() as turn:
+            with telemetry.waiting():
+                lease = await turn.enter_async_context(
+                    self._gate.turn(
+                        need,
+                        look=worker.info,
+                        take=lambda: self._admissions.take_spare(need, worker.name),
+                    )
+                )
+            yield lease
 
     async def _worker_for(self, record: Record) -> tuple[Worker, tuple[Difference, ...]]:
         """A worker with the recorded fingerprint, or the one that differs least and how."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from typing import Any
 
 import aiohttp
 
+from vase_sgl.gateway import telemetry
 from vase_sgl.gateway.errors import GatewayError, InvalidRequest, WorkerUnavailable
 from vase_sgl.gateway.sse import events
 from vase_sgl.gateway.workers import CacheStats, Finish, WorkerChunk, WorkerInfo, WorkerRequest
@@ -60,7 +61,10 @@ class HttpWorker:
                 total=None, sock_connect=SHORT_TIMEOUT, sock_read=self._stall
             )
             async with self._http().post(
-                f"{self._url}/generate", json=body, timeout=timeout
+                f"{self._url}/generate",
+                json=body,
+                timeout=timeout,
+                headers=telemetry.outgoing(),
             ) as response:
                 await self._raise_for_status(response, "generate")
                 async for event in events(response.content.iter_any()):
@@ -117,6 +121,7 @@ class HttpWorker:
                 self._url + path,
                 json=body,
                 timeout=aiohttp.ClientTimeout(total=timeout),
+                headers=telemetry.outgoing(),
             ) as response:
                 await self._raise_for_status(response, path.rpartition("/")[2])
                 if response.content_type != "application/json":
@@ -231,7 +236,17 @@ def _info(answer: Mapping[str, Any]) -> WorkerInfo:
         running_requests=sum(int(state["running_requests"]) for state in states),
         rounds=sum(int(state["rounds"]) for state in states),
         evicted_tokens=sum(int(state["evicted_tokens"]) for state in states),
+        max_running_requests=_sum(state.get("max_running_requests") for state in states),
+        max_query_requests=_sum(state["limits"].get("max_requests") for state in states),
+        prefix_cache=bool(first.get("prefix_cache", True)),
+        page_size=int(first.get("page_size", 1)),
     )
+
+
+def _sum(values: Iterable[Any]) -> int | None:
+    """The sum over the ranks; None if a rank does not say."""
+    known = [int(value) for value in (*values,) if value is not None]
+    return sum(known) or None
 
 
 def _error_text(body: bytes) -> str:

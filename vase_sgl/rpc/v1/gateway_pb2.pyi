@@ -8,14 +8,16 @@ Health checking and reflection are open.
 
 Status codes, the same for every call:
   INVALID_ARGUMENT     a field is wrong or above a ceiling; the text names the field and the cure
-  UNAUTHENTICATED      no API key, or one that is unknown or revoked
+  UNAUTHENTICATED      no API key or certificate, or one that is unknown or revoked
   PERMISSION_DENIED    the tenant lacks the role for this call
   NOT_FOUND            no such record among the tenant's own
   FAILED_PRECONDITION  the record cannot be replayed (it is not of a completed generation, or
                        its content was not kept), or its content cannot be decrypted
+  RESOURCE_EXHAUSTED   a limit of the tenant or the length or time of the queue is exceeded;
+                       google.rpc.RetryInfo says when to come back
   UNAVAILABLE          no worker is ready, the worker was lost, or the audit store cannot be
                        used; safe to retry, and an answer without a result was not recorded
-  ABORTED              the worker gave the request up
+  ABORTED              the worker gave the request up, or the client did not read its stream
   INTERNAL             a defect; the gateway's log has the details under the request id
 """
 
@@ -510,7 +512,7 @@ class GenerateResponse(_message.Message):
     RESULT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def started(self) -> Global___GenerationStarted:
-        """Sent first, as soon as the request is valid and tokenized."""
+        """Sent first, as soon as the request is valid and a worker has room for it."""
 
     @_builtins.property
     def chunk(self) -> Global___GenerationChunk:
@@ -779,7 +781,7 @@ class Timings(_message.Message):
     TTFT_SECONDS_FIELD_NUMBER: _builtins.int
     TOTAL_SECONDS_FIELD_NUMBER: _builtins.int
     queue_seconds: _builtins.float
-    """Until the request was handed to the worker: validation and tokenizing."""
+    """Until the request was handed to the worker: validation, tokenizing and the wait in the queue."""
     ttft_seconds: _builtins.float
     """Until the first token was at the gateway. Absent if there was none."""
     total_seconds: _builtins.float
@@ -1464,22 +1466,26 @@ class GetCapacityRequest(_message.Message):
     BUDGET_FIELD_NUMBER: _builtins.int
     WINDOW_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    PROMPT_MODE_FIELD_NUMBER: _builtins.int
     budget: _builtins.int
     """A budget to be judged. Absent: only the state is reported."""
     window: _builtins.int
     """The window beside that budget. Absent: 64 or the ceiling."""
     prompt_tokens: _builtins.int
     """The prompt length beside that budget, in tokens."""
+    prompt_mode: Global___PromptMode.ValueType
+    """The prompt mode beside that budget. Absent: evict."""
     def __init__(
         self,
         *,
         budget: _builtins.int | None = ...,
         window: _builtins.int | None = ...,
         prompt_tokens: _builtins.int = ...,
+        prompt_mode: Global___PromptMode.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_budget", b"_budget", "_window", b"_window", "budget", b"budget", "window", b"window"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget", b"_budget", "_window", b"_window", "budget", b"budget", "prompt_tokens", b"prompt_tokens", "window", b"window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget", b"_budget", "_window", b"_window", "budget", b"budget", "prompt_mode", b"prompt_mode", "prompt_tokens", b"prompt_tokens", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__budget: _TypeAlias = _typing.Literal["budget"]  # noqa: Y015
     _WhichOneofArgType__budget: _TypeAlias = _typing.Literal["_budget", b"_budget"]  # noqa: Y015
@@ -1536,7 +1542,7 @@ class GetCapacityResponse(_message.Message):
     total_slots: _builtins.int
     """KV slots in all."""
     available_slots: _builtins.int
-    """Slots that nothing owns now."""
+    """Slots that no running request owns now."""
     reserved_slots: _builtins.int
     """Slots reserved by running requests."""
     running_requests: _builtins.int
@@ -1556,7 +1562,9 @@ class GetCapacityResponse(_message.Message):
     max_prompt_tokens: _builtins.int
     """Longest prompt this tenant may send, in tokens."""
     slots_per_request: _builtins.int
-    """Most slots a request with the budget asked about reserves. Absent without a budget."""
+    """Most slots a request with the budget asked about reserves, up to its first eviction round; from
+    then on budget and window. Absent without a budget.
+    """
     requests_that_fit: _builtins.int
     """How many more of those requests fit now. Absent without a budget."""
     @_builtins.property
