@@ -292,5 +292,24 @@ async def test_the_door_has_the_same_tls(tmp_path: Path) -> None:
                 await http.get(url.replace("https", "http"))
 
 
+async def test_a_certificate_is_a_credential_at_the_door_too(tmp_path: Path) -> None:
+    cert, key = certificate(tmp_path)
+    config = {"certificate": cert, "key": key, "client_ca": cert}
+    known = Tls(cert.read_bytes(), cert.read_bytes(), key.read_bytes())
+    async with run_gateway(tmp_path, client_tls=known, tls=config, http={"port": 0}) as door:
+        url = f"https://127.0.0.1:{door.gateway.http_port}/v1/models"
+        stranger = ssl.create_default_context(cafile=str(cert))
+        context = ssl.create_default_context(cafile=str(cert))
+        context.load_cert_chain(cert, key)
+        async with aiohttp.ClientSession() as http:
+            async with http.get(url, ssl=context) as answer:
+                assert answer.status == 401 and "CN=127.0.0.1" in await answer.text()
+            door.add_tenant("carol", certificate_subjects=["CN=127.0.0.1"])
+            async with http.get(url, ssl=context) as answer:
+                assert answer.status == 200
+            with pytest.raises(aiohttp.ClientError):
+                await http.get(url, ssl=stranger)
+
+
 async def test_without_a_port_there_is_no_door(running: Running) -> None:
     assert running.gateway.http_port is None

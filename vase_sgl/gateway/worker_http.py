@@ -214,7 +214,7 @@ class _Output:
         if len(self._token_ids) != meta["completion_tokens"]:
             raise WorkerUnavailable("the worker's stream lost output; try again")
         self._meta = meta
-        self._rounds = meta["vase"]["rounds"] if "vase" in meta else 0
+        self._rounds = (meta.get("vase") or {}).get("rounds", 0)
         self._is_new = True
 
     def _chunk(self) -> WorkerChunk:
