@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.client.test_commands import run
-from tests.gateway.running import Running
+from tests.gateway.running import Running, run_gateway
 from vase_sgl.cli import build_app
 from vase_sgl.cli.replay_many import is_chosen
 from vase_sgl.client import AsyncClient
@@ -66,15 +66,18 @@ async def test_a_divergence_is_shown_where_it_is(running: Running, tmp_path: Pat
     assert [r["verdict"]["first_differing_round"] for r in found["records"]] == [2, 2, 2]
 
 
-async def test_other_outcomes_have_their_status(running: Running, tmp_path: Path) -> None:
-    await generate(running, 2)
-    running.worker.faults.refuse_status = 500
-    found = await report(running, tmp_path, status=1)
-    assert found["outcomes"] == {"FAILED": 2} and "status 500" in found["records"][0]["error"]
-    running.worker.faults.refuse_status = None
-    running.worker.fingerprint["sglang"] = "1"
-    output, _ = await run(running, *SINCE, status=4)
-    assert "INCOMPARABLE: sglang" in output
+async def test_other_outcomes_have_their_status(tmp_path: Path) -> None:
+    # The client tries a replay three times, which is more failures than a breaker allows.
+    async with run_gateway(tmp_path, worker={"breaker": {"failures": 100}}) as running:
+        await generate(running, 2)
+        running.worker.faults.refuse_status = 500
+        found = await report(running, tmp_path, status=1)
+        assert found["outcomes"] == {"FAILED": 2}
+        assert all("status 500" in record["error"] for record in found["records"])
+        running.worker.faults.refuse_status = None
+        running.worker.fingerprint["sglang"] = "1"
+        output, _ = await run(running, *SINCE, status=4)
+        assert "INCOMPARABLE: sglang" in output
 
 
 async def test_a_time_is_cut_out(running: Running, tmp_path: Path) -> None:

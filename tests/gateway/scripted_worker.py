@@ -53,6 +53,7 @@ class ScriptedWorker:
         self.context_length = 8192
         self.hides_vocabulary = False
         self.available_slots = 9_000
+        #: Pause before each token. Without one, tokens reach the gateway many at a time.
         self.token_seconds = 0.0
         #: Letters added to each token's text, to make chunks big.
         self.padding = 0

@@ -78,7 +78,7 @@ async def test_slots_that_a_first_round_gives_back_go_to_others(tmp_path: Path) 
         ]
         tasks = [asyncio.create_task(call) for call in calls]
         await until_waiting(running, 3)
-        assert len(running.worker.running) == 3
+        assert running.worker.most_running <= 3
         await asyncio.gather(*tasks)
         assert running.worker.most_running >= 4
 

@@ -11,12 +11,13 @@ from vase_sgl.client import NEVER, AsyncClient, Message
 
 
 async def test_a_stream_brings_text_tokens_statistics_and_result(running: Running) -> None:
+    running.worker.token_seconds = 0.002
     stream = running.client.generate("tell me", max_new_tokens=100, budget=32, window=8, seed=5)
     chunks = [chunk async for chunk in stream]
     tokens = [token for chunk in chunks for token in chunk.token_ids]
     result = stream.result
 
-    assert len(chunks) == 100 and len(tokens) == 100
+    assert len(chunks) > 50 and len(tokens) == 100
     assert "".join(chunk.text for chunk in chunks) == "".join(f"w{token} " for token in tokens)
     last = chunks[-1].cache
     assert last is not None

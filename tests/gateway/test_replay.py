@@ -52,6 +52,7 @@ async def test_a_match_without_eviction(running: Running) -> None:
 async def test_the_first_differing_token_is_named_and_the_replay_stops(running: Running) -> None:
     answer = await generate(running)
     running.worker.faults.other_token_at = 41
+    running.worker.token_seconds = 0.002
     verdict = await replay(running, answer)
     assert verdict.outcome == "DIVERGED"
     assert verdict.first_differing_token == verdict.tokens_compared == 41

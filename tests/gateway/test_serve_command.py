@@ -87,7 +87,12 @@ async def test_sigterm_drains(tmp_path: Path, worker: ScriptedWorker) -> None:
 async def test_a_second_signal_stops_at_once(tmp_path: Path, worker: ScriptedWorker) -> None:
     worker.token_seconds = 0.02
     options = ("--worker-url", worker.url, "--grpc-port", "0", "--insecure-no-auth")
-    async with serve(tmp_path, *options) as process:
+    ports = ("--http-port", "0", "--metrics-port", "0")
+    async with serve(tmp_path, *options, *ports) as process:
+        assert process.stdout is not None
+        said = [(await process.stdout.readline()).decode() for _ in ports[::2]]
+        assert said[0].startswith("metrics on http://127.0.0.1:")
+        assert said[1].startswith("OpenAI-compatible HTTP on 127.0.0.1:")
         async with AsyncClient(await target_of(process), retry=NEVER) as client:
             await until_ready(client)
             stream = client.generate("tell me", max_new_tokens=4000)
@@ -123,12 +128,17 @@ def test_errors_come_before_anything_starts(
     open_to_all = ("--insecure-no-auth", *url)
     unusable = failure("--audit-url", "nonsense", "--grpc-port", "0", *open_to_all)
     assert "audit.url cannot be used" in unusable
+    no_redis = failure("--redis-url", "redis://127.0.0.1:9/0", "--grpc-port", "0", *open_to_all)
+    assert "Redis does not answer" in no_redis and "Traceback" not in no_redis
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         taken = failure("--grpc-port", str(port), *open_to_all)
     assert f"cannot listen on 127.0.0.1:{port}: the port is taken" in taken
 
 
-def test_an_unknown_log_level_is_refused() -> None:
-    result = CliRunner().invoke(build_app(), ["serve", "--log-level", "loud"])
-    assert result.exit_code == 2 and "debug, info, warning, error" in result.stderr
+@pytest.mark.parametrize(
+    ("option", "known"), [("--log-level", "debug, info, warning, error"), ("--log-format", "json")]
+)
+def test_unknown_ways_to_log_are_refused(option: str, known: str) -> None:
+    result = CliRunner().invoke(build_app(), ["serve", option, "loud"])
+    assert result.exit_code == 2 and known in result.stderr

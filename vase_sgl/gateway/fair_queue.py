@@ -129,6 +129,8 @@ class FairQueue(Generic[T]):
         waiter = _Waiter(tenant, take)
         self._lines.setdefault(tenant, collections.deque()).append(waiter)
         self.dispatch()
+        if waiter.granted.done():
+            return waiter.granted.result()
         try:
             async with asyncio.timeout(self._max_wait):
                 return await waiter.granted

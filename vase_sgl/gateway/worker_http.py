@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import aiohttp
@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 SHORT_TIMEOUT = 30.0
 #: Seconds for the health check. SGLang takes up to 20 s to call itself unhealthy.
 HEALTH_TIMEOUT = 25.0
+#: The payload that ends a stream.
+DONE = b"[DONE]"
 #: Bytes read ahead from a stream before the worker is made to wait.
 READ_AHEAD_BYTES = 2**16
 
@@ -67,12 +69,12 @@ class HttpWorker:
                 headers=telemetry.outgoing(),
             ) as response:
                 await self._raise_for_status(response, "generate")
-                async for event in events(response.content.iter_any()):
-                    if event == b"[DONE]":
+                async for together in events(response.content.iter_any()):
+                    for chunk in output.chunks(together):
+                        finished = chunk.finish is not None
+                        yield chunk
+                    if together[-1] == DONE:
                         break
-                    chunk = output.add(json.loads(event))
-                    finished = chunk.finish is not None
-                    yield chunk
         except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, TypeError) as error:
             raise self._lost(error) from error
         if not finished:
@@ -166,7 +168,7 @@ class HttpWorker:
 
 
 class _Output:
-    """The output of one generation so far. `add` mutates it.
+    """The output of one generation so far. `chunks` mutates it.
 
     SGLang streams either all of the output with every event or, under
     `--incremental-streaming-output`, what is new; `completion_tokens` tells which.
@@ -174,21 +176,53 @@ class _Output:
 
     def __init__(self) -> None:
         self._text = ""
+        #: Text that was not put together yet.
+        self._new_text: list[str] = []
         self._token_ids: list[int] = []
+        self._meta: Mapping[str, Any] = {}
+        self._rounds = 0
+        self._is_new = False
 
-    def add(self, event: Mapping[str, Any]) -> WorkerChunk:
-        """One /generate event. Raises `InvalidRequest` or `WorkerUnavailable` for an error."""
+    def chunks(self, events: Iterable[bytes]) -> Iterator[WorkerChunk]:
+        """The output after these events, which came together; and after each eviction round.
+
+        So under load messages are fewer, and still every round's digest is seen. Raises
+        `InvalidRequest` or `WorkerUnavailable` for an error, after what came before it.
+        """
+        try:
+            for event in events:
+                if event != DONE:
+                    before = self._rounds
+                    self._add(json.loads(event))
+                    if self._rounds != before:
+                        yield self._chunk()
+        except (GatewayError, ValueError, KeyError, TypeError):
+            if self._is_new:
+                yield self._chunk()
+            raise
+        if self._is_new:
+            yield self._chunk()
+
+    def _add(self, event: Mapping[str, Any]) -> None:
         _raise_for_error(event)
         meta, text, token_ids = event["meta_info"], event["text"], event["output_ids"]
         if len(token_ids) == meta["completion_tokens"]:
-            self._text, self._token_ids = text, list(token_ids)
+            self._text, self._new_text, self._token_ids = text, [], list(token_ids)
         else:
-            self._text += text
+            self._new_text.append(text)
             self._token_ids += token_ids
         if len(self._token_ids) != meta["completion_tokens"]:
             raise WorkerUnavailable("the worker's stream lost output; try again")
-        finish = meta.get("finish_reason")
-        vase = meta.get("vase")
+        self._meta = meta
+        self._rounds = (meta.get("vase") or {}).get("rounds", 0)
+        self._is_new = True
+
+    def _chunk(self) -> WorkerChunk:
+        self._text = "".join((self._text, *self._new_text))
+        self._new_text = []
+        self._is_new = False
+        finish = self._meta.get("finish_reason")
+        vase = self._meta.get("vase")
         return WorkerChunk(
             text=self._text,
             token_ids=tuple(self._token_ids),
