@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from tests.gateway.audit_records import tamper
 from tests.gateway.running import Running
 from vase_sgl.cli import build_app
+from vase_sgl.eviction import POLICIES
 
 
 async def run(running: Running, *arguments: str, status: int = 0) -> tuple[str, str]:
@@ -61,6 +62,18 @@ async def test_generate_as_json(running: Running) -> None:
     assert json.loads(shown)["text"] == answer["text"]
     table, _ = await run(running, "records", "list")
     assert answer["request_id"] in table and "completed" in table
+
+
+async def test_generate_names_policies_and_prompt_modes(running: Running) -> None:
+    text, _ = await run(running, "generate", "--help")
+    for name in POLICIES:
+        assert f" {name}: " in text
+    keep = ("--budget", "32", "--window", "8", "--policy", "knorm", "--prompt-mode", "keep")
+    await run(running, "generate", "tell me", "-n", "5", *keep)
+    vase = running.worker.bodies[0]["sampling_params"]["custom_params"]["vase"]
+    assert (vase["policy"], vase["prompt"]) == ("knorm", "keep")
+    _, errors = await run(running, "generate", "x", "--prompt-mode", "drop", status=2)
+    assert "'drop' is not one of 'evict', 'keep'" in errors
 
 
 async def test_errors_are_one_line_and_status_1(running: Running) -> None:

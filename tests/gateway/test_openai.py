@@ -35,6 +35,17 @@ def client(door: Running, key: str | None = None) -> AsyncOpenAI:
     )
 
 
+async def test_prompt_mode_keep_reaches_the_worker(door: Running) -> None:
+    vase = {"vase": {**VASE["vase"], "prompt": "keep"}}
+    async with client(door) as api:
+        answer = await api.completions.create(
+            model="scripted", prompt="tell me", max_tokens=5, extra_body=vase
+        )
+    assert door.worker.bodies[0]["sampling_params"]["custom_params"]["vase"]["prompt"] == "keep"
+    record = await door.client.get_record(answer.id.removeprefix("cmpl-"))
+    assert record.eviction is not None and record.eviction.prompt_mode == "keep"
+
+
 async def test_a_chat_is_recorded_and_replayed_like_any_other(door: Running) -> None:
     async with client(door) as api:
         answer = await api.chat.completions.create(

@@ -68,13 +68,6 @@ class RequestCache:
         """Physical length at which the next round is due."""
         return self.steady_slots if self.planned_rounds else self.first_trigger
 
-    @property
-    def copied_slots(self) -> int:
-        """Most slots the first round takes in place of a shared prompt's, whole pages."""
-        if not self.prefix_cache:
-            return 0
-        return self.fresh_slots(self.prompt_tokens - self.pinned)
-
     def fresh_slots(self, shared: int) -> int:
         """Slots the first round takes if `shared` unpinned columns (whole pages) are the tree's."""
         return min(shared, self.in_pages(self.steady_slots))
