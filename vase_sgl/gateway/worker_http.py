@@ -91,7 +91,7 @@ class HttpWorker:
     async def info(self) -> WorkerInfo:
         info = await self._call("GET", "/server_info")
         try:
-            return _info(info)
+            return worker_info(info)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise WorkerUnavailable(
                 f"worker {self.name} does not report vase_sgl's state ({error!r}); start it with "
@@ -248,7 +248,7 @@ def _cache(vase: Mapping[str, Any]) -> CacheStats:
     return CacheStats(**{f: vase[f] for f in CacheStats.__dataclass_fields__})
 
 
-def _info(answer: Mapping[str, Any]) -> WorkerInfo:
+def worker_info(answer: Mapping[str, Any]) -> WorkerInfo:
     """The state of a worker from /server_info.
 
     With data parallelism SGLang reports one state per rank; slots and counters are summed.
