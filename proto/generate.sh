@@ -7,10 +7,12 @@ python=${PYTHON:-python}
 out=${OUT:-.}
 scripts=$("$python" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
 # The mapping makes the import path of the generated code vase_sgl.rpc.v1.
-"$python" -m grpc_tools.protoc \
-    -Ivase_sgl/rpc/v1=proto/vase/v1 \
-    --plugin=protoc-gen-mypy="$scripts/protoc-gen-mypy" \
-    --plugin=protoc-gen-mypy_grpc="$scripts/protoc-gen-mypy_grpc" \
-    --python_out="$out" --grpc_python_out="$out" \
-    --mypy_out=quiet:"$out" --mypy_grpc_out=quiet:"$out" \
-    vase_sgl/rpc/v1/gateway.proto
+protoc() {
+    "$python" -m grpc_tools.protoc \
+        -Ivase_sgl/rpc/v1=proto/vase/v1 \
+        --plugin=protoc-gen-mypy="$scripts/protoc-gen-mypy" \
+        --plugin=protoc-gen-mypy_grpc="$scripts/protoc-gen-mypy_grpc" \
+        --python_out="$out" --mypy_out=quiet:"$out" "$@"
+}
+protoc --grpc_python_out="$out" --mypy_grpc_out=quiet:"$out" vase_sgl/rpc/v1/gateway.proto
+protoc vase_sgl/rpc/v1/status.proto

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from tests.gateway.audit_records import tamper
 from tests.gateway.running import Running
 from vase_sgl.cli import build_app
+from vase_sgl.eviction import POLICIES
 
 
 async def run(running: Running, *arguments: str, status: int = 0) -> tuple[str, str]:
@@ -60,6 +62,18 @@ async def test_generate_as_json(running: Running) -> None:
     assert json.loads(shown)["text"] == answer["text"]
     table, _ = await run(running, "records", "list")
     assert answer["request_id"] in table and "completed" in table
+
+
+async def test_generate_names_policies_and_prompt_modes(running: Running) -> None:
+    text, _ = await run(running, "generate", "--help")
+    for name in POLICIES:
+        assert f" {name}: " in text
+    keep = ("--budget", "32", "--window", "8", "--policy", "knorm", "--prompt-mode", "keep")
+    await run(running, "generate", "tell me", "-n", "5", *keep)
+    vase = running.worker.bodies[0]["sampling_params"]["custom_params"]["vase"]
+    assert (vase["policy"], vase["prompt"]) == ("knorm", "keep")
+    _, errors = await run(running, "generate", "x", "--prompt-mode", "drop", status=2)
+    assert "'drop' is not one of 'evict', 'keep'" in errors
 
 
 async def test_errors_are_one_line_and_status_1(running: Running) -> None:
@@ -118,6 +132,27 @@ async def test_tenants_add_list_remove(running: Running) -> None:
     assert "there is no tenant bob" in errors
 
 
+async def test_a_tenants_master_secret_rotates(running: Running) -> None:
+    alice = ("alice", "--file", str(running.tenants_file))
+    answer = await running.client.generate_once("tell me", max_new_tokens=3)
+    _, errors = await run(running, "tenants", "forget-secret", *alice, "--version", "1", status=1)
+    assert "version 1 is the one in use; `vase-sgl tenants rotate alice` first" in errors
+    output, _ = await run(running, "tenants", "rotate", *alice)
+    assert output == "new seeds of alice come from master secret version 2\n"
+    newer = await running.client.generate_once("tell me", max_new_tokens=3)
+    assert newer.result.seeds.master_version == 2
+    output, _ = await run(running, "replay", answer.request_id)
+    assert output == "MATCH: 3 tokens and 0 eviction rounds are equal\n"
+
+    await run(running, "tenants", "forget-secret", *alice, "--version", "1")
+    output, _ = await run(running, "replay", answer.request_id)
+    assert output.startswith("MATCH") and "version of the tenant's master secret was" in output
+    _, errors = await run(running, "tenants", "forget-secret", *alice, "--version", "1", status=1)
+    assert "has no master secret version 1; there are: 2" in errors
+    _, errors = await run(running, "tenants", "rotate", "bob", *alice[1:], status=1)
+    assert "there is no tenant bob" in errors
+
+
 async def test_a_wrong_tenant_is_not_added(running: Running, tmp_path: Path) -> None:
     file = ("--file", str(tmp_path / "new.yaml"))
     _, errors = await run(running, "tenants", "add", "Bob", *file, status=1)
@@ -127,17 +162,52 @@ async def test_a_wrong_tenant_is_not_added(running: Running, tmp_path: Path) -> 
     assert not (tmp_path / "new.yaml").exists()
 
 
-async def test_audit_verify(running: Running) -> None:
-    await running.client.generate_once("tell me", max_new_tokens=2)
+async def test_audit_verify_export_prune(running: Running, tmp_path: Path) -> None:
+    for _ in range(3):
+        await running.client.generate_once("tell me", max_new_tokens=2)
     url = ("--url", running.audit_url)
     output, _ = await run(running, "audit", "verify", *url)
-    assert output == "alice: 1 records, chain is whole\n"
-    import sqlite3
+    assert output.startswith("alice: 3 records, chain is whole; head 3:")
+    head = output.split()[-1]
+    file = str(tmp_path / "export.jsonl")
+    _, errors = await run(running, "audit", "export", *url, "-o", file)
+    assert errors == "3 records\n"
+    assert Path(file).stat().st_mode & 0o777 == 0o600
+    await run(running, "audit", "export", *url, "-o", file, status=1)  # never overwritten
+    assert (await run(running, "audit", "verify", "--file", file))[0] == output
+    piped, _ = await run(running, "audit", "export", *url, "--tenant", "alice")
+    assert piped == Path(file).read_text()
 
-    with sqlite3.connect(running.audit_url.removeprefix("sqlite+aiosqlite:///")) as connection:
-        connection.execute("UPDATE records SET text = 'x'")
+    dry, _ = await run(running, "audit", "prune", *url, "--older-than", "0m", "--dry-run")
+    assert dry == "alice: 3 records would be removed, up to sequence 3\n"
+    pruned, _ = await run(running, "audit", "prune", *url, "--before", "2100-01-01", "--by", "me")
+    assert pruned == "alice: 3 records removed, up to sequence 3\n"
+    await running.client.generate_once("tell me", max_new_tokens=2)
+    output, _ = await run(running, "audit", "verify", *url, "--tenant", "alice", "--head", head)
+    assert output.startswith("alice: 1 records, chain is whole; 3 before them were pruned; head 4:")
+    assert (await run(running, "audit", "migrate", *url))[0].endswith("schema revision 0002\n")
+
+    await tamper(running.audit_url, "UPDATE records SET payload = NULL")
     output, _ = await run(running, "audit", "verify", *url, status=1)
-    assert "its content was changed" in output
+    assert output.startswith("alice: altered at record ") and "its payload is gone" in output
+
+
+async def test_audit_commands_say_what_is_wrong(running: Running) -> None:
+    await running.client.generate_once("tell me", max_new_tokens=2)
+    nowhere = ("--url", "sqlite+aiosqlite:///nowhere.sqlite3")
+    for arguments, status, text in (
+        (("verify", *nowhere), 1, "no audit store nowhere.sqlite3; name the gateway's audit.url"),
+        (("verify", "--tenant", "eve"), 1, "no chain of a tenant 'eve'; there are: alice"),
+        (("verify", "--head", "3:aa"), 2, "needs --tenant"),
+        (("verify", "--tenant", "alice", "--head", "3:aa"), 2, "as verify shows it"),
+        (("prune",), 2, "give --before or --older-than"),
+        (("prune", "--before", "soon"), 2, "'soon' is not a date"),
+        (("prune", "--older-than", "9 years"), 2, "90d, 12h or 30m"),
+    ):
+        url = () if "--url" in arguments else ("--url", running.audit_url)
+        _, errors = await run(running, "audit", *arguments, *url, status=status)
+        assert text in " ".join(errors.replace("│", " ").split())
+    assert not Path("nowhere.sqlite3").exists()
 
 
 async def test_doctor(running: Running) -> None:

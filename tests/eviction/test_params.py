@@ -23,6 +23,33 @@ def test_slots_by_prompt_mode(prompt: str, prompt_tokens: int, pinned: int, slot
     assert EvictionParams.parse(params.to_mapping()) == params
 
 
+@pytest.mark.parametrize(
+    ("prompt", "prompt_tokens", "output", "prefix_cache", "page_size", "slots"),
+    [
+        ("evict", 10, 30, True, 1, 40),  # too short for a round
+        ("evict", 10, 31, True, 1, 40 + 10),
+        ("evict", 10, 31, False, 1, 40),
+        ("evict", 100, 50, True, 1, 108 + 40),  # no more is copied than is kept
+        ("evict", 100, 50, True, 16, 112 + 48),
+        ("evict", 100, 50, False, 16, 112),
+        ("keep", 100, 40, True, 1, 140),
+        ("keep", 100, 900, True, 1, 140),
+        ("keep", 100, 900, True, 16, 144),
+    ],
+)
+def test_slots_reserved_at_admission(
+    prompt: str, prompt_tokens: int, output: int, prefix_cache: bool, page_size: int, slots: int
+) -> None:
+    params = EvictionParams.parse({"budget": 32, "window": 8, "prompt": prompt})
+    worker = {"prefix_cache": prefix_cache, "page_size": page_size}
+    assert params.reserved_slots(prompt_tokens, output, **worker) == slots
+
+
+def test_a_policy_that_never_evicts_reserves_every_token() -> None:
+    params = EvictionParams.parse({"policy": "full"})
+    assert params.reserved_slots(100, 901, prefix_cache=True) == 1001
+
+
 @pytest.mark.parametrize("name", POLICIES)
 def test_every_policy_round_trips_with_its_defaults(name: str) -> None:
     params = EvictionParams.parse({"budget": 64, "window": 8, "policy": name})

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.gateway.scripted_worker import ScriptedWorker
-from vase_sgl.client import AsyncClient, Tls, Unavailable
+from vase_sgl.client import NEVER, AsyncClient, Tls, Unavailable
 from vase_sgl.gateway import tenants
 from vase_sgl.gateway.config import load_config
 from vase_sgl.gateway.server import Gateway
@@ -30,6 +30,10 @@ class Running:
     @property
     def target(self) -> str:
         return f"127.0.0.1:{self.gateway.port}"
+
+    @property
+    def http_url(self) -> str:
+        return f"http://127.0.0.1:{self.gateway.http_port}"
 
     def add_tenant(self, name: str, **fields: Any) -> str:
         """Add a tenant to the file of the running gateway; its API key."""
@@ -51,7 +55,10 @@ def add_tenant(file: Path, name: str, **fields: Any) -> str:
 async def run_gateway(
     folder: Path, client_tls: Tls | None = None, **config: Any
 ) -> AsyncIterator[Running]:
-    """Start worker and gateway, wait until ready; `config` overrides configuration keys."""
+    """Start worker and gateway, wait until ready; `config` overrides configuration keys.
+
+    Keys of `worker` are added to the scripted worker's own.
+    """
     tenants_file = folder / "tenants.yaml"
     key = add_tenant(tenants_file, "alice", roles=["generate", "replay", "audit"])
     audit_url = f"sqlite+aiosqlite:///{folder / 'audit.sqlite3'}"
@@ -59,7 +66,11 @@ async def run_gateway(
         settings = load_config(
             overrides={
                 "listen": {"port": 0},
-                "worker": {"urls": [worker.url], "health_interval_seconds": 0.1},
+                "worker": {
+                    "urls": [worker.url],
+                    "health_interval_seconds": 0.1,
+                    **config.pop("worker", {}),
+                },
                 "audit": {"url": audit_url},
                 "tenants_file": tenants_file,
                 "drain_seconds": 2,
@@ -67,7 +78,7 @@ async def run_gateway(
             }
         )
         gateway = await Gateway.start(settings, lambda seconds: None)
-        client = AsyncClient(f"127.0.0.1:{gateway.port}", key, tls=client_tls)
+        client = AsyncClient(f"127.0.0.1:{gateway.port}", key, tls=client_tls, retry=NEVER)
         try:
             await until_ready(client)
             yield Running(worker, gateway, client, tenants_file, audit_url, key)

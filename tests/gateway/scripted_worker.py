@@ -1,7 +1,8 @@
 """A worker without a model behind the real HTTP interface: deterministic, and it fails on order.
 
 Tokens depend on prompt, sampling seed and position; eviction follows the static budget's
-arithmetic, with digests that depend on the eviction seed. Faults are attributes to set.
+arithmetic, with digests that depend on policy, budget, window and seed. Faults are attributes to
+set.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Faults:
 class ScriptedWorker:
     """Serve with `async with ScriptedWorker() as worker`, at `worker.url`."""
 
-    def __init__(self, port: int = 0) -> None:
+    def __init__(self, port: int = 0, host: str = "127.0.0.1") -> None:
         self.url = ""
         self.faults = Faults()
         self.fingerprint = dict(FINGERPRINT)
@@ -51,13 +52,22 @@ class ScriptedWorker:
         self.max_budget = 4096
         self.context_length = 8192
         self.hides_vocabulary = False
+        self.available_slots = 9_000
+        #: Pause before each token. Without one, tokens reach the gateway many at a time.
         self.token_seconds = 0.0
         #: Letters added to each token's text, to make chunks big.
         self.padding = 0
         self.bodies: list[dict[str, Any]] = []
+        #: Header `traceparent` of each /generate.
+        self.traceparents: list[str | None] = []
         self.aborted: list[str] = []
         self.running: set[str] = set()
+        self.most_running = 0
+        self.max_running_requests = 64
+        self.max_query_requests = 64
+        self.prefix_cache = True
         self.tokens_written = 0
+        self._host = host
         self._port = port
         self._runner: web.AppRunner | None = None
 
@@ -70,16 +80,25 @@ class ScriptedWorker:
         app.router.add_get("/server_info", self._server_info)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", self._port)
+        site = web.TCPSite(self._runner, self._host, self._port)
         await site.start()
         assert site._server is not None
         port = site._server.sockets[0].getsockname()[1]  # type: ignore[attr-defined]
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = f"http://{self._host}:{port}"
         return self
 
     async def __aexit__(self, *exception: object) -> None:
         assert self._runner is not None
         await self._runner.cleanup()
+
+    async def kill(self) -> None:
+        """Cut every connection and stop listening, as a process that dies does."""
+        assert self._runner is not None and self._runner.server is not None
+        for connection in self._runner.server.connections:
+            if connection.transport is not None:
+                connection.transport.abort()
+        for site in list(self._runner.sites):
+            await site.stop()
 
     async def wait_for_abort(self, seconds: float = 5.0) -> str:
         """The first aborted request id, as soon as nothing runs any more."""
@@ -87,6 +106,12 @@ class ScriptedWorker:
             while not self.aborted or self.running:
                 await asyncio.sleep(0.01)
         return self.aborted[0]
+
+    async def wait_for_abort_of(self, count: int) -> None:
+        """Wait until so many requests were aborted."""
+        async with asyncio.timeout(5):
+            while len(self.aborted) < count:
+                await asyncio.sleep(0.01)
 
     async def _tokenize(self, request: web.Request) -> web.Response:
         body = await request.json()
@@ -113,13 +138,20 @@ class ScriptedWorker:
     async def _server_info(self, request: web.Request) -> web.Response:
         vase = {
             "fingerprint": self.fingerprint,
-            "limits": {"max_budget": self.max_budget, "max_window": 64},
+            "limits": {
+                "max_budget": self.max_budget,
+                "max_window": 64,
+                "max_requests": self.max_query_requests,
+            },
             "default": self.default_eviction,
-            "slots": {"total": 10_000, "available": 9_000, "reserved": 1_000},
+            "slots": {"total": 10_000, "available": self.available_slots, "reserved": 1_000},
             "rounds": 7,
             "evicted_tokens": 224,
             "running_requests": len(self.running),
             "context_length": self.context_length,
+            "max_running_requests": self.max_running_requests,
+            "prefix_cache": self.prefix_cache,
+            "page_size": 1,
             **({} if self.hides_vocabulary else {"vocab_size": VOCAB}),
         }
         return web.json_response({"internal_states": [{"vase": vase}]})
@@ -127,12 +159,14 @@ class ScriptedWorker:
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.bodies.append(body)
+        self.traceparents.append(request.headers.get("traceparent"))
         if self.faults.refuse_status is not None:
             return web.json_response(
                 {"error": {"message": "refused on order"}}, status=self.faults.refuse_status
             )
         rid = body["rid"]
         self.running.add(rid)
+        self.most_running = max(self.most_running, len(self.running))
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         try:
@@ -226,13 +260,21 @@ class Run:
                 "evicted_tokens": logical - self._physical,
                 "physical_length": self._physical,
                 "logical_length": logical,
-                "reserved_slots": max(len(self.prompt), self._vase["budget"])
-                + self._vase["window"],
+                "reserved_slots": self._reserved(),
                 "digest": self.digests[-1] if self.digests else "0" * 16,
             }
             if self.finish is not None:
                 meta["vase"]["round_digests"] = self.digests
         return {"text": text, "output_ids": self.tokens, "meta_info": meta}
+
+    def _reserved(self) -> int:
+        """Slots under the prefix cache: most of them in the first round, fewer ever after."""
+        prompt, steady = len(self.prompt), self._vase["budget"] + self._vase["window"]
+        total = prompt + self._sampling["max_new_tokens"]
+        if self.digests:
+            return int(steady)
+        first = max(prompt, self._vase["budget"]) + self._vase["window"]
+        return int(total if total <= first else first + min(prompt, steady))
 
     def _evict(self) -> None:
         self._physical = self._vase["budget"]
@@ -242,7 +284,8 @@ class Run:
         seed: Any = self._vase["seed"]
         if self._faults.other_digest_at_round == number:
             seed = "other"
-        self.digests.append(f"{_hash(previous, seed, number):016x}")
+        chosen_by = [self._vase[name] for name in ("policy", "budget", "window")]
+        self.digests.append(f"{_hash(previous, seed, number, chosen_by):016x}")
 
 
 def token_of(word: str) -> int:

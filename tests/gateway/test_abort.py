@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from tests.gateway.running import Running
-from vase_sgl.client import AsyncClient, Cancelled, DeadlineExceeded, Record
+from vase_sgl.client import NEVER, AsyncClient, Cancelled, DeadlineExceeded, Record
 
 
 async def record_of(running: Running, request_id: str) -> Record:
@@ -56,7 +56,7 @@ async def test_a_deadline_of_a_unary_call_aborts_too(running: Running) -> None:
 
 async def test_a_lost_connection_aborts_in_the_worker(running: Running) -> None:
     running.worker.token_seconds = 0.02
-    client = AsyncClient(running.target, running.key)
+    client = AsyncClient(running.target, running.key, retry=NEVER)
     stream = client.generate("tell me", max_new_tokens=4000)
     request_id = await stream.started()
     await client.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import logging
 import time
 from pathlib import Path
@@ -12,19 +14,22 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from tests.gateway.running import Running, run_gateway
+from tests.gateway.running import Running, add_tenant, run_gateway
 from vase_sgl.client import (
+    NEVER,
     AsyncClient,
     AuthenticationError,
     NotFound,
     PermissionError_,
     VaseError,
 )
-from vase_sgl.gateway import tenants
+from vase_sgl.gateway import keys, tenants
+from vase_sgl.gateway.auth import Credential, KeyAuthenticator
+from vase_sgl.gateway.errors import TooManyChecks, Unauthenticated
 
 
 async def refused(running: Running, key: str | None) -> str:
-    async with AsyncClient(running.target, key) as client:
+    async with AsyncClient(running.target, key, retry=NEVER) as client:
         with pytest.raises(AuthenticationError) as error:
             await client.capacity()
         with pytest.raises(AuthenticationError):
@@ -61,9 +66,47 @@ async def test_a_second_check_of_a_key_is_fast(running: Running) -> None:
     assert (time.perf_counter() - start) / 20 < 0.02
 
 
+async def test_a_checked_key_is_remembered_for_a_minute_and_never_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verified, now = [], 0.0
+    real = keys.verify
+    monkeypatch.setattr(keys, "verify", lambda *a: verified.append(a[0]) or real(*a))
+    key = add_tenant(tmp_path / "t.yaml", "bob")
+    bad = key[:-1] + ("0" if key[-1] != "0" else "1")
+    authenticator = KeyAuthenticator(tmp_path / "t.yaml", lambda: now)
+    for _ in range(3):
+        assert (await authenticator.tenant_of(Credential(key))).name == "bob"
+        with pytest.raises(Unauthenticated):
+            await authenticator.tenant_of(Credential(bad))
+    assert verified == [key, bad]
+    now = 61.0
+    await authenticator.tenant_of(Credential(key))
+    assert verified == [key, bad, key]
+    remembered = list(authenticator._checked)
+    assert len(remembered) == 2 and hashlib.blake2b(key.encode()).digest() not in remembered
+    assert key not in repr(Credential(key))
+
+
+async def test_a_flood_of_keys_is_refused_and_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vase_sgl.gateway.auth._WAITING_CHECKS", 8)
+    monkeypatch.setattr("vase_sgl.gateway.auth._REMEMBERED", 16)
+    key = add_tenant(tmp_path / "t.yaml", "bob")
+    authenticator = KeyAuthenticator(tmp_path / "t.yaml")
+    await authenticator.tenant_of(Credential(key))
+    flood = [authenticator.tenant_of(Credential(f"{key[:-8]}{n:08x}")) for n in range(40)]
+    outcomes = await asyncio.gather(*flood, return_exceptions=True)
+    assert {type(outcome) for outcome in outcomes} == {Unauthenticated, TooManyChecks}
+    assert sum(isinstance(outcome, Unauthenticated) for outcome in outcomes) == 8
+    await authenticator.tenant_of(Credential(key))
+    assert len(authenticator._checked) <= 16
+
+
 async def test_tenants_come_and_go_while_the_gateway_runs(running: Running) -> None:
     key = running.add_tenant("bob")
-    async with AsyncClient(running.target, key) as bob:
+    async with AsyncClient(running.target, key, retry=NEVER) as bob:
         await bob.generate_once("tell me", max_new_tokens=2)
         content = tenants.load(running.tenants_file)
         tenants.save(
@@ -88,13 +131,13 @@ async def test_a_broken_tenants_file_keeps_the_last_good_one(
 async def test_roles_are_enforced(running: Running) -> None:
     auditor = running.add_tenant("auditor", roles=["audit"])
     admin = running.add_tenant("admin", roles=["admin"])
-    async with AsyncClient(running.target, auditor) as client:
+    async with AsyncClient(running.target, auditor, retry=NEVER) as client:
         with pytest.raises(PermissionError_, match="tenant auditor lacks the role `generate`"):
             await client.generate_once("tell me")
         with pytest.raises(PermissionError_, match="lacks the role `replay`"):
             await client.replay("0" * 32).verdict()
         assert [r async for r in client.list_records()] == []
-    async with AsyncClient(running.target, admin) as client:
+    async with AsyncClient(running.target, admin, retry=NEVER) as client:
         answer = await client.generate_once("tell me", max_new_tokens=2)
         assert (await client.replay(answer.request_id).verdict()).outcome == "MATCH"
 
@@ -102,7 +145,7 @@ async def test_roles_are_enforced(running: Running) -> None:
 async def test_another_tenants_record_does_not_exist(running: Running) -> None:
     answer = await running.client.generate_once("tell me", max_new_tokens=2)
     key = running.add_tenant("bob", roles=["admin"])
-    async with AsyncClient(running.target, key) as bob:
+    async with AsyncClient(running.target, key, retry=NEVER) as bob:
         with pytest.raises(NotFound, match=r"no record .* of tenant bob"):
             await bob.get_record(answer.request_id)
         with pytest.raises(NotFound):
@@ -112,7 +155,7 @@ async def test_another_tenants_record_does_not_exist(running: Running) -> None:
 
 async def test_equal_seeds_of_two_tenants_are_not_equal(running: Running) -> None:
     key = running.add_tenant("bob")
-    async with AsyncClient(running.target, key) as bob:
+    async with AsyncClient(running.target, key, retry=NEVER) as bob:
         mine = await running.client.generate_once("tell me", max_new_tokens=5, seed=1)
         theirs = await bob.generate_once("tell me", max_new_tokens=5, seed=1)
     assert mine.token_ids != theirs.token_ids
@@ -136,7 +179,7 @@ async def test_limits_of_a_tenant_hold(running: Running) -> None:
         },
         "eviction: tenant small may not use a full cache": {},
     }
-    async with AsyncClient(running.target, key) as client:
+    async with AsyncClient(running.target, key, retry=NEVER) as client:
         for text, options in asked.items():
             with pytest.raises(VaseError) as error:
                 await client.generate_once("tell me", **{"max_new_tokens": 5, **options})
@@ -154,7 +197,7 @@ async def test_without_authentication_everyone_is_anonymous(
     with caplog.at_level(logging.WARNING):
         async with (
             run_gateway(tmp_path, insecure_no_auth=True) as running,
-            AsyncClient(running.target) as client,
+            AsyncClient(running.target, retry=NEVER) as client,
         ):
             answer = await client.generate_once("tell me", max_new_tokens=2)
             assert (await client.get_record(answer.request_id)).status == "completed"

@@ -8,7 +8,7 @@ import pytest
 
 from tests.gateway.running import Running
 from tests.gateway.scripted_worker import VOCAB
-from vase_sgl.client import InvalidRequest
+from vase_sgl.client import InvalidRequest, channels
 from vase_sgl.rpc.v1 import gateway_pb2 as pb
 
 EVICT = {"budget": 64, "window": 16}
@@ -82,7 +82,7 @@ async def test_a_stream_fails_with_the_same_text(running: Running) -> None:
 
 
 async def test_what_only_a_raw_message_can_get_wrong(running: Running) -> None:
-    stub, metadata = running.client._stub, running.client._metadata
+    stub, metadata = running.client._stub, channels.metadata(running.key)
     cases = [
         (pb.GenerateRequest(max_new_tokens=1), "input: no prompt; set one of"),
         (
@@ -106,11 +106,18 @@ async def test_what_only_a_raw_message_can_get_wrong(running: Running) -> None:
 async def test_pages_and_capacity_check_their_fields(running: Running) -> None:
     with pytest.raises(InvalidRequest, match="page_size: must be from 1 to 1000"):
         _ = [r async for r in running.client.list_records(page_size=1001)]
-    stub, metadata = running.client._stub, running.client._metadata
+    stub, metadata = running.client._stub, channels.metadata(running.key)
     with pytest.raises(Exception, match="page_token: 'x' is not one"):
         await stub.ListRecords(pb.ListRecordsRequest(page_token="x"), metadata=metadata)
     with pytest.raises(InvalidRequest, match="budget: must be greater than window 64, got 10"):
         await running.client.capacity(budget=10)
+    with pytest.raises(InvalidRequest, match="prompt_tokens: must not be negative, got -1"):
+        await running.client.capacity(budget=100, prompt_tokens=-1)
+    with pytest.raises(InvalidRequest, match="unknown prompt_mode 'drop'"):
+        await running.client.capacity(budget=100, prompt_mode="drop")  # type: ignore[arg-type]
+    question = pb.GetCapacityRequest(budget=100, prompt_mode=9)  # type: ignore[arg-type]
+    with pytest.raises(Exception, match="prompt_mode: unknown mode 9; use PROMPT_MODE_EVICT"):
+        await stub.GetCapacity(question, metadata=metadata)
 
 
 async def test_a_message_above_the_size_limit_is_refused(running: Running) -> None:

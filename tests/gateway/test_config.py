@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
-from vase_sgl.gateway.config import ConfigError, load_config
+from vase_sgl.gateway import tenants
+from vase_sgl.gateway.config import ConfigError, Tls, load_config
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -43,7 +45,7 @@ def test_a_variable_of_another_part_is_no_error(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("lisen: {}", "lisen: unknown key; known are listen, tls, grpc"),
+        ("lisen: {}", "lisen: unknown key; known are listen, tls, grpc, http"),
         ("listen: {prt: 1}", "listen.prt: unknown key; known are host, port"),
         ("listen: {port: 99999}", "listen.port: Input should be less than or equal to 65535"),
         ("tls: {certificate: a, key: b, ca: c}", "tls.ca: unknown key; known are certificate"),
@@ -51,6 +53,11 @@ def test_a_variable_of_another_part_is_no_error(monkeypatch: pytest.MonkeyPatch)
         ("drain_seconds: 3", "no worker: set worker.model_path (or --model-path)"),
         ("worker: {urls: ['x:1']}", "'x:1' is not a URL; one looks like http://"),
         ("worker: {urls: ['http://x', 'http://x']}", "a worker is named twice"),
+        ("worker: {dns: ['https://x:1']}", "a certificate names no addresses"),
+        ("worker: {dns: ['http://x']}", "has no port; one looks like http://workers:30000"),
+        ("worker: {model_path: m, dns: ['http://x:1']}", "exclude each other; set one"),
+        ("telemetry: {otlp_endpoint: 'x:1'}", "'x:1' is not a URL; one looks like http://c"),
+        ("limits: {on_redis_failure: ignore}", "limits.on_redis_failure: Input should be"),
         ("default_eviction: {budget: 5, window: 9}", "budget 5 must be greater than window 9"),
         ("default_eviction: {budget: 50, window: 9, seed: 1}", "seeds are derived per request"),
         ("[1]", "expected keys and values, found a list"),
@@ -75,8 +82,32 @@ def test_the_documented_example_shows_every_key_with_its_default() -> None:
     defaults = load_config(overrides={"worker": {"model_path": "Qwen/Qwen3-8B"}})
     assert config.model_dump() == defaults.model_dump()
     text = example.read_text()
-    for section in ("worker", "listen", "grpc", "audit"):
+    sections = [
+        "worker",
+        "listen",
+        "grpc",
+        "http",
+        "queue",
+        "limits",
+        "telemetry",
+        "audit",
+        "replay",
+    ]
+    for section in sections:
         for key in type(getattr(config, section)).model_fields:
             assert f"{key}:" in text, f"{section}.{key}"
     for key in type(config).model_fields:
         assert f"{key}:" in text, key
+
+
+def test_the_reference_names_every_key() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "gateway.md").read_text()
+    config = load_config(overrides={"worker": {"model_path": "m"}})
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        section = type(value) if isinstance(value, BaseModel) else Tls if name == "tls" else None
+        for key in section.model_fields if section is not None else ():
+            assert f"`{name}.{key}" in text, f"{name}.{key}"
+        assert section is not None or f"`{name}`" in text, field
+    for key in tenants.Limits.model_fields:
+        assert f"`{key}`" in text, key

@@ -11,7 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.gateway.running import Running, run_gateway
 from tests.gateway.scripted_worker import ScriptedWorker
-from vase_sgl.client import AsyncClient, Client, InvalidRequest, Unavailable, VaseError
+from vase_sgl.client import NEVER, AsyncClient, Client, InvalidRequest, Unavailable, VaseError
 from vase_sgl.gateway.config import load_config
 from vase_sgl.gateway.server import Gateway, PortInUse
 
@@ -45,7 +45,7 @@ async def test_a_worker_that_is_not_there_yet(tmp_path: Path) -> None:
         }
     )
     gateway = await Gateway.start(config, lambda seconds: None)
-    async with AsyncClient(f"127.0.0.1:{gateway.port}") as client:
+    async with AsyncClient(f"127.0.0.1:{gateway.port}", retry=NEVER) as client:
         with pytest.raises(Unavailable, match="no worker is ready"):
             await client.generate_once("tell me")
         with pytest.raises(Unavailable, match="no worker is ready"):
@@ -166,5 +166,8 @@ async def test_a_taken_port_is_named(running: Running, tmp_path: Path) -> None:
 
 
 async def test_a_gateway_that_is_not_there_is_named() -> None:
-    with Client("127.0.0.1:9") as client, pytest.raises(Unavailable, match="check host and port"):
+    with (
+        Client("127.0.0.1:9", retry=NEVER) as client,
+        pytest.raises(Unavailable, match="check host and port"),
+    ):
         await asyncio.to_thread(client.capacity)

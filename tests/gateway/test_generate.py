@@ -7,16 +7,17 @@ from typing import Any
 
 from tests.gateway.running import Running
 from tests.gateway.scripted_worker import token_of
-from vase_sgl.client import AsyncClient, Message
+from vase_sgl.client import NEVER, AsyncClient, Message
 
 
 async def test_a_stream_brings_text_tokens_statistics_and_result(running: Running) -> None:
+    running.worker.token_seconds = 0.002
     stream = running.client.generate("tell me", max_new_tokens=100, budget=32, window=8, seed=5)
     chunks = [chunk async for chunk in stream]
     tokens = [token for chunk in chunks for token in chunk.token_ids]
     result = stream.result
 
-    assert len(chunks) == 100 and len(tokens) == 100
+    assert len(chunks) > 50 and len(tokens) == 100
     assert "".join(chunk.text for chunk in chunks) == "".join(f"w{token} " for token in tokens)
     last = chunks[-1].cache
     assert last is not None
@@ -191,12 +192,22 @@ async def test_many_requests_at_once_are_all_recorded_in_one_chain(running: Runn
 async def test_capacity_says_how_many_requests_fit(running: Running) -> None:
     capacity = await running.client.capacity(budget=128, window=32, prompt_tokens=200)
     assert capacity.available_slots == 9_000 and capacity.total_slots == 10_000
-    assert capacity.slots_per_request == 232 and capacity.requests_that_fit == 9_000 // 232
+    # 200 + 32 up to the first round, which copies 128 + 32 of a prompt that is shared.
+    assert capacity.slots_per_request == 392 and capacity.requests_that_fit == 9_000 // 392
     assert capacity.max_budget == 4096 and "vase-attnv" in capacity.policies
     assert (await running.client.capacity()).requests_that_fit is None
+    kept = await running.client.capacity(
+        budget=128, window=32, prompt_tokens=200, prompt_mode="keep"
+    )
+    assert kept.slots_per_request == 360 and kept.requests_that_fit == 9_000 // 360
+    small = await running.client.capacity(budget=16, window=8)
+    assert small.slots_per_request == 24 and small.requests_that_fit == 64  # as many as it runs
+    running.worker.prefix_cache = False
+    alone = await running.client.capacity(budget=128, window=32, prompt_tokens=200)
+    assert alone.slots_per_request == 232
 
 
 async def test_two_clients_of_one_tenant_see_the_same_records(running: Running) -> None:
     answer = await running.client.generate_once("tell me", max_new_tokens=2)
-    async with AsyncClient(running.target, running.key) as second:
+    async with AsyncClient(running.target, running.key, retry=NEVER) as second:
         assert (await second.get_record(answer.request_id)).text == answer.text

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import uuid
 from typing import Any
 
 import pytest
 
 from tests.gateway.running import Running
-from vase_sgl.client import Completion, InvalidRequest, NotFound, Verdict
+from vase_sgl.client import AsyncClient, Completion, InvalidRequest, NotFound, Verdict
+from vase_sgl.gateway import tenants
 
 OPTIONS: dict[str, Any] = {
     "max_new_tokens": 100,
@@ -50,6 +52,7 @@ async def test_a_match_without_eviction(running: Running) -> None:
 async def test_the_first_differing_token_is_named_and_the_replay_stops(running: Running) -> None:
     answer = await generate(running)
     running.worker.faults.other_token_at = 41
+    running.worker.token_seconds = 0.002
     verdict = await replay(running, answer)
     assert verdict.outcome == "DIVERGED"
     assert verdict.first_differing_token == verdict.tokens_compared == 41
@@ -113,15 +116,87 @@ async def test_an_unknown_record_is_not_found(running: Running) -> None:
         await running.client.replay("nothing").verdict()
 
 
-async def test_a_rotated_master_secret_does_not_touch_replays(running: Running) -> None:
-    from vase_sgl.gateway import tenants
+async def forged(running: Running, answer: Completion, **changes: Any) -> str:
+    """The id of a copy of the answer's record with fields changed, stored beside it."""
+    store = running.gateway._store
+    stored = await store.get("alice", answer.request_id)
+    assert stored is not None
+    copy = dataclasses.replace(stored.record, record_id=uuid.uuid4().hex)
+    for name, value in changes.items():
+        old = getattr(copy, name)
+        value = {**old, **value} if isinstance(value, dict) else value
+        copy = dataclasses.replace(copy, **{name: value})
+    await store.append(copy)
+    return copy.record_id
 
+
+@pytest.mark.parametrize(
+    ("changes", "token", "round_"),
+    [
+        ({"sampling": {"sampling_seed": 12345}}, 0, None),
+        ({"eviction": {"seed": 12345}}, None, 1),
+        ({"eviction": {"policy": "full"}}, None, 1),
+        ({"eviction": {"budget": 16, "window": 8}}, None, 1),
+        ({"eviction": {"policy": "random"}}, None, 1),
+    ],
+)
+async def test_a_record_with_changed_parameters_diverges_there(
+    running: Running, changes: dict[str, Any], token: int | None, round_: int | None
+) -> None:
+    """What was recorded beside the output is what runs, so a false record cannot match."""
     answer = await generate(running)
-    content = tenants.load(running.tenants_file)
-    (alice,) = content.tenants
-    secrets = (*alice.master_secrets, tenants.new_master_secret(2))
-    alice = alice.model_copy(update={"master_secrets": secrets})
-    tenants.save(running.tenants_file, tenants.TenantFile(tenants=(alice,)))
-    assert (await replay(running, answer)).outcome == "MATCH"
+    record_id = await forged(running, answer, **changes)
+    verdict = await running.client.replay(record_id).verdict()
+    assert verdict.outcome == "DIVERGED"
+    assert (verdict.first_differing_token, verdict.first_differing_round) == (token, round_)
+
+
+async def test_seeds_are_derived_again(running: Running) -> None:
+    answer = await generate(running)
+    assert (await replay(running, answer)).seed_check == "VERIFIED"
+    without_seed = await running.client.generate_once("tell me", max_new_tokens=2)
+    assert (await replay(running, without_seed)).seed_check == "VERIFIED"
+    stored = await running.gateway._store.get("alice", answer.request_id)
+    assert stored is not None
+    seeds = stored.record.seeds
+    for changed, expected in (
+        (dataclasses.replace(seeds, eviction=5), "MISMATCH"),
+        (dataclasses.replace(seeds, request_seed=4), "MISMATCH"),
+        (dataclasses.replace(seeds, master_version=9), "VERSION_REMOVED"),
+    ):
+        record_id = await forged(running, answer, seeds=changed)
+        verdict = await running.client.replay(record_id).verdict()
+        assert (verdict.outcome, verdict.seed_check) == ("MATCH", expected)
+
+
+async def test_a_hashed_record_says_that_it_cannot_be_replayed(running: Running) -> None:
+    key = running.add_tenant("bob", roles=["generate", "replay"], retention="hash")
+    async with AsyncClient(running.target, key) as bob:
+        answer = await bob.generate_once("tell me", **OPTIONS)
+        record = await bob.get_record(answer.request_id)
+        with pytest.raises(InvalidRequest, match="retention `hash`, so only digests"):
+            await bob.replay(answer.request_id).verdict()
+    # The client got all of it, the store keeps none of it.
+    assert len(answer.token_ids) == 100 and answer.text
+    assert (record.output_token_ids, record.text, record.prompt_token_ids) == ((), "", ())
+    assert (record.usage.prompt_tokens, record.usage.completion_tokens) == (2, 100)
+    assert record.digests is not None and record.round_digests == answer.result.round_digests
+
+
+async def test_a_rotated_master_secret_does_not_touch_replays(running: Running) -> None:
+    answer = await generate(running)
+    set_secrets(running, lambda secrets: (*secrets, tenants.new_master_secret(2)))
+    verdict = await replay(running, answer)
+    assert (verdict.outcome, verdict.seed_check) == ("MATCH", "VERIFIED")
     again = await generate(running)
     assert again.result.seeds.master_version == 2 and again.token_ids != answer.token_ids
+    set_secrets(running, lambda secrets: secrets[1:])
+    verdict = await replay(running, answer)
+    assert (verdict.outcome, verdict.seed_check) == ("MATCH", "VERSION_REMOVED")
+    assert (await replay(running, again)).seed_check == "VERIFIED"
+
+
+def set_secrets(running: Running, change: Any) -> None:
+    (alice,) = tenants.load(running.tenants_file).tenants
+    alice = alice.model_copy(update={"master_secrets": change(alice.master_secrets)})
+    tenants.save(running.tenants_file, tenants.TenantFile(tenants=(alice,)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import hmac
 
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vase_sgl.gateway.errors import InvalidRequest
-from vase_sgl.gateway.seeds import MAX_SEED, Seeds, derive, seeds_for
+from vase_sgl.gateway.seeds import MAX_SEED, SeedCheck, Seeds, check_seeds, derive, seeds_for
 from vase_sgl.gateway.tenants import MasterSecret, SeedPolicy, Tenant
 
 MASTER = bytes(range(32))
@@ -83,5 +84,37 @@ def test_the_newest_master_secret_counts_and_is_named() -> None:
     assert rotated.master_version == 2 and rotated.sampling != seeds("fixed").sampling
 
 
-def test_samples_of_one_seed_differ() -> None:
-    assert len({seeds("client", seed=7, index=n).sampling for n in range(100)}) == 100
+@pytest.mark.parametrize("policy", ["client", "derived", "fixed", "locked"])
+def test_samples_of_one_request_have_seeds_of_their_own(policy: str) -> None:
+    found = [seeds(policy, index=n) for n in range(100)]
+    assert len({s.sampling for s in found}) == len({s.eviction for s in found}) == 100
+    assert not {s.sampling for s in found} & {s.eviction for s in found}
+
+
+@pytest.mark.parametrize(
+    ("policy", "seed", "origin"),
+    [
+        ("client", 7, "request-seed"),
+        ("client", None, "request-id"),
+        ("derived", None, "request-id"),
+        ("fixed", 7, "request-seed"),
+        ("fixed", None, "tenant"),
+        ("locked", None, "tenant"),
+    ],
+)
+def test_recorded_seeds_can_be_checked(policy: str, seed: int | None, origin: str) -> None:
+    found = seeds(policy, seed=seed, index=3)
+    assert (found.origin, found.request_seed) == (origin, seed)
+
+    def check(seeds: Seeds, index: int = 3, *secrets: bytes) -> SeedCheck:
+        return check_seeds(
+            tenant(policy, *secrets), seeds, request_id="ab" * 16, sample_index=index
+        )
+
+    assert check(found) is SeedCheck.VERIFIED
+    assert check(found, 3, MASTER, b"2" * 32) is SeedCheck.VERIFIED  # rotated since
+    assert check(found, 4) is SeedCheck.MISMATCH
+    assert check(dataclasses.replace(found, eviction=1)) is SeedCheck.MISMATCH
+    assert check(found, 3, b"3" * 32) is SeedCheck.MISMATCH  # another secret, same version
+    assert check(dataclasses.replace(found, master_version=2)) is SeedCheck.VERSION_REMOVED
+    assert check(dataclasses.replace(found, origin=None)) is SeedCheck.ORIGIN_UNKNOWN

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from tests.gateway.running import add_tenant, until_ready
 from tests.gateway.scripted_worker import ScriptedWorker
 from vase_sgl.cli import build_app
-from vase_sgl.client import AsyncClient, Unavailable, VaseError
+from vase_sgl.client import NEVER, AsyncClient, Unavailable, VaseError
 
 
 @asynccontextmanager
@@ -60,7 +60,10 @@ async def test_sigterm_drains(tmp_path: Path, worker: ScriptedWorker) -> None:
     worker.token_seconds = 0.02
     async with serve(tmp_path, "--worker-url", worker.url, "--grpc-port", "0") as process:
         target = await target_of(process)
-        async with AsyncClient(target, key) as client, grpc.aio.insecure_channel(target) as channel:
+        async with (
+            AsyncClient(target, key, retry=NEVER) as client,
+            grpc.aio.insecure_channel(target) as channel,
+        ):
             await until_ready(client)
             stream = client.generate("tell me", max_new_tokens=60)
             await stream.started()
@@ -71,7 +74,7 @@ async def test_sigterm_drains(tmp_path: Path, worker: ScriptedWorker) -> None:
             state = await asyncio.wait_for(anext(states), 5)
             assert state.status == health_pb2.HealthCheckResponse.NOT_SERVING
             await asyncio.sleep(0.3)
-            async with AsyncClient(target, key) as late:
+            async with AsyncClient(target, key, retry=NEVER) as late:
                 with pytest.raises(Unavailable):
                     await late.generate_once("tell me", max_new_tokens=2)
             tokens = [t async for chunk in stream for t in chunk.token_ids]
@@ -84,8 +87,13 @@ async def test_sigterm_drains(tmp_path: Path, worker: ScriptedWorker) -> None:
 async def test_a_second_signal_stops_at_once(tmp_path: Path, worker: ScriptedWorker) -> None:
     worker.token_seconds = 0.02
     options = ("--worker-url", worker.url, "--grpc-port", "0", "--insecure-no-auth")
-    async with serve(tmp_path, *options) as process:
-        async with AsyncClient(await target_of(process)) as client:
+    ports = ("--http-port", "0", "--metrics-port", "0")
+    async with serve(tmp_path, *options, *ports) as process:
+        assert process.stdout is not None
+        said = [(await process.stdout.readline()).decode() for _ in ports[::2]]
+        assert said[0].startswith("metrics on http://127.0.0.1:")
+        assert said[1].startswith("OpenAI-compatible HTTP on 127.0.0.1:")
+        async with AsyncClient(await target_of(process), retry=NEVER) as client:
             await until_ready(client)
             stream = client.generate("tell me", max_new_tokens=4000)
             await stream.started()
@@ -120,12 +128,17 @@ def test_errors_come_before_anything_starts(
     open_to_all = ("--insecure-no-auth", *url)
     unusable = failure("--audit-url", "nonsense", "--grpc-port", "0", *open_to_all)
     assert "audit.url cannot be used" in unusable
+    no_redis = failure("--redis-url", "redis://127.0.0.1:9/0", "--grpc-port", "0", *open_to_all)
+    assert "Redis does not answer" in no_redis and "Traceback" not in no_redis
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         taken = failure("--grpc-port", str(port), *open_to_all)
     assert f"cannot listen on 127.0.0.1:{port}: the port is taken" in taken
 
 
-def test_an_unknown_log_level_is_refused() -> None:
-    result = CliRunner().invoke(build_app(), ["serve", "--log-level", "loud"])
-    assert result.exit_code == 2 and "debug, info, warning, error" in result.stderr
+@pytest.mark.parametrize(
+    ("option", "known"), [("--log-level", "debug, info, warning, error"), ("--log-format", "json")]
+)
+def test_unknown_ways_to_log_are_refused(option: str, known: str) -> None:
+    result = CliRunner().invoke(build_app(), ["serve", option, "loud"])
+    assert result.exit_code == 2 and known in result.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -16,6 +17,10 @@ def _event(text: str, token_ids: list[int], total: int, reason: str | None = Non
     return {"text": text, "output_ids": token_ids, "meta_info": meta}
 
 
+def encoded(event: Any) -> bytes:
+    return json.dumps(event).encode()
+
+
 @pytest.mark.parametrize(
     "events",
     [
@@ -27,14 +32,51 @@ def _event(text: str, token_ids: list[int], total: int, reason: str | None = Non
 )
 def test_both_add_up_to_the_same(events: list[Any]) -> None:
     output = _Output()
-    chunks = [output.add(event) for event in events]
+    chunks = [chunk for event in events for chunk in output.chunks([encoded(event)])]
     assert (chunks[-2].text, chunks[-2].token_ids) == ("abc", (1, 2, 3))
     assert (chunks[-1].text, chunks[-1].token_ids) == ("abcd", (1, 2, 3, 4))
     assert chunks[-1].finish is not None
 
 
+def test_what_came_together_is_one_chunk_and_an_error_ends_it() -> None:
+    output = _Output()
+    (first,) = output.chunks([encoded(_event("a", [1], 1)), encoded(_event("bc", [2, 3], 3))])
+    assert (first.text, first.token_ids) == ("abc", (1, 2, 3))
+    assert list(output.chunks([b"[DONE]"])) == []
+    error = b'{"error": {"message": "m", "code": 503}}'
+    seen: list[str] = []
+    with pytest.raises(WorkerUnavailable, match="gave up: m"):
+        for chunk in output.chunks([encoded(_event("d", [4], 4)), error, b"{"]):
+            seen.append(chunk.text)
+    assert seen == ["abcd"]
+    with pytest.raises(ValueError):
+        list(output.chunks([b"{"]))
+
+
+def test_every_round_is_seen_however_much_comes_together() -> None:
+    events = []
+    for total in range(1, 7):
+        event = _event("w", [total], total)
+        rounds = total // 2
+        event["meta_info"]["vase"] = {
+            "rounds": rounds,
+            "evicted_tokens": 0,
+            "physical_length": 1,
+            "logical_length": total,
+            "reserved_slots": 9,
+            "digest": f"{rounds:016x}",
+        }
+        events.append(encoded(event))
+    chunks = list(_Output().chunks(events))
+    assert [(c.cache.rounds, len(c.token_ids)) for c in chunks if c.cache] == [
+        (1, 2),
+        (2, 4),
+        (3, 6),
+    ]
+
+
 def test_lost_output_is_an_error() -> None:
     output = _Output()
-    output.add(_event("a", [1], 1))
+    list(output.chunks([encoded(_event("a", [1], 1))]))
     with pytest.raises(WorkerUnavailable, match="lost output"):
-        output.add(_event("d", [4], 4))
+        list(output.chunks([encoded(_event("d", [4], 4))]))

@@ -13,14 +13,23 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from tests.gateway.running import Running, run_gateway
-from vase_sgl.client import AsyncClient, RateLimited, Tls, Unavailable
+from vase_sgl.client import (
+    NEVER,
+    AsyncClient,
+    AuthenticationError,
+    NotFound,
+    RateLimited,
+    Tls,
+    Unavailable,
+)
 from vase_sgl.gateway.config import ConfigError
 
 
-def certificate(folder: Path) -> tuple[Path, Path]:
+def certificate(folder: Path, *subject: tuple[x509.ObjectIdentifier, str]) -> tuple[Path, Path]:
     """A self-signed certificate of 127.0.0.1, good for server and client, and its key."""
     key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
+    attributes = subject or ((NameOID.COMMON_NAME, "127.0.0.1"),)
+    name = x509.Name([x509.NameAttribute(oid, value) for oid, value in attributes])
     now = datetime.datetime.now(datetime.UTC)
     signed = (
         x509.CertificateBuilder()
@@ -50,7 +59,7 @@ def certificate(folder: Path) -> tuple[Path, Path]:
 
 
 async def works(running: Running, tls: Tls | None) -> bool:
-    async with AsyncClient(running.target, running.key, tls=tls) as client:
+    async with AsyncClient(running.target, running.key, tls=tls, retry=NEVER) as client:
         try:
             await client.generate_once("tell me", max_new_tokens=2, timeout=10)
         except Unavailable:
@@ -76,6 +85,39 @@ async def test_a_client_certificate_can_be_asked_for(tmp_path: Path) -> None:
     async with run_gateway(tmp_path, client_tls=known, tls=config) as running:
         assert await works(running, known)
         assert not await works(running, anonymous)
+
+
+async def test_a_certificates_subject_names_the_tenant(tmp_path: Path) -> None:
+    cert, key = certificate(
+        tmp_path, (NameOID.ORGANIZATION_NAME, "Example, Ltd"), (NameOID.COMMON_NAME, "carol")
+    )
+    known = Tls(cert.read_bytes(), cert.read_bytes(), key.read_bytes())
+    config = {"certificate": cert, "key": key, "client_ca": cert}
+    async with run_gateway(tmp_path, client_tls=known, tls=config) as running:
+        async with AsyncClient(running.target, tls=known, retry=NEVER) as carol:
+            with pytest.raises(AuthenticationError, match=r"subject 'CN=carol,O=Example\\\\, Ltd'"):
+                await carol.capacity()
+            running.add_tenant("carol", certificate_subjects=["CN=carol,O=Example\\, Ltd"])
+            answer = await carol.generate_once("tell me", max_new_tokens=1)
+            assert (await carol.get_record(answer.request_id)).status == "completed"
+        # A key that is sent decides, whoever the certificate is.
+        with pytest.raises(NotFound, match="of tenant alice"):
+            await running.client.get_record(answer.request_id)
+        async with AsyncClient(
+            running.target, running.key[:-1] + "z", tls=known, retry=NEVER
+        ) as wrong:
+            with pytest.raises(AuthenticationError):
+                await wrong.capacity()
+
+
+async def test_one_file_is_enough_for_tls(tmp_path: Path) -> None:
+    cert, key = certificate(tmp_path)
+    trusting = Tls(root_certificates=cert.read_bytes())
+    both = tmp_path / "both.pem"
+    both.write_bytes(cert.read_bytes() + key.read_bytes())
+    async with run_gateway(tmp_path, client_tls=trusting, tls={"certificate": both}) as running:
+        assert await works(running, trusting)
+        assert not await works(running, None)
 
 
 async def test_a_certificate_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -1,50 +1,261 @@
-"""`vase-sgl audit`: check the audit store itself."""
+"""`vase-sgl audit`: the store itself, opened directly. For whoever runs the gateway."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated
+import datetime
+import getpass
+import os
+import re
+import socket
+import sys
+from contextlib import aclosing, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
 from vase_sgl.cli.failures import reported
 
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+    from vase_sgl.gateway.audit.chain import ChainCheck, Problem
+
+Url = Annotated[
+    str, typer.Option("--url", envvar="VASE_AUDIT__URL", help="The gateway's audit.url.")
+]
+DEFAULT_URL = "sqlite+aiosqlite:///.vase-sgl/audit.sqlite3"
+OneTenant = Annotated[str | None, typer.Option("--tenant", help="Only this tenant. [default: all]")]
+
 
 def register(app: typer.Typer) -> None:
-    audit = typer.Typer(help="Check the audit store.", no_args_is_help=True)
-
-    # A group of one command would swallow its name; the callback keeps it.
-    @audit.callback()
-    def group() -> None: ...
-
-    audit.command("verify")(verify)
+    audit = typer.Typer(
+        help="Check, export, prune and migrate the audit store.", no_args_is_help=True
+    )
+    for command in (verify, export, prune, migrate):
+        audit.command()(command)
     app.add_typer(audit, name="audit")
 
 
 def verify(
-    url: Annotated[
-        str, typer.Option("--url", envvar="VASE_AUDIT__URL", help="The gateway's audit.url.")
-    ] = "sqlite+aiosqlite:///.vase-sgl/audit.sqlite3",
+    url: Url = DEFAULT_URL,
+    tenant: OneTenant = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            help="Check this file of `audit export` instead; needs no store.", exists=True
+        ),
+    ] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SEQUENCE:HASH",
+            help="A head that verify showed before: the chain must still have it. With --tenant.",
+        ),
+    ] = None,
 ) -> None:
-    """Recompute every tenant's hash chain. Exit status 1 if a record was changed or removed."""
+    """Recompute the hash chains. Exit status 1 if one is broken, with the first place and why.
+
+    Someone who may write the database can write a chain anew from some record on, with hashes that
+    fit. Note the end of a chain elsewhere, and give it with --head later, to find that out.
+    """
     from vase_sgl.gateway.audit import AuditError
 
+    if head is not None and (tenant is None or file is not None):
+        raise typer.BadParameter("needs --tenant, and no --file", param_hint="--head")
     with reported(AuditError):
-        whole = asyncio.run(_verify(url))
+        if file is not None:
+            whole = _verify_file(file, tenant)
+        else:
+            whole = asyncio.run(_verify(url, tenant, _place(head)))
     if not whole:
         raise typer.Exit(1)
 
 
-async def _verify(url: str) -> bool:
-    from vase_sgl.gateway.audit import AuditStore
+def export(
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="New file to write. [default: stdout]")
+    ] = None,
+    url: Url = DEFAULT_URL,
+    tenant: OneTenant = None,
+) -> None:
+    """Write chains as JSON Lines: one record a line, as stored, with what `verify --file` needs."""
+    from vase_sgl.gateway.audit import AuditError
 
-    store = await AuditStore.open(url)
+    with reported(AuditError, OSError):
+        count = asyncio.run(_export(url, tenant, output))
+    typer.echo(f"{count} records", err=True)
+
+
+def prune(
+    before: Annotated[
+        str | None, typer.Option(help="Remove what arrived before this date or time (UTC).")
+    ] = None,
+    older_than: Annotated[
+        str | None, typer.Option(help="Remove what is older: 90d, 12h or 30m.")
+    ] = None,
+    url: Url = DEFAULT_URL,
+    tenant: OneTenant = None,
+    by: Annotated[
+        str | None, typer.Option(help="Who prunes, for the checkpoint. [default: user@host]")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be removed.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Prune a broken chain too; the checkpoint says so.")
+    ] = False,
+) -> None:
+    """Remove old records. A checkpoint in the chain says how many, when and by whom.
+
+    A chain loses its beginning only: up to the first record that is to stay.
+    """
+    from vase_sgl.cli import times
+    from vase_sgl.gateway.audit import AuditError
+
+    if (before is None) == (older_than is None):
+        raise typer.BadParameter("give --before or --older-than", param_hint="--before")
+    if before is not None:
+        cutoff = times.moment(before, "--before")
+    else:
+        age = times.age(str(older_than), "--older-than")
+        cutoff = datetime.datetime.now(datetime.UTC) - age
+    by = by or f"{getpass.getuser()}@{socket.gethostname()}"
+    with reported(AuditError):
+        asyncio.run(_prune(url, tenant, _unix_micros(cutoff), by, dry_run, force))
+
+
+def migrate(url: Url = DEFAULT_URL) -> None:
+    """Make the tables in an empty database, or bring those of an older version up to date.
+
+    Needs the right to create tables. All of it happens in one transaction.
+    """
+    from vase_sgl.gateway.audit import AuditError
+
+    with reported(AuditError):
+        typer.echo(f"the audit store has schema revision {asyncio.run(_migrate(url))}")
+
+
+async def _verify(url: str, tenant: str | None, head: tuple[int, str] | None) -> bool:
+    from vase_sgl.gateway.audit import reading
+
     whole = True
-    try:
-        for tenant, count in (await store.tenants()).items():
-            problem = await store.verify(tenant)
-            whole = whole and problem is None
-            typer.echo(f"{tenant}: {count} records, {problem or 'chain is whole'}")
-    finally:
-        await store.close()
+    async with reading.opened(url) as engine, reading.snapshot(engine) as connection:
+        ends = await reading.ends(connection)
+        for name in _chosen(ends, tenant):
+            check, problem = await reading.verify(connection, name, ends[name], head)
+            whole = _report(name, check, problem) and whole
     return whole
+
+
+def _verify_file(file: Path, tenant: str | None) -> bool:
+    from vase_sgl.gateway.audit import export
+
+    whole, found = True, []
+    with file.open(encoding="utf-8") as lines:
+        for name, check, problem in export.verify_file(lines):
+            found.append(name)
+            if tenant in (None, name):
+                whole = _report(name, check, problem) and whole
+    _chosen(found, tenant)
+    return whole
+
+
+def _report(tenant: str, check: ChainCheck, problem: Problem | None) -> bool:
+    if problem is not None:
+        typer.echo(f"{tenant}: {problem}; {check.records} records before it are whole")
+        return False
+    pruned = check.sequence - check.records
+    typer.echo(
+        f"{tenant}: {check.records} records, chain is whole"
+        + (f"; {pruned} before them were pruned" if pruned else "")
+        + f"; head {check.sequence}:{check.hash}"
+    )
+    return True
+
+
+async def _export(url: str, tenant: str | None, output: Path | None) -> int:
+    from vase_sgl.gateway.audit import export, reading
+
+    count = 0
+    async with reading.opened(url) as engine, reading.snapshot(engine) as connection:
+        ends = await reading.ends(connection)
+        chosen = _chosen(ends, tenant)
+        with nullcontext(sys.stdout) if output is None else _private(output) as file:
+            for name in chosen:
+                async with aclosing(export.lines(connection, name, ends[name])) as lines:
+                    async for line in lines:
+                        file.write(line + "\n")
+                        count += line.startswith('{"kind":"record"')
+    return count
+
+
+def _private(path: Path) -> TextIO:
+    """A new file that only its owner can read: it may hold prompts."""
+    return open(path, "x", encoding="utf-8", opener=partial(os.open, mode=0o600))
+
+
+async def _prune(
+    url: str, tenant: str | None, cutoff: int, by: str, dry_run: bool, force: bool
+) -> None:
+    from vase_sgl.gateway.audit import reading
+
+    async with reading.opened(url) as engine:
+        async with reading.snapshot(engine) as connection:
+            chosen = _chosen(await reading.ends(connection), tenant)
+        for name in chosen:
+            await _prune_one(engine, name, cutoff, by, dry_run, force)
+
+
+async def _prune_one(
+    engine: AsyncEngine, tenant: str, cutoff: int, by: str, dry: bool, force: bool
+) -> None:
+    from vase_sgl.gateway.audit import pruning, reading
+
+    if dry:
+        async with reading.snapshot(engine) as connection:
+            found = await pruning.due(connection, tenant, cutoff)
+    else:
+        found = await pruning.prune(engine, tenant, before_unix_micros=cutoff, by=by, force=force)
+    verb = "would be removed" if dry else "removed"
+    up_to = f", up to sequence {found.last_sequence}" if found.records else ""
+    typer.echo(f"{tenant}: {found.records} records {verb}{up_to}")
+
+
+async def _migrate(url: str) -> str:
+    from vase_sgl.gateway.audit import database, schema
+
+    engine = await database.connect(url, migrate=True)
+    await engine.dispose()
+    return schema.newest()
+
+
+def _chosen(tenants: dict[str, tuple[int, str]] | list[str], tenant: str | None) -> list[str]:
+    from vase_sgl.gateway.audit import AuditError
+
+    if tenant is None:
+        return list(tenants)
+    if tenant not in tenants:
+        raise AuditError(
+            f"there is no chain of a tenant {tenant!r}; there are: {', '.join(tenants)}"
+        )
+    return [tenant]
+
+
+def _place(head: str | None) -> tuple[int, str] | None:
+    if head is None:
+        return None
+    match = re.fullmatch(r"(\d{1,18}):([0-9a-f]{64})", head)
+    if match is None:
+        raise typer.BadParameter(
+            f"{head!r} is not one; it looks like 17:9f86d0…, as verify shows it",
+            param_hint="--head",
+        )
+    return int(match[1]), match[2]
+
+
+def _unix_micros(moment: datetime.datetime) -> int:
+    epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+    return (moment - epoch) // datetime.timedelta(microseconds=1)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from vase_sgl.client import Client
+    from vase_sgl.client import AsyncClient, Client, Tls
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 
@@ -34,8 +34,21 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs."
 
 def connect(target: str, api_key: str | None, tls: bool, ca_file: Path | None) -> Client:
     """The client these options describe."""
-    from vase_sgl.client import Client, Tls
+    from vase_sgl.client import Client
+
+    return Client(target, api_key, tls=_tls(tls, ca_file))
+
+
+def connect_async(target: str, api_key: str | None, tls: bool, ca_file: Path | None) -> AsyncClient:
+    """The same for asyncio."""
+    from vase_sgl.client import AsyncClient
+
+    return AsyncClient(target, api_key, tls=_tls(tls, ca_file))
+
+
+def _tls(tls: bool, ca_file: Path | None) -> Tls | None:
+    from vase_sgl.client import Tls
 
     if ca_file is not None:
-        return Client(target, api_key, tls=Tls(root_certificates=ca_file.read_bytes()))
-    return Client(target, api_key, tls=Tls() if tls else None)
+        return Tls(root_certificates=ca_file.read_bytes())
+    return Tls() if tls else None

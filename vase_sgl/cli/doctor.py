@@ -23,7 +23,9 @@ CLIENT = ("grpcio", "protobuf", "typer", "rich")
 GATEWAY = (
     "aiohttp",
     "aiosqlite",
+    "alembic",
     "argon2-cffi",
+    "asyncpg",
     "cryptography",
     "greenlet",
     "grpcio-health-checking",

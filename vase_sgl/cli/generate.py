@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from vase_sgl.cli.connection import DEFAULT_TARGET, ApiKey, AsJson, CaFile, Target, TlsFlag, connect
 from vase_sgl.cli.failures import reported
+from vase_sgl.eviction.policies import POLICIES
 
 _Float = Annotated[float | None, typer.Option(show_default=False)]
+
+
+def _policy_help() -> str:
+    """Every policy's name and the first line of its documentation."""
+    lines = (
+        f"{name}: {(policy.__doc__ or '').splitlines()[0]}" for name, policy in POLICIES.items()
+    )
+    return "\n\n".join(("What goes and what stays.", *lines))
 
 
 def register(app: typer.Typer) -> None:
@@ -31,7 +40,15 @@ def generate(
     ] = None,
     policy: Annotated[
         str | None,
-        typer.Option(help="vase-attnv, vase-dkv, random, streaming or full."),
+        typer.Option(help=_policy_help(), show_default=False),
+    ] = None,
+    prompt_mode: Annotated[
+        Literal["evict", "keep"] | None,
+        typer.Option(
+            help="evict: the budget covers prompt and output. keep: the prompt stays, the budget "
+            "covers generated tokens.",
+            show_default=False,
+        ),
     ] = None,
     seed: Annotated[
         int | None, typer.Option(help="The same seed gives the same answer.", min=0)
@@ -72,6 +89,7 @@ def generate(
             budget=budget,
             window=window,
             policy=policy,
+            prompt_mode=prompt_mode,
             seed=seed,
             sample_index=sample_index,
             temperature=temperature,

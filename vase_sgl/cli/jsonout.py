@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from datetime import datetime
-from typing import Any
+from typing import Any, TextIO
 
 import typer
 
@@ -13,6 +13,12 @@ import typer
 def print_json(value: Any) -> None:
     """One JSON document on stdout."""
     typer.echo(json.dumps(value, default=_plain, indent=2, ensure_ascii=False))
+
+
+def write_json(file: TextIO, value: Any) -> None:
+    """One JSON document in a file."""
+    json.dump(value, file, default=_plain, indent=2, ensure_ascii=False)
+    file.write("\n")
 
 
 def _plain(value: Any) -> Any:

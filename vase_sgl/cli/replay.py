@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+import asyncio
+import datetime
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from vase_sgl.cli.connection import DEFAULT_TARGET, ApiKey, AsJson, CaFile, Target, TlsFlag, connect
+from vase_sgl.cli.connection import (
+    DEFAULT_TARGET,
+    ApiKey,
+    AsJson,
+    CaFile,
+    Target,
+    TlsFlag,
+    connect,
+    connect_async,
+)
 from vase_sgl.cli.failures import reported
 
 if TYPE_CHECKING:
-    from vase_sgl.client import Verdict
+    from vase_sgl.client import AsyncClient, Verdict
 
 #: Exit status by outcome; 1 is an error.
 EXIT_STATUS = {"MATCH": 0, "DIVERGED": 3, "INCOMPARABLE": 4}
@@ -21,17 +36,78 @@ def register(app: typer.Typer) -> None:
 
 
 def replay(
-    record_id: Annotated[str, typer.Argument(help="The request id that `generate` showed.")],
+    record_id: Annotated[
+        str | None, typer.Argument(help="The request id that `generate` showed.")
+    ] = None,
+    since: Annotated[
+        str | None,
+        typer.Option(help="Instead of one: what arrived at this date or time (UTC), or later."),
+    ] = None,
+    until: Annotated[str | None, typer.Option(help="With --since: what arrived before.")] = None,
+    sample: Annotated[
+        str | None,
+        typer.Option(help="With --since: the share of the records to replay. [default: 100%]"),
+    ] = None,
+    sample_seed: Annotated[
+        int | None,
+        typer.Option(help="With --since: another seed chooses other records. [default: 0]"),
+    ] = None,
+    parallel: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --since: replays to ask for at once. [default: 2]"),
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="With --since: new JSON file for every verdict.")
+    ] = None,
     as_json: AsJson = False,
     target: Target = DEFAULT_TARGET,
     api_key: ApiKey = None,
     tls: TlsFlag = False,
     ca_file: CaFile = None,
 ) -> None:
-    """Run a recorded generation again; compare token by token and round by round.
+    """Run recorded generations again; compare token by token and round by round.
 
-    Exit status: 0 match, 3 diverged, 4 incomparable, 1 error.
+    Exit status: 0 match, 3 diverged, 4 incomparable, 1 error. With --since the worst of them all,
+    in the order 3, 1, 4; and 5 if there was nothing to replay.
     """
+    if (record_id is None) == (since is None):
+        raise typer.BadParameter("give a record id, or --since for many", param_hint="--since")
+    if record_id is not None:
+        many: dict[str, object] = {"--until": until, "--sample": sample, "--report": report}
+        many |= {"--sample-seed": sample_seed, "--parallel": parallel}
+        for option, value in many.items():
+            if value is not None:
+                raise typer.BadParameter("needs --since", param_hint=option)
+        _replay_one(record_id, as_json, target, api_key, tls, ca_file)
+    from vase_sgl.cli import replay_many, times
+    from vase_sgl.client import VaseError
+
+    start = times.moment(str(since), "--since")
+    end = None if until is None else times.moment(until, "--until")
+    share = replay_many.share(sample or "100%")
+    with reported(VaseError, OSError):
+        status = asyncio.run(
+            _replay_many(
+                partial(connect_async, target, api_key, tls, ca_file),
+                (start, end),
+                share,
+                sample_seed or 0,
+                parallel or 2,
+                report,
+                as_json,
+            )
+        )
+    raise typer.Exit(status)
+
+
+def _replay_one(
+    record_id: str,
+    as_json: bool,
+    target: str,
+    api_key: str | None,
+    tls: bool,
+    ca_file: Path | None,
+) -> NoReturn:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -66,8 +142,100 @@ def replay(
     raise typer.Exit(EXIT_STATUS[verdict.outcome])
 
 
+async def _replay_many(
+    connect: Callable[[], AsyncClient],
+    period: tuple[datetime.datetime, datetime.datetime | None],
+    share: float,
+    seed: int,
+    parallel: int,
+    report: Path | None,
+    as_json: bool,
+) -> int:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from vase_sgl.cli import replay_many
+    from vase_sgl.cli.jsonout import print_json, write_json
+
+    # Opened first: hours of replays must not end at a file that cannot be written.
+    file = None if report is None else report.open("x", encoding="utf-8")
+    console = Console(stderr=True)
+    counts: dict[str, int] = {}
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=as_json or not console.is_terminal,
+    )
+    async with connect() as client:
+        records = client.list_records(page_size=1000, since=period[0], until=period[1])
+        sample = await replay_many.choose(records, share, seed)
+        begun = time.monotonic()
+        with bar:
+            task = bar.add_task("replaying", total=len(sample.chosen))
+
+            def count(done: replay_many.Replayed) -> None:
+                counts[done.outcome] = counts.get(done.outcome, 0) + 1
+                words = ", ".join(f"{number} {name}" for name, number in counts.items())
+                bar.update(task, advance=1, description=words)
+
+            results = await replay_many.replay_all(
+                client, sample.chosen, parallel=parallel, on_done=count
+            )
+        seconds = time.monotonic() - begun
+    content = {
+        "since": period[0],
+        "until": period[1],
+        "sample": share,
+        "sample_seed": seed,
+        "listed": sample.listed,
+        "not_kept": sample.not_kept,
+        **replay_many.summarize(results, seconds),
+        "records": results,
+    }
+    if file is not None:
+        with file:
+            write_json(file, content)
+    if as_json:
+        print_json(content)
+    elif results:
+        replay_many.show(Console(), sample, results, seconds)
+    else:
+        typer.echo(
+            f"nothing to replay: {sample.listed} completed records in that time, "
+            f"{sample.not_kept} of the sample hold digests only"
+        )
+    return replay_many.exit_status(results)
+
+
 def describe(verdict: Verdict) -> str:
     """A verdict in words; the first word is the outcome."""
+    return "\n".join([_outcome(verdict), *_SEED_CHECKS.get(verdict.seed_check, ())])
+
+
+#: What is said of recorded seeds that could not be derived again. A replay takes those recorded.
+_SEED_CHECKS = {
+    "MISMATCH": ["  the recorded seeds are not what the tenant's master secret gives"],
+    "VERSION_REMOVED": [
+        "  the seeds cannot be derived again: their version of the tenant's master secret was "
+        "removed"
+    ],
+}
+
+
+def _outcome(verdict: Verdict) -> str:
     compared = f"{verdict.tokens_compared} tokens and {verdict.rounds_compared} eviction rounds"
     match verdict.outcome:
         case "MATCH":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -35,14 +34,35 @@ def serve(
     worker_url: Annotated[
         list[str] | None, typer.Option(help="Running worker to use instead; repeatable.")
     ] = None,
+    worker_dns: Annotated[
+        list[str] | None,
+        typer.Option(help="URL whose name stands for one worker per address; repeatable."),
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     grpc_port: Annotated[int | None, typer.Option(help="Port to listen on; 0: any.")] = None,
+    http_port: Annotated[
+        int | None, typer.Option(help="Open the OpenAI-compatible HTTP door there; 0: any.")
+    ] = None,
+    tls: Annotated[
+        Path | None,
+        typer.Option(help="Encrypt with the certificate and private key in this PEM file."),
+    ] = None,
     tenants_file: Annotated[Path | None, typer.Option(help="Who may call.")] = None,
     audit_url: Annotated[str | None, typer.Option(help="Where to record generations.")] = None,
+    redis_url: Annotated[
+        str | None, typer.Option(help="Count the tenants' usage there, for all gateways.")
+    ] = None,
     insecure_no_auth: Annotated[
         bool, typer.Option("--insecure-no-auth", help="Let everyone in. Only for your own machine.")
     ] = False,
+    metrics_port: Annotated[
+        int | None, typer.Option(help="Serve /metrics for Prometheus there; 0: any.")
+    ] = None,
+    otlp_endpoint: Annotated[
+        str | None, typer.Option(help="Send spans and metrics to this OTLP collector (gRPC).")
+    ] = None,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    log_format: Annotated[str, typer.Option(help="text or json.")] = "text",
     worker_args: Annotated[
         list[str] | None,
         typer.Argument(help="After `--`: flags of the embedded worker, SGLang's own among them."),
@@ -51,26 +71,34 @@ def serve(
     """Serve gRPC until SIGTERM or Ctrl-C, then drain."""
     from vase_sgl.gateway.audit import AuditError
     from vase_sgl.gateway.config import ConfigError, load_config
+    from vase_sgl.gateway.limits.shared import SharedUsageError
     from vase_sgl.gateway.server import PortInUse
     from vase_sgl.gateway.tenants import TenantFileError
     from vase_sgl.gateway.worker_embedded import WorkerStartError
 
     end_with_parent()
-    _set_up_logging(log_level)
+    _set_up_logging(log_level, log_format)
     overrides = _without_none(
         {
             "listen": {"host": host, "port": grpc_port},
             "worker": {
                 "model_path": model_path,
                 "urls": worker_url or None,
+                "dns": worker_dns or None,
                 "args": worker_args or None,
             },
+            "http": {"port": http_port},
+            "tls": {"certificate": tls},
+            "telemetry": {"metrics_port": metrics_port, "otlp_endpoint": otlp_endpoint},
             "audit": {"url": audit_url},
+            "limits": {"redis_url": redis_url},
             "tenants_file": tenants_file,
             "insecure_no_auth": insecure_no_auth or None,
         }
     )
-    with reported(ConfigError, TenantFileError, AuditError, PortInUse, WorkerStartError):
+    with reported(
+        ConfigError, TenantFileError, SharedUsageError, AuditError, PortInUse, WorkerStartError
+    ):
         asyncio.run(_serve(load_config(config, overrides)))
 
 
@@ -89,6 +117,10 @@ async def _serve(config: GatewayConfig) -> None:
         await asyncio.gather(starting, return_exceptions=True)
         return
     gateway = starting.result()
+    if gateway.metrics_port is not None:
+        typer.echo(f"metrics on http://{config.listen.host}:{gateway.metrics_port}/metrics")
+    if gateway.http_port is not None:
+        typer.echo(f"OpenAI-compatible HTTP on {config.listen.host}:{gateway.http_port}/v1")
     typer.echo(f"vase-sgl is serving on {config.listen.host}:{gateway.port}")
     await stop.wait()
     typer.echo("draining; once more to stop at once", err=True)
@@ -114,13 +146,17 @@ async def _start(gateway: type[Gateway], config: GatewayConfig) -> Gateway:
         )
 
 
-def _set_up_logging(level: str) -> None:
+def _set_up_logging(level: str, format_: str) -> None:
+    from vase_sgl.gateway import logs
+
     known = ("debug", "info", "warning", "error")
     if level not in known:
         raise typer.BadParameter(f"choose one of {', '.join(known)}", param_hint="--log-level")
-    logging.basicConfig(
-        level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    match format_:
+        case "text" | "json":
+            logs.set_up(level, format_)
+        case _:
+            raise typer.BadParameter("choose text or json", param_hint="--log-format")
 
 
 def _without_none(tree: dict[str, Any]) -> dict[str, Any]:

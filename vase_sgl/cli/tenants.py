@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vase_sgl.cli.failures import reported
+
+if TYPE_CHECKING:
+    from vase_sgl.gateway.tenants import Tenant
 
 File = Annotated[
     Path,
@@ -21,6 +24,8 @@ def register(app: typer.Typer) -> None:
     tenants.command("add")(add)
     tenants.command("list")(list_tenants)
     tenants.command("remove")(remove)
+    tenants.command("rotate")(rotate)
+    tenants.command("forget-secret")(forget_secret)
     app.add_typer(tenants, name="tenants")
 
 
@@ -38,8 +43,24 @@ def add(
     max_budget: Annotated[int | None, typer.Option(min=2)] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1)] = None,
     max_prompt_tokens: Annotated[int | None, typer.Option(min=1)] = None,
+    requests_per_second: Annotated[
+        float | None, typer.Option(min=0.001, help="[default: any]")
+    ] = None,
+    tokens_per_minute: Annotated[
+        int | None, typer.Option(min=1, help="Prompt and output. [default: any]")
+    ] = None,
+    max_concurrent_requests: Annotated[
+        int | None, typer.Option(min=1, help="Waiting or running. [default: any]")
+    ] = None,
     policy: Annotated[
         list[str] | None, typer.Option(help="Eviction policy to allow; repeatable. [default: all]")
+    ] = None,
+    retention: Annotated[
+        str, typer.Option(help="full, or hash: records hold digests and cannot be replayed.")
+    ] = "full",
+    certificate_subject: Annotated[
+        list[str] | None,
+        typer.Option(help="Client certificate that stands for a key: CN=alice,O=...; repeatable."),
     ] = None,
     another_key: Annotated[
         bool, typer.Option("--another-key", help="Give a tenant that exists one more key.")
@@ -65,6 +86,9 @@ def add(
             "max_budget": max_budget,
             "max_new_tokens": max_new_tokens,
             "max_prompt_tokens": max_prompt_tokens,
+            "requests_per_second": requests_per_second,
+            "tokens_per_minute": tokens_per_minute,
+            "max_concurrent_requests": max_concurrent_requests,
             "policies": policy,
         }
         try:
@@ -72,8 +96,10 @@ def add(
                 {
                     "name": name,
                     "seed_policy": seed_policy,
+                    "retention": retention,
                     "limits": {key: value for key, value in limits.items() if value},
                     "master_secrets": [tenants.new_master_secret()],
+                    "certificate_subjects": certificate_subject or [],
                     **({"roles": role} if role else {}),
                 }
             )
@@ -136,3 +162,66 @@ def remove(
             kept = (*kept, tenant.model_copy(update={"keys": keys}))
         tenants.save(file, content.model_copy(update={"tenants": kept}))
     typer.echo(f"revoked key {key} of {name}" if key else f"removed {name}")
+
+
+def rotate(
+    name: Annotated[str, typer.Argument(help="The tenant.")], file: File = DEFAULT_FILE
+) -> None:
+    """Give a tenant a new master secret; new seeds come from it.
+
+    The old one stays, so that the seeds of old records can still be derived again. Records name
+    the version theirs came from, and replays take them from the record.
+    """
+    from vase_sgl.gateway import tenants
+
+    with reported(tenants.TenantFileError):
+        tenant = _load_one(file, name)
+        secret = tenants.new_master_secret(tenant.master.version + 1)
+        secrets = (*tenant.master_secrets, secret)
+        _save_one(file, tenant.model_copy(update={"master_secrets": secrets}))
+    typer.echo(f"new seeds of {name} come from master secret version {secret.version}")
+
+
+def forget_secret(
+    name: Annotated[str, typer.Argument(help="The tenant.")],
+    version: Annotated[int, typer.Option(min=1, help="An old version of its master secret.")],
+    file: File = DEFAULT_FILE,
+) -> None:
+    """Remove an old master secret for good.
+
+    Records from it can still be replayed, but nobody can derive their seeds again: a replay then
+    says VERSION_REMOVED where it said VERIFIED.
+    """
+    from vase_sgl.gateway import tenants
+
+    with reported(tenants.TenantFileError):
+        tenant = _load_one(file, name)
+        if tenant.master_version(version) is None:
+            there = ", ".join(str(s.version) for s in tenant.master_secrets)
+            raise tenants.TenantFileError(
+                f"tenant {name} has no master secret version {version}; there are: {there}"
+            )
+        if version == tenant.master.version:
+            raise tenants.TenantFileError(
+                f"version {version} is the one in use; `vase-sgl tenants rotate {name}` first"
+            )
+        secrets = tuple(s for s in tenant.master_secrets if s.version != version)
+        _save_one(file, tenant.model_copy(update={"master_secrets": secrets}))
+    typer.echo(f"forgot master secret version {version} of {name}")
+
+
+def _load_one(file: Path, name: str) -> Tenant:
+    from vase_sgl.gateway import tenants
+
+    for tenant in tenants.load(file).tenants:
+        if tenant.name == name:
+            return tenant
+    raise tenants.TenantFileError(f"there is no tenant {name} in {file}")
+
+
+def _save_one(file: Path, changed: Tenant) -> None:
+    from vase_sgl.gateway import tenants
+
+    content = tenants.load(file)
+    replaced = tuple(changed if t.name == changed.name else t for t in content.tenants)
+    tenants.save(file, content.model_copy(update={"tenants": replaced}))

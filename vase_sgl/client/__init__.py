@@ -25,6 +25,7 @@ from vase_sgl.client.errors import (
     Unavailable,
     VaseError,
 )
+from vase_sgl.client.retries import NEVER, RetryPolicy
 from vase_sgl.client.sync import Client, Generation, Replay
 from vase_sgl.client.types import (
     CacheStats,
@@ -46,6 +47,7 @@ from vase_sgl.client.types import (
 )
 
 __all__ = [
+    "NEVER",
     "AsyncClient",
     "AsyncGeneration",
     "AsyncReplay",
@@ -71,6 +73,7 @@ __all__ = [
     "Replay",
     "ReplayProgress",
     "Result",
+    "RetryPolicy",
     "Seeds",
     "Timings",
     "Tls",

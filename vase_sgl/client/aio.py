@@ -2,16 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+import datetime
+from collections.abc import AsyncIterator, Awaitable, Callable
 from types import TracebackType
-from typing import Self, Unpack
+from typing import Any, Generic, Self, TypeVar, Unpack
 
 import grpc
+from google.protobuf.message import Message
 
 from vase_sgl.client import channels, messages, types
 from vase_sgl.client.errors import VaseError, translated
+from vase_sgl.client.retries import DEFAULT, Attempts, RetryPolicy
 from vase_sgl.rpc.v1 import gateway_pb2 as pb
 from vase_sgl.rpc.v1 import gateway_pb2_grpc
+
+M = TypeVar("M", bound=Message)
+Q = TypeVar("Q", bound=Message)
+_Call = grpc.aio.UnaryStreamCall[Any, M]
+
+
+class _Messages(Generic[M]):
+    """The messages of a stream, started again while nothing that counts has come."""
+
+    def __init__(self, start: Callable[[float | None], _Call[M]], attempts: Attempts) -> None:
+        self._start = start
+        self._attempts = attempts
+        self._begin()
+        self._final = False
+
+    def _begin(self) -> None:
+        self._call = self._start(self._attempts.begin())
+        self._messages = aiter(self._call)
+
+    def commit(self) -> None:
+        """From now on an error is an error: output has come, or the request id was handed out."""
+        self._final = True
+
+    async def next(self) -> M:
+        """The next message. Raises `VaseError`, and `StopAsyncIteration` at the end."""
+        while True:
+            try:
+                with translated():
+                    return await anext(self._messages)
+            except VaseError as error:
+                if self._final:
+                    raise
+                await asyncio.sleep(self._attempts.wait_after(error))
+                if self._final:  # cancelled meanwhile
+                    raise
+                self._begin()
+
+    def cancel(self) -> None:
+        self.commit()
+        self._call.cancel()
 
 
 class AsyncGeneration:
@@ -20,9 +64,8 @@ class AsyncGeneration:
     Leaving the `async with` block, or `cancel`, aborts what has not finished.
     """
 
-    def __init__(self, call: grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]):
-        self._call = call
-        self._messages = aiter(call)
+    def __init__(self, stream: _Messages[pb.GenerateResponse]) -> None:
+        self._stream = stream
         self._request_id: str | None = None
         self._result: types.Result | None = None
 
@@ -30,22 +73,22 @@ class AsyncGeneration:
         return self
 
     async def __anext__(self) -> types.Chunk:
-        with translated():
-            async for message in self._messages:
-                match message.WhichOneof("event"):
-                    case "started":
-                        self._request_id = message.started.request_id
-                    case "chunk":
-                        return messages.chunk(message.chunk)
-                    case "result":
-                        self._result = messages.result(message.result)
-        raise StopAsyncIteration
+        while True:
+            message = await self._stream.next()
+            match message.WhichOneof("event"):
+                case "started":
+                    self._request_id = message.started.request_id
+                case "chunk":
+                    self._stream.commit()
+                    return messages.chunk(message.chunk)
+                case "result":
+                    self._result = messages.result(message.result)
 
     async def started(self) -> str:
         """The request id, as soon as the gateway has accepted the request."""
         if self._request_id is None:
-            with translated():
-                self._request_id = (await anext(self._messages)).started.request_id
+            self._request_id = (await self._stream.next()).started.request_id
+        self._stream.commit()
         return self._request_id
 
     @property
@@ -53,6 +96,7 @@ class AsyncGeneration:
         """Id of the request and of its record. Before the first chunk: `await started()`."""
         if self._request_id is None:
             raise VaseError("the request was not accepted yet: await started() first")
+        self._stream.commit()
         return self._request_id
 
     @property
@@ -64,7 +108,7 @@ class AsyncGeneration:
 
     def cancel(self) -> None:
         """Abort. Iterating on raises `Cancelled`. After the end it does nothing."""
-        self._call.cancel()
+        self._stream.cancel()
 
     async def __aenter__(self) -> Self:
         return self
@@ -81,21 +125,20 @@ class AsyncGeneration:
 class AsyncReplay:
     """A running replay: iterate its progress, or await `verdict` at once."""
 
-    def __init__(self, call: grpc.aio.UnaryStreamCall[pb.ReplayRequest, pb.ReplayResponse]):
-        self._call = call
-        self._messages = aiter(call)
+    def __init__(self, stream: _Messages[pb.ReplayResponse]) -> None:
+        self._stream = stream
         self._verdict: types.Verdict | None = None
 
     def __aiter__(self) -> AsyncIterator[types.ReplayProgress]:
         return self
 
     async def __anext__(self) -> types.ReplayProgress:
-        with translated():
-            async for message in self._messages:
-                if message.WhichOneof("event") == "progress":
-                    return messages.progress(message.progress)
-                self._verdict = messages.verdict(message.verdict)
-        raise StopAsyncIteration
+        while True:
+            message = await self._stream.next()
+            self._stream.commit()
+            if message.WhichOneof("event") == "progress":
+                return messages.progress(message.progress)
+            self._verdict = messages.verdict(message.verdict)
 
     async def verdict(self) -> types.Verdict:
         """The outcome; waits for it."""
@@ -107,23 +150,32 @@ class AsyncReplay:
 
     def cancel(self) -> None:
         """Give the replay up."""
-        self._call.cancel()
+        self._stream.cancel()
 
 
 class AsyncClient:
     """A connection to a gateway, for one event loop. Every call raises `VaseError`s."""
 
     def __init__(
-        self, target: str, api_key: str | None = None, *, tls: channels.Tls | None = None
+        self,
+        target: str,
+        api_key: str | None = None,
+        *,
+        tls: channels.Tls | None = None,
+        retry: RetryPolicy = DEFAULT,
     ) -> None:
-        """`target` is host:port. Without `tls` the connection, key included, is clear text."""
+        """`target` is host:port. Without `tls` the connection, key included, is clear text.
+
+        `retry`: how calls are tried again while nothing has come; `NEVER` for not at all.
+        """
         self._channel = (
             grpc.aio.insecure_channel(target, options=channels.OPTIONS)
             if tls is None
             else grpc.aio.secure_channel(target, tls.credentials(), options=channels.OPTIONS)
         )
         self._stub = gateway_pb2_grpc.VaseGatewayStub(self._channel)
-        self._metadata = channels.metadata(api_key)
+        self._api_key = api_key
+        self._retry = retry
 
     def generate(
         self,
@@ -135,9 +187,7 @@ class AsyncClient:
     ) -> AsyncGeneration:
         """Start a generation. `timeout` in seconds covers all of it."""
         request = messages.generate_request(prompt, max_new_tokens, options)
-        return AsyncGeneration(
-            self._stub.Generate(request, timeout=timeout, metadata=self._metadata)
-        )
+        return AsyncGeneration(self._stream(self._stub.Generate, request, timeout))
 
     async def generate_once(
         self,
@@ -151,33 +201,39 @@ class AsyncClient:
         request = pb.GenerateOnceRequest(
             request=messages.generate_request(prompt, max_new_tokens, options)
         )
-        with translated():
-            return messages.completion(
-                await self._stub.GenerateOnce(request, timeout=timeout, metadata=self._metadata)
-            )
+        answer = await self._unary(self._stub.GenerateOnce, request, timeout)
+        return messages.completion(answer)
 
     def replay(self, record_id: str, *, timeout: float | None = None) -> AsyncReplay:
         """Start to run a record again and compare."""
         request = pb.ReplayRequest(record_id=record_id)
-        return AsyncReplay(self._stub.Replay(request, timeout=timeout, metadata=self._metadata))
+        return AsyncReplay(self._stream(self._stub.Replay, request, timeout))
 
     async def get_record(self, record_id: str, *, timeout: float | None = None) -> types.Record:
         """One of the tenant's own records."""
         request = pb.GetRecordRequest(record_id=record_id)
-        with translated():
-            answer = await self._stub.GetRecord(request, timeout=timeout, metadata=self._metadata)
+        answer = await self._unary(self._stub.GetRecord, request, timeout)
         return messages.record(answer.record)
 
     async def list_records(
-        self, *, page_size: int = 0, timeout: float | None = None
+        self,
+        *,
+        page_size: int = 0,
+        since: datetime.datetime | None = None,
+        until: datetime.datetime | None = None,
+        timeout: float | None = None,
     ) -> AsyncIterator[types.RecordSummary]:
-        """The tenant's own records, newest first; fetches pages as it goes."""
-        request = pb.ListRecordsRequest(page_size=page_size)
+        """The tenant's own records, newest first; fetches pages as it goes.
+
+        Requests that arrived at `since` or later, and before `until`; both need a time zone.
+        """
+        request = pb.ListRecordsRequest(
+            page_size=page_size,
+            since_unix_micros=messages.unix_micros(since),
+            until_unix_micros=messages.unix_micros(until),
+        )
         while True:
-            with translated():
-                page = await self._stub.ListRecords(
-                    request, timeout=timeout, metadata=self._metadata
-                )
+            page = await self._unary(self._stub.ListRecords, request, timeout)
             for message in page.records:
                 yield messages.summary(message)
             if not page.next_page_token:
@@ -190,14 +246,33 @@ class AsyncClient:
         budget: int | None = None,
         window: int | None = None,
         prompt_tokens: int = 0,
+        prompt_mode: types.PromptMode | None = None,
         timeout: float | None = None,
     ) -> types.Capacity:
         """Free slots and ceilings; with a budget, also how many such requests fit."""
-        request = pb.GetCapacityRequest(budget=budget, window=window, prompt_tokens=prompt_tokens)
-        with translated():
-            return messages.capacity(
-                await self._stub.GetCapacity(request, timeout=timeout, metadata=self._metadata)
-            )
+        request = messages.capacity_request(budget, window, prompt_tokens, prompt_mode)
+        answer = await self._unary(self._stub.GetCapacity, request, timeout)
+        return messages.capacity(answer)
+
+    def _stream(
+        self, method: Callable[..., _Call[M]], request: Message, timeout: float | None
+    ) -> _Messages[M]:
+        def start(left: float | None) -> _Call[M]:
+            return method(request, timeout=left, metadata=channels.metadata(self._api_key))
+
+        return _Messages(start, Attempts(self._retry, timeout))
+
+    async def _unary(
+        self, method: Callable[..., Awaitable[Q]], request: Message, timeout: float | None
+    ) -> Q:
+        attempts = Attempts(self._retry, timeout)
+        while True:
+            try:
+                with translated():
+                    left, identity = attempts.begin(), channels.metadata(self._api_key)
+                    return await method(request, timeout=left, metadata=identity)
+            except VaseError as error:
+                await asyncio.sleep(attempts.wait_after(error))
 
     async def close(self) -> None:
         """Close the connection; running calls are cancelled."""

@@ -6,6 +6,11 @@ import dataclasses
 
 import grpc
 
+try:
+    from opentelemetry import propagate
+except ImportError:  # traces are for those who have it
+    propagate = None  # type: ignore[assignment]
+
 #: Answers and records can be long; gRPC's own limit is 4 MiB.
 MAX_MESSAGE_BYTES = 64 * 2**20
 
@@ -36,5 +41,10 @@ class Tls:
 
 
 def metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
-    """The metadata that names the caller."""
-    return () if api_key is None else (("authorization", f"Bearer {api_key}"),)
+    """The metadata of a call: who calls, and with OpenTelemetry installed the current trace."""
+    identity = () if api_key is None else (("authorization", f"Bearer {api_key}"),)
+    if propagate is None:
+        return identity
+    trace: dict[str, str] = {}
+    propagate.inject(trace)
+    return (*identity, *trace.items())

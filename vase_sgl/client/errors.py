@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import grpc
 
+from vase_sgl.rpc.v1.status_pb2 import RetryInfo, Status
+
 
 class VaseError(Exception):
-    """A call failed. `code` is the gRPC status name, such as `INVALID_ARGUMENT`."""
+    """A call failed. `code` is the gRPC status name, such as `INVALID_ARGUMENT`.
 
-    def __init__(self, message: str, code: str = "UNKNOWN") -> None:
+    retry_seconds: when the gateway says that it is worth coming back; None: it does not say.
+    """
+
+    def __init__(
+        self, message: str, code: str = "UNKNOWN", retry_seconds: float | None = None
+    ) -> None:
         super().__init__(message)
         self.code = code
+        self.retry_seconds = retry_seconds
 
 
 class AuthenticationError(VaseError):
@@ -34,7 +43,7 @@ class NotFound(VaseError):
 
 
 class RateLimited(VaseError):
-    """Too much at once; try again later."""
+    """A limit of the tenant or the gateway's queue; `retry_seconds` says when to come back."""
 
 
 class Unavailable(VaseError):
@@ -63,14 +72,27 @@ _BY_CODE: dict[grpc.StatusCode, type[VaseError]] = {
 }
 
 
-def from_status(code: grpc.StatusCode, details: str | None) -> VaseError:
+def from_status(
+    code: grpc.StatusCode, details: str | None, retry_seconds: float | None = None
+) -> VaseError:
     """The exception of a gRPC status."""
     if code is grpc.StatusCode.UNAVAILABLE and (details or "").startswith("failed to connect"):
         details = (
             "cannot connect to the gateway; check host and port, and that `vase-sgl serve` runs "
             f"there ({details})"
         )
-    return _BY_CODE.get(code, VaseError)(details or code.name, code.name)
+    return _BY_CODE.get(code, VaseError)(details or code.name, code.name, retry_seconds)
+
+
+def _retry_seconds(trailing: Iterable[Any] | None) -> float | None:
+    """The delay of the `google.rpc.RetryInfo` in trailing metadata."""
+    for name, value in trailing or ():
+        if name == "grpc-status-details-bin" and isinstance(value, bytes):
+            for detail in Status.FromString(value).details:
+                if detail.type_url.endswith("/google.rpc.RetryInfo"):
+                    delay = RetryInfo.FromString(detail.value).retry_delay
+                    return delay.seconds + delay.nanos / 1e9
+    return None
 
 
 @contextmanager
@@ -85,8 +107,10 @@ def translated() -> Iterator[None]:
             raise
         raise from_status(grpc.StatusCode.CANCELLED, "the call was cancelled here") from None
     except grpc.aio.AioRpcError as error:
-        raise from_status(error.code(), error.details()) from None
+        seconds = _retry_seconds(error.trailing_metadata())
+        raise from_status(error.code(), error.details(), seconds) from None
     except grpc.RpcError as error:
         if not isinstance(error, grpc.Call):
             raise
-        raise from_status(error.code(), error.details()) from None
+        seconds = _retry_seconds(error.trailing_metadata())
+        raise from_status(error.code(), error.details(), seconds) from None

@@ -14,6 +14,8 @@ from vase_sgl.rpc.v1 import gateway_pb2 as pb
 
 T = TypeVar("T")
 
+_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+
 _FINISH: dict[int, types.FinishReason] = {
     pb.FINISH_REASON_STOP: "stop",
     pb.FINISH_REASON_LENGTH: "length",
@@ -27,6 +29,16 @@ _STATUS: dict[int, Literal["completed", "aborted", "failed"]] = {
 _PROMPT_MODES: dict[types.PromptMode, pb.PromptMode.ValueType] = {
     "evict": pb.PROMPT_MODE_EVICT,
     "keep": pb.PROMPT_MODE_KEEP,
+}
+_RETENTION: dict[int, Literal["full", "hash"]] = {
+    pb.RETENTION_FULL: "full",
+    pb.RETENTION_HASH: "hash",
+}
+_SEED_CHECK: dict[int, types.SeedCheck] = {
+    pb.SEED_CHECK_VERIFIED: "VERIFIED",
+    pb.SEED_CHECK_MISMATCH: "MISMATCH",
+    pb.SEED_CHECK_VERSION_REMOVED: "VERSION_REMOVED",
+    pb.SEED_CHECK_ORIGIN_UNKNOWN: "ORIGIN_UNKNOWN",
 }
 _OUTCOME: dict[int, Literal["MATCH", "DIVERGED", "INCOMPARABLE"]] = {
     pb.ReplayVerdict.OUTCOME_MATCH: "MATCH",
@@ -110,6 +122,20 @@ def _prompt_mode(name: object) -> pb.PromptMode.ValueType:
     )
 
 
+def capacity_request(
+    budget: int | None, window: int | None, prompt_tokens: int, prompt_mode: str | None
+) -> pb.GetCapacityRequest:
+    """The question about a budget. Raises `InvalidRequest` for an unknown prompt mode."""
+    return pb.GetCapacityRequest(
+        budget=budget,
+        window=window,
+        prompt_tokens=prompt_tokens,
+        prompt_mode=pb.PROMPT_MODE_UNSPECIFIED
+        if prompt_mode is None
+        else _prompt_mode(prompt_mode),
+    )
+
+
 def _set_prompt(request: pb.GenerateRequest, prompt: types.Prompt) -> None:
     if isinstance(prompt, str):
         request.text = prompt
@@ -169,6 +195,7 @@ def verdict(message: pb.ReplayVerdict) -> types.Verdict:
         message,
         outcome=_OUTCOME[message.outcome],
         differences=tuple(_plain(types.FingerprintDifference, d) for d in message.differences),
+        seed_check=_SEED_CHECK[message.seed_check],
     )
 
 
@@ -193,6 +220,11 @@ def record(message: pb.Record) -> types.Record:
         cache=cache(message),
         fingerprint=dict(message.fingerprint),
         timings=timings(message.timings),
+        retention=_RETENTION[message.retention],
+        usage=_plain(types.Usage, message.usage),
+        digests=_plain(types.ContentDigests, message.digests)
+        if message.HasField("digests")
+        else None,
     )
 
 
@@ -210,7 +242,17 @@ def summary(message: pb.RecordSummary) -> types.RecordSummary:
         status=_STATUS[message.status],
         finish_reason=_FINISH.get(message.finish_reason, "unknown"),
         usage=_plain(types.Usage, message.usage),
+        retention=_RETENTION[message.retention],
     )
+
+
+def unix_micros(moment: datetime.datetime | None) -> int | None:
+    """Microseconds since the epoch. Raises `InvalidRequest` without a time zone."""
+    if moment is None:
+        return None
+    if moment.tzinfo is None:
+        raise InvalidRequest(f"{moment.isoformat()} has no time zone; add tzinfo=datetime.UTC")
+    return (moment - _EPOCH) // datetime.timedelta(microseconds=1)
 
 
 def capacity(message: pb.GetCapacityResponse) -> types.Capacity:
@@ -238,5 +280,4 @@ def _plain(kind: type[T], message: ProtoMessage, **given: Any) -> T:
 
 def _time(unix_micros: int) -> datetime.datetime:
     # Whole microseconds: a float of today's seconds would round them.
-    epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
-    return epoch + datetime.timedelta(microseconds=unix_micros)
+    return _EPOCH + datetime.timedelta(microseconds=unix_micros)

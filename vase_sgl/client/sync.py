@@ -2,16 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import datetime
+import threading
+import time
+from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Self, Unpack
+from typing import Generic, Self, TypeVar, Unpack
 
 import grpc
+from google.protobuf.message import Message
 
 from vase_sgl.client import channels, messages, types
 from vase_sgl.client.errors import VaseError, translated
+from vase_sgl.client.retries import DEFAULT, Attempts, RetryPolicy
 from vase_sgl.rpc.v1 import gateway_pb2 as pb
 from vase_sgl.rpc.v1 import gateway_pb2_grpc
+
+M = TypeVar("M", bound=Message)
+Q = TypeVar("Q", bound=Message)
+
+
+class _Messages(Generic[M]):
+    """The messages of a stream, started again while nothing that counts has come."""
+
+    def __init__(
+        self, start: Callable[[float | None], grpc.CallIterator[M]], attempts: Attempts
+    ) -> None:
+        self._start = start
+        self._attempts = attempts
+        self._call = start(attempts.begin())
+        self._final = False
+        self._cancelled = threading.Event()
+
+    def commit(self) -> None:
+        """From now on an error is an error: output has come, or the request id was handed out."""
+        self._final = True
+
+    def next(self) -> M:
+        """The next message. Raises `VaseError`, and `StopIteration` at the end."""
+        while True:
+            try:
+                with translated():
+                    return next(iter(self._call))
+            except VaseError as error:
+                if self._final or self._cancelled.wait(self._attempts.wait_after(error)):
+                    raise
+                self._call = self._start(self._attempts.begin())
+
+    def cancel(self) -> None:
+        self.commit()
+        self._cancelled.set()
+        self._call.cancel()  # type: ignore[no-untyped-call]
 
 
 class Generation:
@@ -20,8 +61,8 @@ class Generation:
     Leaving the `with` block, or `cancel`, aborts what has not finished and frees its slots.
     """
 
-    def __init__(self, call: grpc.CallIterator[pb.GenerateResponse]) -> None:
-        self._call = call
+    def __init__(self, stream: _Messages[pb.GenerateResponse]) -> None:
+        self._stream = stream
         self._request_id: str | None = None
         self._result: types.Result | None = None
 
@@ -29,23 +70,23 @@ class Generation:
         return self
 
     def __next__(self) -> types.Chunk:
-        with translated():
-            for message in self._call:
-                match message.WhichOneof("event"):
-                    case "started":
-                        self._request_id = message.started.request_id
-                    case "chunk":
-                        return messages.chunk(message.chunk)
-                    case "result":
-                        self._result = messages.result(message.result)
-        raise StopIteration
+        while True:
+            message = self._stream.next()
+            match message.WhichOneof("event"):
+                case "started":
+                    self._request_id = message.started.request_id
+                case "chunk":
+                    self._stream.commit()
+                    return messages.chunk(message.chunk)
+                case "result":
+                    self._result = messages.result(message.result)
 
     @property
     def request_id(self) -> str:
         """Id of the request and of its record; waits until the gateway has accepted it."""
         if self._request_id is None:
-            with translated():
-                self._request_id = next(iter(self._call)).started.request_id
+            self._request_id = self._stream.next().started.request_id
+        self._stream.commit()
         return self._request_id
 
     @property
@@ -57,7 +98,7 @@ class Generation:
 
     def cancel(self) -> None:
         """Abort. Iterating on raises `Cancelled`. After the end it does nothing."""
-        self._call.cancel()  # type: ignore[no-untyped-call]
+        self._stream.cancel()
 
     def __enter__(self) -> Self:
         return self
@@ -74,20 +115,20 @@ class Generation:
 class Replay:
     """A running replay: iterate its progress, or ask for `verdict` at once."""
 
-    def __init__(self, call: grpc.CallIterator[pb.ReplayResponse]) -> None:
-        self._call = call
+    def __init__(self, stream: _Messages[pb.ReplayResponse]) -> None:
+        self._stream = stream
         self._verdict: types.Verdict | None = None
 
     def __iter__(self) -> Iterator[types.ReplayProgress]:
         return self
 
     def __next__(self) -> types.ReplayProgress:
-        with translated():
-            for message in self._call:
-                if message.WhichOneof("event") == "progress":
-                    return messages.progress(message.progress)
-                self._verdict = messages.verdict(message.verdict)
-        raise StopIteration
+        while True:
+            message = self._stream.next()
+            self._stream.commit()
+            if message.WhichOneof("event") == "progress":
+                return messages.progress(message.progress)
+            self._verdict = messages.verdict(message.verdict)
 
     @property
     def verdict(self) -> types.Verdict:
@@ -100,23 +141,32 @@ class Replay:
 
     def cancel(self) -> None:
         """Give the replay up."""
-        self._call.cancel()  # type: ignore[no-untyped-call]
+        self._stream.cancel()
 
 
 class Client:
     """A connection to a gateway, for use from any thread. Every call raises `VaseError`s."""
 
     def __init__(
-        self, target: str, api_key: str | None = None, *, tls: channels.Tls | None = None
+        self,
+        target: str,
+        api_key: str | None = None,
+        *,
+        tls: channels.Tls | None = None,
+        retry: RetryPolicy = DEFAULT,
     ) -> None:
-        """`target` is host:port. Without `tls` the connection, key included, is clear text."""
+        """`target` is host:port. Without `tls` the connection, key included, is clear text.
+
+        `retry`: how calls are tried again while nothing has come; `NEVER` for not at all.
+        """
         self._channel = (
             grpc.insecure_channel(target, options=channels.OPTIONS)
             if tls is None
             else grpc.secure_channel(target, tls.credentials(), options=channels.OPTIONS)
         )
         self._stub = gateway_pb2_grpc.VaseGatewayStub(self._channel)
-        self._metadata = channels.metadata(api_key)
+        self._api_key = api_key
+        self._retry = retry
 
     def generate(
         self,
@@ -128,7 +178,7 @@ class Client:
     ) -> Generation:
         """Start a generation. `timeout` in seconds covers all of it."""
         request = messages.generate_request(prompt, max_new_tokens, options)
-        return Generation(self._stub.Generate(request, timeout=timeout, metadata=self._metadata))
+        return Generation(self._stream(self._stub.Generate, request, timeout))
 
     def generate_once(
         self,
@@ -142,31 +192,39 @@ class Client:
         request = pb.GenerateOnceRequest(
             request=messages.generate_request(prompt, max_new_tokens, options)
         )
-        with translated():
-            return messages.completion(
-                self._stub.GenerateOnce(request, timeout=timeout, metadata=self._metadata)
-            )
+        answer = self._unary(self._stub.GenerateOnce, request, timeout)
+        return messages.completion(answer)
 
     def replay(self, record_id: str, *, timeout: float | None = None) -> Replay:
         """Start to run a record again and compare."""
         request = pb.ReplayRequest(record_id=record_id)
-        return Replay(self._stub.Replay(request, timeout=timeout, metadata=self._metadata))
+        return Replay(self._stream(self._stub.Replay, request, timeout))
 
     def get_record(self, record_id: str, *, timeout: float | None = None) -> types.Record:
         """One of the tenant's own records."""
         request = pb.GetRecordRequest(record_id=record_id)
-        with translated():
-            answer = self._stub.GetRecord(request, timeout=timeout, metadata=self._metadata)
+        answer = self._unary(self._stub.GetRecord, request, timeout)
         return messages.record(answer.record)
 
     def list_records(
-        self, *, page_size: int = 0, timeout: float | None = None
+        self,
+        *,
+        page_size: int = 0,
+        since: datetime.datetime | None = None,
+        until: datetime.datetime | None = None,
+        timeout: float | None = None,
     ) -> Iterator[types.RecordSummary]:
-        """The tenant's own records, newest first; fetches pages as it goes."""
-        request = pb.ListRecordsRequest(page_size=page_size)
+        """The tenant's own records, newest first; fetches pages as it goes.
+
+        Requests that arrived at `since` or later, and before `until`; both need a time zone.
+        """
+        request = pb.ListRecordsRequest(
+            page_size=page_size,
+            since_unix_micros=messages.unix_micros(since),
+            until_unix_micros=messages.unix_micros(until),
+        )
         while True:
-            with translated():
-                page = self._stub.ListRecords(request, timeout=timeout, metadata=self._metadata)
+            page = self._unary(self._stub.ListRecords, request, timeout)
             yield from (messages.summary(message) for message in page.records)
             if not page.next_page_token:
                 return
@@ -178,14 +236,34 @@ class Client:
         budget: int | None = None,
         window: int | None = None,
         prompt_tokens: int = 0,
+        prompt_mode: types.PromptMode | None = None,
         timeout: float | None = None,
     ) -> types.Capacity:
         """Free slots and ceilings; with a budget, also how many such requests fit."""
-        request = pb.GetCapacityRequest(budget=budget, window=window, prompt_tokens=prompt_tokens)
-        with translated():
-            return messages.capacity(
-                self._stub.GetCapacity(request, timeout=timeout, metadata=self._metadata)
-            )
+        request = messages.capacity_request(budget, window, prompt_tokens, prompt_mode)
+        answer = self._unary(self._stub.GetCapacity, request, timeout)
+        return messages.capacity(answer)
+
+    def _stream(
+        self,
+        method: Callable[..., grpc.CallIterator[M]],
+        request: Message,
+        timeout: float | None,
+    ) -> _Messages[M]:
+        def start(left: float | None) -> grpc.CallIterator[M]:
+            return method(request, timeout=left, metadata=channels.metadata(self._api_key))
+
+        return _Messages(start, Attempts(self._retry, timeout))
+
+    def _unary(self, method: Callable[..., Q], request: Message, timeout: float | None) -> Q:
+        attempts = Attempts(self._retry, timeout)
+        while True:
+            try:
+                with translated():
+                    left, identity = attempts.begin(), channels.metadata(self._api_key)
+                    return method(request, timeout=left, metadata=identity)
+            except VaseError as error:
+                time.sleep(attempts.wait_after(error))
 
     def close(self) -> None:
         """Close the connection; running calls are cancelled."""

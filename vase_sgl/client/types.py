@@ -25,6 +25,9 @@ PromptMode = Literal["evict", "keep"]
 FinishReason = Literal["stop", "length", "abort", "unknown"]
 
 
+SeedCheck = Literal["VERIFIED", "MISMATCH", "VERSION_REMOVED", "ORIGIN_UNKNOWN"]
+
+
 @dataclasses.dataclass(frozen=True)
 class CacheStats:
     """A request's KV cache at one moment, in tokens (= slots) per layer.
@@ -63,12 +66,18 @@ class Usage:
 
 @dataclasses.dataclass(frozen=True)
 class Seeds:
-    """The seeds that were used, the tenant's seed policy and the version of its secret."""
+    """The seeds that were used, the tenant's seed policy and the version of its secret.
+
+    origin: what they were derived from, `request-seed`, `request-id` or `tenant`; empty in old
+    records. request_seed: None with another origin.
+    """
 
     sampling: int
     eviction: int
     policy: str
     master_version: int
+    origin: str
+    request_seed: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +137,8 @@ class Verdict:
     """The outcome of a replay.
 
     first_differing_token: index from 0; expected_token or actual_token is None where that side
-    had ended. first_differing_round: from 1. differences: why it is INCOMPARABLE.
+    had ended. first_differing_round: from 1. differences: why it is INCOMPARABLE. seed_check:
+    whether the recorded seeds are what the tenant's master secret gives.
     """
 
     outcome: Literal["MATCH", "DIVERGED", "INCOMPARABLE"]
@@ -139,6 +149,17 @@ class Verdict:
     differences: tuple[FingerprintDifference, ...]
     tokens_compared: int
     rounds_compared: int
+    seed_check: SeedCheck
+
+
+@dataclasses.dataclass(frozen=True)
+class ContentDigests:
+    """Salted SHA-256 of content that was not kept, in hex; the proto file says of what."""
+
+    salt: str
+    prompt: str
+    output: str
+    text: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +179,10 @@ class Eviction:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """Everything recorded of one generation, and its place in the tenant's hash chain."""
+    """Everything recorded of one generation, and its place in the tenant's hash chain.
+
+    With the retention `hash`, prompt, output, text and stop strings are empty and digests is there.
+    """
 
     record_id: str
     created: datetime.datetime
@@ -181,6 +205,9 @@ class Record:
     sequence: int
     previous_hash: str
     hash: str
+    retention: Literal["full", "hash"]
+    usage: Usage
+    digests: ContentDigests | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,6 +223,7 @@ class RecordSummary:
     budget: int
     rounds: int
     digest: str
+    retention: Literal["full", "hash"]
 
 
 @dataclasses.dataclass(frozen=True)

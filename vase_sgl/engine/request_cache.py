@@ -68,13 +68,6 @@ class RequestCache:
         """Physical length at which the next round is due."""
         return self.steady_slots if self.planned_rounds else self.first_trigger
 
-    @property
-    def copied_slots(self) -> int:
-        """Most slots the first round takes in place of a shared prompt's, whole pages."""
-        if not self.prefix_cache:
-            return 0
-        return self.fresh_slots(self.prompt_tokens - self.pinned)
-
     def fresh_slots(self, shared: int) -> int:
         """Slots the first round takes if `shared` unpinned columns (whole pages) are the tree's."""
         return min(shared, self.in_pages(self.steady_slots))
@@ -86,16 +79,17 @@ class RequestCache:
     def max_slots(self, max_new_tokens: int) -> int:
         """Slots the request may still hold at once, the shared prompt included; whole pages.
 
-        With a prefix cache and prompt mode `evict` the peak is the first round, for one moment:
-        the shared prompt and the private slots that take its place. From then on the request
-        holds `steady_slots`.
+        The peak is the first round (see `EvictionParams.reserved_slots`); from then on the
+        request holds `steady_slots`.
         """
-        total = self.prompt_tokens + max_new_tokens
         if self.evicts and self.planned_rounds:
             return self.in_pages(self.steady_slots)
-        if not self.evicts or total <= self.first_trigger:
-            return self.in_pages(total)
-        return self.in_pages(self.first_trigger) + self.in_pages(self.copied_slots)
+        return self.params.reserved_slots(
+            self.prompt_tokens,
+            max_new_tokens,
+            prefix_cache=self.prefix_cache,
+            page_size=self.page_size,
+        )
 
     def plan_round(self) -> int:
         """Count one more planned round; returns its logical length (tokens with a KV entry)."""

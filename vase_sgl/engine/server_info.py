@@ -38,6 +38,8 @@ def describe(scheduler: Any) -> dict[str, Any]:
             "reserved": slots.reserved,
             "owned": slots.owned,
         },
+        "prefix_cache": not scheduler.tree_cache.disable,
+        "page_size": scheduler.tree_cache.page_size,
         "running_requests": len(scheduler.running_batch.reqs),
         "max_running_requests": scheduler.max_running_requests,
         "rounds": pool.compaction.rounds,

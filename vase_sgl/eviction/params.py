@@ -108,5 +108,58 @@ class EvictionParams:
 
         `max(prompt, budget) + window` in prompt mode `evict`, `prompt + budget + window` in `keep`.
         """
-        pinned = self.pinned(prompt_tokens)
-        return pinned + max(prompt_tokens - pinned, self.budget) + self.window
+        return _first_round(prompt_tokens, self.budget, self.window, self.prompt)
+
+    def reserved_slots(
+        self, prompt_tokens: int, max_new_tokens: int, *, prefix_cache: bool, page_size: int = 1
+    ) -> int:
+        """As the function `reserved_slots`; all tokens for a policy that never evicts."""
+        if not self.policy.evicts:
+            return _in_pages(prompt_tokens + max_new_tokens, page_size)
+        return reserved_slots(
+            prompt_tokens,
+            max_new_tokens,
+            budget=self.budget,
+            window=self.window,
+            prompt=self.prompt,
+            prefix_cache=prefix_cache,
+            page_size=page_size,
+        )
+
+
+def reserved_slots(
+    prompt_tokens: int,
+    max_new_tokens: int,
+    *,
+    budget: int,
+    window: int,
+    prompt: str,
+    prefix_cache: bool,
+    page_size: int = 1,
+) -> int:
+    """KV slots, in whole pages, that a worker reserves for a request when it lets it in.
+
+    From the first round on it holds `budget + window`, and the prompt in prompt mode `keep`. The
+    most it holds, for one moment, is in that round: in prompt mode `evict` with a prefix cache the
+    prompt belongs to the cache's tree, and what is kept of it is copied into slots of its own.
+    An answer too short for a round takes its tokens alone.
+    """
+    total = prompt_tokens + max_new_tokens
+    first_round = _first_round(prompt_tokens, budget, window, prompt)
+    if total <= first_round:
+        return _in_pages(total, page_size)
+    copied = 0
+    if prefix_cache and prompt == "evict":
+        copied = min(prompt_tokens, _in_pages(budget + window, page_size))
+    return _in_pages(first_round, page_size) + _in_pages(copied, page_size)
+
+
+def _first_round(prompt_tokens: int, budget: int, window: int, prompt: str) -> int:
+    """Cached tokens at which the first round is due."""
+    if prompt == "keep":
+        return prompt_tokens + budget + window
+    return max(prompt_tokens, budget) + window
+
+
+def _in_pages(slots: int, page_size: int) -> int:
+    return -(-slots // page_size) * page_size

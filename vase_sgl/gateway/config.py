@@ -7,9 +7,12 @@ errors. Relative paths are relative to the working directory.
 
 from __future__ import annotations
 
+import base64
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -44,10 +47,22 @@ class Listen(_Section):
 class Tls(_Section):
     """Encryption towards clients; PEM files."""
 
+    #: The certificate and those that lead to its authority.
     certificate: Path
-    key: Path
-    #: Given: clients need a certificate signed by this authority, besides their API key.
+    #: Its private key. None: it is in `certificate` as well.
+    key: Path | None = None
+    #: Given: clients need a certificate signed by this authority. Its subject may name the tenant;
+    #: otherwise an API key has to.
     client_ca: Path | None = None
+
+
+class Http(_Section):
+    """The OpenAI-compatible HTTP door. Host, `tls`, message sizes and ceilings are gRPC's own."""
+
+    #: TCP port; 0 takes a free one. None: the door stays shut.
+    port: int | None = Field(default=None, ge=0, le=65535)
+    #: Output tokens of a chat that does not say how many. A completion has OpenAI's own 16.
+    default_max_tokens: int = Field(default=1024, ge=1)
 
 
 class Grpc(_Section):
@@ -63,19 +78,51 @@ class Grpc(_Section):
     keepalive_seconds: float = Field(default=30.0, ge=1)
     #: Seconds a ping may stay unanswered before the connection is dropped.
     keepalive_timeout_seconds: float = Field(default=10.0, ge=1)
+    #: Seconds between a client's own pings, at least; one that pings more often is cut off.
+    min_ping_interval_seconds: float = Field(default=10.0, ge=0)
+    #: Seconds a client may leave output unread before its request is given up.
+    client_stall_seconds: float = Field(default=60.0, gt=0)
     #: Let tools such as grpcurl list services and messages.
     reflection: bool = True
 
 
+class BreakerSection(_Section):
+    """When a worker that keeps failing gets no more requests, and when it is tried again."""
+
+    #: Failures that open the breaker ...
+    failures: int = Field(default=5, ge=1)
+    #: ... within so many seconds.
+    window_seconds: float = Field(default=60.0, gt=0)
+    #: Seconds it stays open before single requests are let through.
+    open_seconds: float = Field(default=30.0, gt=0)
+    #: Successes of those that close it.
+    successes: int = Field(default=2, ge=1)
+
+
 class WorkerSection(_Section):
-    """The model: an embedded worker (`model_path`) or remote ones (`urls`)."""
+    """The model: an embedded worker (`model_path`) or remote ones (`urls`, `dns`).
+
+    All remote workers serve the same model with the same flags.
+    """
 
     #: Folder or name of the model to serve in a child process.
     model_path: str | None = None
     #: Further flags of the embedded `vase-sgl worker`: SGLang's own.
     args: tuple[str, ...] = ()
-    #: Base URLs of running workers, used in turn. Not together with `model_path`.
+    #: Base URLs of running workers. Not together with `model_path`.
     urls: tuple[str, ...] = ()
+    #: Base URLs whose host name stands for one worker per address, such as a headless Service.
+    dns: tuple[str, ...] = ()
+    #: Seconds between look-ups of the names in `dns`.
+    dns_interval_seconds: float = Field(default=10.0, gt=0)
+    #: Requests one worker is given at once. None: what it reports as its own maximum.
+    max_in_flight: int | None = Field(default=None, ge=1)
+    #: Other workers that are tried when one fails before its first token.
+    retries: int = Field(default=2, ge=0)
+    #: Prompts with the same first tokens go to the same worker while it has room; shorter prompts
+    #: go anywhere. 0: off, as it should be while workers keep no prefix cache.
+    affinity_tokens: int = Field(default=0, ge=0)
+    breaker: BreakerSection = BreakerSection()
     #: Where the embedded worker's output goes.
     log_file: Path = Path(".vase-sgl/worker.log")
     #: Seconds the embedded worker may take to load the model.
@@ -87,7 +134,7 @@ class WorkerSection(_Section):
     #: Seconds between health checks of a worker.
     health_interval_seconds: float = Field(default=5.0, gt=0)
 
-    @field_validator("urls")
+    @field_validator("urls", "dns")
     @classmethod
     def _check_urls(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
         for url in urls:
@@ -97,12 +144,127 @@ class WorkerSection(_Section):
             raise ValueError("a worker is named twice")
         return urls
 
+    @field_validator("dns")
+    @classmethod
+    def _check_names(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        for url in urls:
+            if url.startswith("https://"):
+                raise ValueError(
+                    f"{url!r}: a certificate names no addresses; use http:// or list the workers "
+                    "in worker.urls"
+                )
+            if urlsplit(url).port is None:
+                raise ValueError(f"{url!r} has no port; one looks like http://workers:30000")
+        return urls
+
+
+class Queue(_Section):
+    """The line in front of the workers. Tenants take turns in it."""
+
+    #: Requests that may wait in all.
+    max_waiting: int = Field(default=1024, ge=1)
+    #: Requests of one tenant that may wait.
+    max_waiting_per_tenant: int = Field(default=256, ge=1)
+    #: Seconds one may wait.
+    max_wait_seconds: float = Field(default=30.0, gt=0)
+
+
+class UsageSection(_Section):
+    """Where the usage of tenants is counted. The limits themselves are in the tenants file."""
+
+    #: Redis, or anything that speaks its protocol, shared by all gateways. None: each gateway
+    #: counts for itself.
+    redis_url: str | None = None
+    #: Prefix of the keys in Redis; gateways with the same one share their limits.
+    redis_prefix: str = Field(default="vase", min_length=1)
+    #: What happens to requests while Redis is away: `refuse` them as UNAVAILABLE, or `allow` them
+    #: unchecked.
+    on_redis_failure: Literal["refuse", "allow"] = "refuse"
+
+
+class TelemetrySection(_Section):
+    """Where spans and metrics go."""
+
+    #: OTLP collector (gRPC), such as http://collector:4317; https:// is encrypted. None: off.
+    otlp_endpoint: str | None = None
+    #: Seconds between exports to it.
+    export_interval_seconds: float = Field(default=10.0, gt=0)
+    #: Port of the /metrics page for Prometheus, on the host of `listen`; 0: any. None: off.
+    metrics_port: int | None = Field(default=None, ge=0, le=65535)
+    #: The resource attribute `service.name`.
+    service_name: str = Field(default="vase-sgl-gateway", min_length=1)
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _check_endpoint(cls, url: str | None) -> str | None:
+        if url is not None and not url.startswith(("http://", "https://")):
+            raise ValueError(f"{url!r} is not a URL; one looks like http://collector:4317")
+        return url
+
+
+class AuditKey(_Section):
+    """A key that encrypts recorded content: base64 of 32 bytes, in a file or a variable."""
+
+    version: int = Field(ge=1)
+    file: Path | None = None
+    #: Name of an environment variable.
+    env: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> AuditKey:
+        if (self.file is None) == (self.env is None):
+            raise ValueError("say where the key is: file or env, one of them")
+        return self
+
+    def read(self) -> bytes:
+        """The key itself. Raises `ConfigError`."""
+        where = f"audit.encryption_keys: key version {self.version}"
+        try:
+            text = self.file.read_text("ascii") if self.file else os.environ[str(self.env)]
+            key = base64.b64decode(text.strip(), validate=True)
+        except OSError as error:
+            raise ConfigError(f"{where}: cannot read {self.file}: {error.strerror}") from error
+        except KeyError as error:
+            raise ConfigError(f"{where}: the variable {self.env} is not set") from error
+        except ValueError as error:
+            raise ConfigError(f"{where} is not base64") from error
+        if len(key) != 32:
+            raise ConfigError(
+                f"{where} has {len(key)} bytes instead of 32; `openssl rand -base64 32` makes one"
+            )
+        return key
+
 
 class Audit(_Section):
     """Where generations are recorded."""
 
-    #: SQLAlchemy URL with an async driver. The default needs no server.
+    #: SQLAlchemy URL: sqlite+aiosqlite or postgresql+asyncpg. The default needs no server.
     url: str = "sqlite+aiosqlite:///.vase-sgl/audit.sqlite3"
+    #: Bring the tables up to date at start. Not set: if it is SQLite, whose file is this gateway's
+    #: own. A shared PostgreSQL waits for `vase-sgl audit migrate`: the gateway's role need not
+    #: have the right, and an old gateway beside this one could no longer write.
+    migrate_on_start: bool | None = None
+    #: The highest version encrypts what is recorded from now on; the others only decrypt. None:
+    #: content is stored as it is.
+    encryption_keys: tuple[AuditKey, ...] = ()
+
+    @field_validator("encryption_keys")
+    @classmethod
+    def _check_keys(cls, keys: tuple[AuditKey, ...]) -> tuple[AuditKey, ...]:
+        if len({key.version for key in keys}) != len(keys):
+            raise ValueError("every key needs a version of its own")
+        return keys
+
+
+class ReplaySection(_Section):
+    """How replays share the workers with generations. They count against no tenant's limits."""
+
+    #: Replays that run at once; others wait.
+    max_concurrent: int = Field(default=2, ge=1)
+    #: Share of a worker's KV slots that a replay leaves free for generations, unless it is alone.
+    spare_share: float = Field(default=0.25, ge=0, le=1)
+    #: Seconds a replay may wait for its turn.
+    max_wait_seconds: float = Field(default=300.0, gt=0)
 
 
 class GatewayConfig(BaseSettings):
@@ -115,8 +277,13 @@ class GatewayConfig(BaseSettings):
     listen: Listen = Listen()
     tls: Tls | None = None
     grpc: Grpc = Grpc()
+    http: Http = Http()
     worker: WorkerSection = WorkerSection()
+    queue: Queue = Queue()
+    limits: UsageSection = UsageSection()
+    telemetry: TelemetrySection = TelemetrySection()
     audit: Audit = Audit()
+    replay: ReplaySection = ReplaySection()
     #: Who may call; written by `vase-sgl tenants add`.
     tenants_file: Path = Path(".vase-sgl/tenants.yaml")
     #: Turn authentication off: everyone is tenant `anonymous`. Never beyond your own machine.
@@ -139,12 +306,15 @@ class GatewayConfig(BaseSettings):
 
     @model_validator(mode="after")
     def _check_worker(self) -> GatewayConfig:
-        if self.worker.model_path is not None and self.worker.urls:
-            raise ValueError("worker.model_path and worker.urls exclude each other; set one")
-        if self.worker.model_path is None and not self.worker.urls:
+        remote = self.worker.urls or self.worker.dns
+        if self.worker.model_path is not None and remote:
+            raise ValueError(
+                "worker.model_path and worker.urls or worker.dns exclude each other; set one"
+            )
+        if self.worker.model_path is None and not remote:
             raise ValueError(
                 "no worker: set worker.model_path (or --model-path) to serve a model here, or "
-                "worker.urls to use running workers"
+                "worker.urls or worker.dns to use running workers"
             )
         return self
 

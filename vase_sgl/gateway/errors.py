@@ -12,14 +12,26 @@ from contextlib import asynccontextmanager
 from typing import Any, ClassVar
 
 import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import error_details_pb2, status_pb2
 
 logger = logging.getLogger(__name__)
 
+#: Trailing metadata that carries a `google.rpc.Status`, as every gRPC library knows it.
+STATUS_DETAILS = "grpc-status-details-bin"
+
 
 class GatewayError(Exception):
-    """A failure with a text for the client. `str(error)` is that text."""
+    """A failure with a text for the client. `str(error)` is that text.
+
+    retry_seconds: when the client may come back; None: nothing is known about that.
+    """
 
     code: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
+
+    def __init__(self, message: str, *, retry_seconds: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_seconds = retry_seconds
 
 
 class InvalidRequest(GatewayError):
@@ -29,9 +41,15 @@ class InvalidRequest(GatewayError):
 
 
 class Unauthenticated(GatewayError):
-    """No API key, or one that is unknown or revoked."""
+    """No API key or certificate, or one that is unknown or revoked."""
 
     code = grpc.StatusCode.UNAUTHENTICATED
+
+
+class TooManyChecks(GatewayError):
+    """So many unknown keys are being checked that another one has to wait."""
+
+    code = grpc.StatusCode.UNAVAILABLE
 
 
 class PermissionDenied(GatewayError):
@@ -52,8 +70,30 @@ class FailedPrecondition(GatewayError):
     code = grpc.StatusCode.FAILED_PRECONDITION
 
 
+class LimitExceeded(GatewayError):
+    """A limit of the tenant or the length or time of the queue. `reason` is its metric label."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    def __init__(self, message: str, *, reason: str, retry_seconds: float) -> None:
+        super().__init__(message, retry_seconds=retry_seconds)
+        self.reason = reason
+
+
+class LimitsUnavailable(GatewayError):
+    """The shared state of the limits cannot be reached."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+
+
 class WorkerUnavailable(GatewayError):
     """No worker is ready, or it was lost during the call."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+
+
+class AuditUnavailable(GatewayError):
+    """The audit store cannot be used now; a record that was to be stored may not be."""
 
     code = grpc.StatusCode.UNAVAILABLE
 
@@ -64,8 +104,26 @@ class WorkerAborted(GatewayError):
     code = grpc.StatusCode.ABORTED
 
 
+class ClientStalled(GatewayError):
+    """The client did not read for too long, so its request was given up."""
+
+    code = grpc.StatusCode.ABORTED
+
+
 class ClientGone(Exception):
     """A message could not be written: the client has cancelled or is no longer there."""
+
+
+def rich_status(error: GatewayError) -> tuple[tuple[str, bytes], ...]:
+    """Trailing metadata with `google.rpc.RetryInfo`; none where nothing is known about a retry."""
+    if error.retry_seconds is None:
+        return ()
+    delay = duration_pb2.Duration()
+    delay.FromNanoseconds(int(error.retry_seconds * 1e9))
+    detail = any_pb2.Any()
+    detail.Pack(error_details_pb2.RetryInfo(retry_delay=delay))
+    status = status_pb2.Status(code=error.code.value[0], message=str(error), details=[detail])
+    return ((STATUS_DETAILS, status.SerializeToString()),)
 
 
 @asynccontextmanager
@@ -77,7 +135,7 @@ async def as_status(context: grpc.aio.ServicerContext[Any, Any], call: str) -> A
     try:
         yield
     except GatewayError as error:
-        await context.abort(error.code, str(error))
+        await context.abort(error.code, str(error), rich_status(error))
     except grpc.aio.AbortError:
         raise
     except ClientGone:

@@ -1,8 +1,9 @@
-"""The life of one generation: check, tokenize, derive seeds, stream, record."""
+"""The life of one generation: check, derive seeds, tokenize, wait, stream, record."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import time
@@ -10,15 +11,19 @@ import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from vase_sgl.gateway import telemetry, validation, wire
+from vase_sgl.gateway import logs, telemetry, validation, wire
+from vase_sgl.gateway.admission import Passage
 from vase_sgl.gateway.audit import AuditStore, Record, RecordStatus, Timings
 from vase_sgl.gateway.deltas import OutputDeltas
 from vase_sgl.gateway.errors import (
+    ClientStalled,
     GatewayError,
     InvalidRequest,
     WorkerAborted,
     WorkerUnavailable,
 )
+from vase_sgl.gateway.metrics import Metrics
+from vase_sgl.gateway.router import Lease, Need, WorkerRouter
 from vase_sgl.gateway.runs import Background, running
 from vase_sgl.gateway.seeds import Seeds, seeds_for
 from vase_sgl.gateway.tenants import Tenant
@@ -29,7 +34,6 @@ from vase_sgl.gateway.workers import (
     WorkerChunk,
     WorkerInfo,
     WorkerRequest,
-    WorkerRouter,
 )
 from vase_sgl.rpc.v1 import gateway_pb2 as pb
 
@@ -51,6 +55,12 @@ class _Clock:
     def elapsed(self) -> float:
         return time.monotonic() - self._start
 
+    def tick(self, chunk: WorkerChunk) -> None:
+        """Output has come."""
+        self.total_seconds = self.elapsed()
+        if self.ttft_seconds is None and chunk.token_ids:
+            self.ttft_seconds = self.total_seconds
+
     def timings(self) -> Timings:
         return Timings(self.queue_seconds, self.ttft_seconds, self.total_seconds)
 
@@ -60,12 +70,27 @@ class _Plan:
     """Everything about a generation that is known before it runs."""
 
     tenant: Tenant
-    worker: Worker
-    info: WorkerInfo
     request: WorkerRequest
     input_kind: str
     seeds: Seeds
     sample_index: int
+
+    @property
+    def operation(self) -> str:
+        """What the GenAI semantic conventions call it."""
+        return _operation(self.input_kind)
+
+
+class _Run:
+    """How a generation goes: what came so far, from which worker, and when."""
+
+    def __init__(self, clock: _Clock) -> None:
+        self.clock = clock
+        self.latest = WorkerChunk(text="", token_ids=())
+        #: The worker it runs on. None: it has not reached one.
+        self.info: WorkerInfo | None = None
+        #: Names of workers that failed before their first token.
+        self.failed: set[str] = set()
 
 
 class Generations:
@@ -77,31 +102,43 @@ class Generations:
         store: AuditStore,
         background: Background,
         default_eviction: Mapping[str, Any] | None,
+        retries: int,
+        metrics: Metrics,
     ) -> None:
+        """`retries`: other workers that are tried when one fails before its first token."""
         self._router = router
         self._store = store
         self._background = background
         self._default_eviction = default_eviction
+        self._retries = retries
+        self._metrics = metrics
 
-    async def run(self, tenant: Tenant, request: pb.GenerateRequest, send: Send) -> Record:
+    async def run(self, passage: Passage, request: pb.GenerateRequest, send: Send) -> Record:
         """Generate, sending every message but the result; returns when the record is durable.
 
         `send` is awaited before more is read from the worker, so a slow client slows the worker
         and nothing piles up here. Raises `GatewayError`. Failed and cancelled generations are
         recorded too, unless they failed before they reached a worker.
         """
-        clock = _Clock()
-        with telemetry.span("vase.generate", tenant=tenant.name) as span:
-            plan = await self._plan(tenant, request)
+        run = _Run(_Clock())
+        with telemetry.span("vase.generate", tenant=passage.tenant.name) as span:
+            plan = await self._plan(passage.tenant, request)
             telemetry.describe_eviction(span, plan.request.eviction)
-            clock.queue_seconds = clock.elapsed()
-            record = await self._stream(plan, clock, send)
-            span.set_attribute("vase.rounds", record.cache.rounds if record.cache else 0)
-            # Shielded: a client that leaves now does not undo a generation that completed.
-            await asyncio.shield(self._background.spawn(self._store.append(record)))
-            return record
+            with logs.fields(request_id=plan.request.request_id):
+                try:
+                    await self._stream(passage, plan, run, send)
+                except BaseException as error:
+                    await self._store_unfinished(plan, run, error)
+                    raise
+                record = _record(plan, run, RecordStatus.COMPLETED)
+                span.set_attribute("vase.rounds", record.cache.rounds if record.cache else 0)
+                self._tell(record, None)
+                # Shielded: a client that leaves now does not undo a generation that completed.
+                await asyncio.shield(self._background.spawn(self._store.append(record)))
+                return record
 
     async def _plan(self, tenant: Tenant, request: pb.GenerateRequest) -> _Plan:
+        self._store.check()
         request_id = uuid.uuid4().hex
         prompt = validation.prompt_of(request)
         max_new_tokens = validation.max_new_tokens_of(request, tenant)
@@ -113,7 +150,8 @@ class Generations:
             request_seed=request.seed if request.HasField("seed") else None,
             sample_index=request.sample_index,
         )
-        worker, info = self._router.pick()
+        # All workers serve the same model with the same flags: any one's ceilings are right.
+        _, info = self._router.ready()[0]
         # Whatever applies is made explicit, so that the record is complete.
         fields = (
             validation.eviction_fields(request.eviction)
@@ -121,12 +159,10 @@ class Generations:
             else self._default_eviction or info.default_eviction
         )
         eviction = validation.eviction_of(fields, seed=seeds.eviction, tenant=tenant, info=info)
-        token_ids = await _tokenize(worker, prompt)
+        token_ids = await self._tokenize(prompt)
         validation.check_prompt_tokens(prompt.kind, token_ids, max_new_tokens, tenant, info)
         return _Plan(
             tenant=tenant,
-            worker=worker,
-            info=info,
             request=WorkerRequest(
                 request_id=request_id,
                 prompt_token_ids=token_ids,
@@ -142,56 +178,126 @@ class Generations:
             sample_index=request.sample_index,
         )
 
-    async def _stream(self, plan: _Plan, clock: _Clock, send: Send) -> Record:
-        """Stream to the client; the record of the completed generation, not stored yet."""
-        request = plan.request
-        latest = WorkerChunk(text="", token_ids=())
-        try:
-            await send(
-                pb.GenerateResponse(
-                    started=pb.GenerationStarted(
-                        request_id=request.request_id, prompt_tokens=len(request.prompt_token_ids)
+    async def _tokenize(self, prompt: Prompt) -> tuple[int, ...]:
+        """The prompt's tokens, from the first worker that answers."""
+        if prompt.kind == "token_ids":
+            return prompt.token_ids
+        candidates = self._router.ready()[: self._retries + 1]
+        for worker, _ in candidates[:-1]:
+            with contextlib.suppress(WorkerUnavailable):
+                return await _tokenize(worker, prompt)
+        return await _tokenize(candidates[-1][0], prompt)
+
+    async def _stream(self, passage: Passage, plan: _Plan, run: _Run, send: Send) -> None:
+        """Stream to the client from one worker, or from others while nothing has come yet.
+
+        Each gets the very same request, seeds and budget included: which of them answers makes no
+        difference to a replay.
+        """
+        need = Need.of(plan.request)
+        while True:
+            async with passage.worker(need, exclude=run.failed) as lease:
+                if run.info is None:
+                    run.clock.queue_seconds = run.clock.elapsed()
+                    await send(_started(plan.request))
+                run.info = lease.info
+                try:
+                    await self._stream_from(lease, passage, plan, run, send)
+                    return
+                except WorkerUnavailable as error:
+                    run.failed.add(lease.worker.name)
+                    if not self._may_retry(run):
+                        raise
+                    self._metrics.retried()
+                    logger.warning(
+                        "generation %s goes to another worker: %s", plan.request.request_id, error
                     )
-                )
-            )
-            deltas = OutputDeltas(request.sampling["stop"])
-            async with running(plan.worker, request, self._background) as chunks:
-                async for latest in chunks:
-                    clock.total_seconds = clock.elapsed()
-                    if clock.ttft_seconds is None and latest.token_ids:
-                        clock.ttft_seconds = clock.total_seconds
-                    raise_if_aborted(latest.finish)
-                    text = deltas.take_text(latest.text, final=latest.finish is not None)
-                    tokens = deltas.take_tokens(latest.token_ids)
+
+    def _may_retry(self, run: _Run) -> bool:
+        return (
+            not run.latest.token_ids
+            and len(run.failed) <= self._retries
+            and self._router.has_other(run.failed)
+        )
+
+    async def _stream_from(
+        self, lease: Lease, passage: Passage, plan: _Plan, run: _Run, send: Send
+    ) -> None:
+        deltas = OutputDeltas(plan.request.sampling["stop"])
+        name, info, request = lease.worker.name, lease.info, plan.request
+        with telemetry.on_worker(plan.operation, name, info, request) as span:
+            async with running(lease, request, self._background) as chunks:
+                async for chunk in chunks:
+                    run.latest = chunk
+                    run.clock.tick(chunk)
+                    span.see(chunk)
+                    passage.used(plan.request, chunk)
+                    raise_if_aborted(chunk.finish)
+                    text = deltas.take_text(chunk.text, final=chunk.finish is not None)
+                    tokens = deltas.take_tokens(chunk.token_ids)
                     if text or tokens:
                         await send(
                             pb.GenerateResponse(
                                 chunk=pb.GenerationChunk(
-                                    text=text, token_ids=tokens, cache=wire.cache(latest.cache)
+                                    text=text, token_ids=tokens, cache=wire.cache(chunk.cache)
                                 )
                             )
                         )
-        except BaseException as error:
-            clock.total_seconds = clock.elapsed()
-            failed = isinstance(error, GatewayError)
-            status = RecordStatus.FAILED if failed else RecordStatus.ABORTED
-            logger.info("generation %s %s", request.request_id, status)
-            record = _record(plan, clock, latest, status, str(error) if failed else "")
-            storing = self._background.spawn(self._store.append(record))
-            if failed:
-                await asyncio.shield(storing)
-            raise
-        return _record(plan, clock, latest, RecordStatus.COMPLETED)
+
+    async def _store_unfinished(self, plan: _Plan, run: _Run, error: BaseException) -> None:
+        """Record a generation that reached a worker and did not complete."""
+        if run.info is None:
+            return
+        run.clock.total_seconds = run.clock.elapsed()
+        failed = isinstance(error, GatewayError) and not isinstance(error, ClientStalled)
+        status = RecordStatus.FAILED if failed else RecordStatus.ABORTED
+        record = _record(plan, run, status, str(error) if failed else "")
+        self._tell(record, error)
+        storing = self._background.spawn(self._store.append(record))
+        if failed:
+            await asyncio.shield(storing)
+
+    def _tell(self, record: Record, error: BaseException | None) -> None:
+        """Count the generation, and log one line about it."""
+        code = None
+        if error is not None:
+            code = error.code.name if isinstance(error, GatewayError) else "CANCELLED"
+        self._metrics.generated(record, _operation(record.input_kind), code)
+        timings = record.timings
+        logger.info(
+            "generation %s %s",
+            record.record_id,
+            record.status,
+            extra={
+                "vase": {
+                    "status": record.status.value,
+                    "prompt_tokens": len(record.prompt_token_ids),
+                    "output_tokens": len(record.output_token_ids),
+                    "queue_seconds": round(timings.queue_seconds, 6),
+                    "ttft_seconds": timings.ttft_seconds and round(timings.ttft_seconds, 6),
+                    "total_seconds": round(timings.total_seconds, 6),
+                    "rounds": record.cache.rounds if record.cache else 0,
+                }
+            },
+        )
+
+
+def _operation(input_kind: str) -> str:
+    return "chat" if input_kind == "chat" else "text_completion"
+
+
+def _started(request: WorkerRequest) -> pb.GenerateResponse:
+    return pb.GenerateResponse(
+        started=pb.GenerationStarted(
+            request_id=request.request_id, prompt_tokens=len(request.prompt_token_ids)
+        )
+    )
 
 
 async def _tokenize(worker: Worker, prompt: Prompt) -> tuple[int, ...]:
-    match prompt.kind:
-        case "text":
-            return await worker.tokenize_text(prompt.text)
-        case "chat":
-            return await worker.tokenize_chat(prompt.chat)
-        case "token_ids":
-            return prompt.token_ids
+    if prompt.kind == "chat":
+        return await worker.tokenize_chat(prompt.chat)
+    return await worker.tokenize_text(prompt.text)
 
 
 def raise_if_aborted(finish: Finish | None) -> None:
@@ -208,13 +314,13 @@ def raise_if_aborted(finish: Finish | None) -> None:
             raise WorkerAborted(f"the worker gave the request up: {reason}")
 
 
-def _record(
-    plan: _Plan, clock: _Clock, latest: WorkerChunk, status: RecordStatus, failure: str = ""
-) -> Record:
+def _record(plan: _Plan, run: _Run, status: RecordStatus, failure: str = "") -> Record:
+    assert run.info is not None  # only what reached a worker is recorded
+    latest = run.latest
     return Record(
         record_id=plan.request.request_id,
         tenant=plan.tenant.name,
-        created_unix_micros=clock.created_unix_micros,
+        created_unix_micros=run.clock.created_unix_micros,
         status=status,
         failure=failure,
         input_kind=plan.input_kind,
@@ -228,6 +334,9 @@ def _record(
         finish_reason=latest.finish.reason if latest.finish else "",
         cache=latest.cache,
         round_digests=latest.round_digests,
-        fingerprint=plan.info.fingerprint,
-        timings=clock.timings(),
+        fingerprint=run.info.fingerprint,
+        timings=run.clock.timings(),
+        retention=plan.tenant.retention,
+        prompt_tokens=len(plan.request.prompt_token_ids),
+        completion_tokens=len(latest.token_ids),
     )

@@ -1,18 +1,30 @@
-"""Standard gRPC health: SERVING while a worker is ready."""
+"""Standard gRPC health: is the process alive, and would a request find a worker?
+
+liveness: SERVING from the start until the process ends, while it drains too. A probe that fails
+means that the process hangs.
+readiness, the service's full name and the empty name: SERVING while a worker is ready;
+NOT_SERVING for good from the moment the gateway stops.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from typing import Any
 
+import grpc
 from grpc_health.v1 import health, health_pb2
+
+LIVENESS = "liveness"
+READINESS = "readiness"
 
 #: Seconds between telling watchers that the gateway stops and ending their streams.
 _NOTICE_SECONDS = 0.1
+#: Watch streams at once. They need no API key, and each takes one of the calls there may be.
+_MAX_WATCHES = 64
 
 
 class GatewayHealth(health.aio.HealthServicer):  # type: ignore[name-defined,misc]  # not in its stubs
-    """Health of the gateway as a whole and of its service, NOT_SERVING at first.
+    """Health of the gateway, not ready at first.
 
     Ends its Watch streams when the gateway stops: no client ever ends one, so each would hold up
     the drain for all of its time.
@@ -20,25 +32,32 @@ class GatewayHealth(health.aio.HealthServicer):  # type: ignore[name-defined,mis
 
     def __init__(self, service: str) -> None:
         super().__init__()
-        self._names = (health.OVERALL_HEALTH, service)
-        not_serving = health_pb2.HealthCheckResponse.NOT_SERVING
-        self._server_status = dict.fromkeys(self._names, not_serving)
+        states = health_pb2.HealthCheckResponse
+        self._names = (health.OVERALL_HEALTH, service, READINESS)
+        self._server_status = dict.fromkeys(self._names, states.NOT_SERVING)
+        self._server_status[LIVENESS] = states.SERVING
+        self._stopping = False
         self._watches: set[asyncio.Task[Any]] = set()
 
     async def announce(self, ready: bool) -> None:
-        """Tell whether a worker is ready."""
-        state = health_pb2.HealthCheckResponse
-        for name in self._names:
-            await self.set(name, state.SERVING if ready else state.NOT_SERVING)
+        """Tell whether a worker is ready. Ignored once the gateway stops."""
+        if not self._stopping:
+            await self._announce(ready)
 
     async def shut_down(self) -> None:
-        """NOT_SERVING for good; watchers are told, then their streams end."""
-        await self.enter_graceful_shutdown()
+        """Not ready for good; watchers are told, then their streams end."""
+        self._stopping = True
+        await self._announce(False)
         await asyncio.sleep(_NOTICE_SECONDS)
         for watch in self._watches:
             watch.cancel()
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Any) -> None:
+        if len(self._watches) >= _MAX_WATCHES:
+            await context.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"{_MAX_WATCHES} clients watch this gateway's health already; use Check",
+            )
         # A task of its own: cancelling the call's would leave the stream open at the client.
         watch = asyncio.create_task(super().Watch(request, context))
         self._watches.add(watch)
@@ -47,3 +66,8 @@ class GatewayHealth(health.aio.HealthServicer):  # type: ignore[name-defined,mis
         finally:
             watch.cancel()
             self._watches.discard(watch)
+
+    async def _announce(self, ready: bool) -> None:
+        states = health_pb2.HealthCheckResponse
+        for name in self._names:
+            await self.set(name, states.SERVING if ready else states.NOT_SERVING)

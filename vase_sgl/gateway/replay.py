@@ -5,15 +5,20 @@ from __future__ import annotations
 import dataclasses
 import enum
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 
 from vase_sgl.gateway import telemetry
+from vase_sgl.gateway.admission import Admissions
 from vase_sgl.gateway.audit import AuditStore, Record, RecordStatus
 from vase_sgl.gateway.errors import FailedPrecondition, NotFound
 from vase_sgl.gateway.generation import raise_if_aborted
+from vase_sgl.gateway.replay_gate import ReplayGate
+from vase_sgl.gateway.router import Lease, Need, WorkerRouter
 from vase_sgl.gateway.runs import Background, running
-from vase_sgl.gateway.tenants import Tenant
-from vase_sgl.gateway.workers import Worker, WorkerChunk, WorkerRequest, WorkerRouter
+from vase_sgl.gateway.seeds import SeedCheck, check_seeds
+from vase_sgl.gateway.tenants import Retention, Tenant
+from vase_sgl.gateway.workers import Worker, WorkerChunk, WorkerRequest
 
 
 class Outcome(enum.Enum):
@@ -54,7 +59,7 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """The outcome of a replay. Rounds count from 1."""
+    """The outcome of a replay. Rounds count from 1. seed_check is set for every verdict sent."""
 
     outcome: Outcome
     token: TokenDifference | None = None
@@ -62,6 +67,7 @@ class Verdict:
     differences: tuple[Difference, ...] = ()
     tokens_compared: int = 0
     rounds_compared: int = 0
+    seed_check: SeedCheck = SeedCheck.ORIGIN_UNKNOWN
 
 
 Send = Callable[[Progress], Awaitable[None]]
@@ -147,20 +153,35 @@ class Comparison:
 class Replays:
     """Replays records of the audit store on the router's workers."""
 
-    def __init__(self, router: WorkerRouter, store: AuditStore, background: Background) -> None:
+    def __init__(
+        self,
+        router: WorkerRouter,
+        admissions: Admissions,
+        store: AuditStore,
+        background: Background,
+        gate: ReplayGate[Lease],
+    ) -> None:
         self._router = router
+        self._admissions = admissions
         self._store = store
         self._background = background
+        self._gate = gate
 
     async def run(self, tenant: Tenant, record_id: str, send: Send) -> Verdict:
-        """Replay one of the tenant's own records, sending progress. Raises `GatewayError`."""
+        """Replay one of the tenant's own records, sending progress. Raises `GatewayError`.
+
+        It counts against none of the tenant's limits.
+        """
         with telemetry.span("vase.replay", tenant=tenant.name) as span:
             record = await self._load(tenant, record_id)
             telemetry.describe_eviction(span, record.eviction)
+            seed_check = check_seeds(
+                tenant, record.seeds, request_id=record_id, sample_index=record.sample_index
+            )
             verdict = await self._run(record, send)
             span.set_attribute("vase.outcome", verdict.outcome.value)
             span.set_attribute("vase.rounds", verdict.rounds_compared)
-            return verdict
+            return dataclasses.replace(verdict, seed_check=seed_check)
 
     async def _load(self, tenant: Tenant, record_id: str) -> Record:
         stored = await self._store.get(tenant.name, record_id)
@@ -175,6 +196,11 @@ class Replays:
                 f"record {record_id} is of a generation that was {record.status}; only a "
                 "completed one can be replayed"
             )
+        if record.retention is Retention.HASH:
+            raise FailedPrecondition(
+                f"record {record_id} cannot be replayed: it was kept with the retention `hash`, so "
+                "only digests of its prompt and answer are there"
+            )
         return record
 
     async def _run(self, record: Record, send: Send) -> Verdict:
@@ -188,7 +214,10 @@ class Replays:
             eviction=record.eviction,
         )
         comparison = Comparison(record)
-        async with running(worker, request, self._background) as chunks:
+        async with (
+            self._turn(request, worker) as lease,
+            running(lease, request, self._background) as chunks,
+        ):
             async for chunk in chunks:
                 raise_if_aborted(chunk.finish)
                 verdict = comparison.see(chunk)
@@ -196,6 +225,21 @@ class Replays:
                     return verdict
                 await send(comparison.progress())
         raise AssertionError("a worker's last chunk has a finish reason")
+
+    @asynccontextmanager
+    async def _turn(self, request: WorkerRequest, worker: Worker) -> AsyncIterator[Lease]:
+        """A lease on `worker`, once it can spare what the replay needs."""
+        need = Need.of(request)
+        async with AsyncExitStack() as turn:
+            with telemetry.waiting():
+                lease = await turn.enter_async_context(
+                    self._gate.turn(
+                        need,
+                        look=worker.info,
+                        take=lambda: self._admissions.take_spare(need, worker.name),
+                    )
+                )
+            yield lease
 
     async def _worker_for(self, record: Record) -> tuple[Worker, tuple[Difference, ...]]:
         """A worker with the recorded fingerprint, or the one that differs least and how."""

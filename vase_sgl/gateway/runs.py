@@ -8,7 +8,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeVar
 
-from vase_sgl.gateway.errors import GatewayError
+from vase_sgl.gateway.errors import GatewayError, WorkerUnavailable
+from vase_sgl.gateway.router import Lease
 from vase_sgl.gateway.workers import Worker, WorkerChunk, WorkerRequest
 
 logger = logging.getLogger(__name__)
@@ -42,9 +43,9 @@ class Background:
 
 @asynccontextmanager
 async def running(
-    worker: Worker, request: WorkerRequest, background: Background
+    lease: Lease, request: WorkerRequest, background: Background
 ) -> AsyncIterator[AsyncGenerator[WorkerChunk, None]]:
-    """The chunks of `request` on `worker`.
+    """The chunks of `request` on the leased worker; the lease learns how the worker did.
 
     Left before the last chunk, for whatever reason, the request is aborted in the worker at once.
     """
@@ -52,17 +53,22 @@ async def running(
 
     async def chunks() -> AsyncGenerator[WorkerChunk, None]:
         nonlocal finished
-        async with aclosing(worker.generate(request)) as stream:
-            async for chunk in stream:
-                finished = chunk.finish is not None
-                yield chunk
+        async with aclosing(lease.worker.generate(request)) as stream:
+            try:
+                async for chunk in stream:
+                    lease.answered(chunk)
+                    finished = chunk.finish is not None
+                    yield chunk
+            except WorkerUnavailable:
+                lease.failed()
+                raise
 
     async with aclosing(chunks()) as stream:
         try:
             yield stream
         finally:
             if not finished:
-                background.spawn(_abort(worker, request.request_id))
+                background.spawn(_abort(lease.worker, request.request_id))
 
 
 async def _abort(worker: Worker, request_id: str) -> None:

@@ -15,6 +15,7 @@ The encoding is unambiguous and part of the record format: changing it needs a n
 from __future__ import annotations
 
 import dataclasses
+import enum
 from typing import Literal
 
 from cryptography.hazmat.primitives.hashes import SHA256
@@ -28,14 +29,27 @@ MAX_SAMPLE_INDEX = 2**31 - 1
 _SALT = b"vase-sgl seeds v1"
 
 
+class SeedOrigin(enum.StrEnum):
+    """What a request's seeds were derived from, beside the master secret."""
+
+    REQUEST_SEED = "request-seed"
+    REQUEST_ID = "request-id"
+    TENANT = "tenant"
+
+
 @dataclasses.dataclass(frozen=True)
 class Seeds:
-    """The seeds of one generation and where they come from."""
+    """The seeds of one generation and where they come from.
+
+    origin: None in records from before it was recorded. request_seed: with that origin only.
+    """
 
     sampling: int
     eviction: int
     policy: SeedPolicy
     master_version: int
+    origin: SeedOrigin | None
+    request_seed: int | None
 
 
 def seeds_for(
@@ -52,19 +66,62 @@ def seeds_for(
             "a request; leave seed out, or have the policy changed to `client` or `fixed`"
         )
     if request_seed is not None:
-        origin = b"\x01" + request_seed.to_bytes(8, "big")
+        origin = SeedOrigin.REQUEST_SEED
     elif policy in (SeedPolicy.FIXED, SeedPolicy.LOCKED):
-        origin = b"\x03"
+        origin = SeedOrigin.TENANT
     else:
-        encoded = request_id.encode()
-        origin = b"\x02" + len(encoded).to_bytes(4, "big") + encoded
+        origin = SeedOrigin.REQUEST_ID
+    encoded = _encode(origin, request_id=request_id, request_seed=request_seed)
     master = tenant.master
     return Seeds(
-        sampling=derive(master.value, "sampling", origin, sample_index),
-        eviction=derive(master.value, "eviction", origin, sample_index),
+        sampling=derive(master.value, "sampling", encoded, sample_index),
+        eviction=derive(master.value, "eviction", encoded, sample_index),
         policy=policy,
         master_version=master.version,
+        origin=origin,
+        request_seed=request_seed,
     )
+
+
+class SeedCheck(enum.Enum):
+    """What `check_seeds` finds."""
+
+    #: The seeds are what the tenant's secret gives.
+    VERIFIED = "verified"
+    #: They are not: the record or the secret was changed.
+    MISMATCH = "mismatch"
+    #: The tenant no longer has the version of the secret that the record names.
+    VERSION_REMOVED = "version removed"
+    #: The record is from before origins were recorded.
+    ORIGIN_UNKNOWN = "origin unknown"
+
+
+def check_seeds(tenant: Tenant, seeds: Seeds, *, request_id: str, sample_index: int) -> SeedCheck:
+    """Derive recorded seeds again. A replay does not need that: it takes those recorded."""
+    if seeds.origin is None:
+        return SeedCheck.ORIGIN_UNKNOWN
+    master = tenant.master_version(seeds.master_version)
+    if master is None:
+        return SeedCheck.VERSION_REMOVED
+    encoded = _encode(seeds.origin, request_id=request_id, request_seed=seeds.request_seed)
+    derived = (
+        derive(master.value, "sampling", encoded, sample_index),
+        derive(master.value, "eviction", encoded, sample_index),
+    )
+    same = derived == (seeds.sampling, seeds.eviction)
+    return SeedCheck.VERIFIED if same else SeedCheck.MISMATCH
+
+
+def _encode(origin: SeedOrigin, *, request_id: str, request_seed: int | None) -> bytes:
+    match origin:
+        case SeedOrigin.REQUEST_SEED:
+            assert request_seed is not None
+            return b"\x01" + request_seed.to_bytes(8, "big")
+        case SeedOrigin.REQUEST_ID:
+            encoded = request_id.encode()
+            return b"\x02" + len(encoded).to_bytes(4, "big") + encoded
+        case SeedOrigin.TENANT:
+            return b"\x03"
 
 
 def derive(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import ssl
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -10,15 +12,32 @@ import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from vase_sgl.gateway.audit import AuditStore
-from vase_sgl.gateway.auth import AuthInterceptor, KeyAuthenticator, NoAuthenticator
-from vase_sgl.gateway.config import ConfigError, GatewayConfig, Tls
+from vase_sgl.gateway.admission import Admissions
+from vase_sgl.gateway.audit import AuditStore, KeyRing
+from vase_sgl.gateway.auth import (
+    Authenticator,
+    AuthInterceptor,
+    KeyAuthenticator,
+    NoAuthenticator,
+)
+from vase_sgl.gateway.config import Audit, ConfigError, GatewayConfig, Tls
+from vase_sgl.gateway.discovery import discover, resolve
+from vase_sgl.gateway.fair_queue import FairQueue
+from vase_sgl.gateway.generation import Generations
 from vase_sgl.gateway.health import GatewayHealth
+from vase_sgl.gateway.limits.local import LocalUsage
+from vase_sgl.gateway.limits.shared import SharedUsage
+from vase_sgl.gateway.limits.usage import Usage
+from vase_sgl.gateway.metrics import Metrics
+from vase_sgl.gateway.observability import Observability
+from vase_sgl.gateway.openai.door import OpenAIDoor
+from vase_sgl.gateway.replay import Replays
+from vase_sgl.gateway.replay_gate import ReplayGate
+from vase_sgl.gateway.router import Lease, WorkerRouter
 from vase_sgl.gateway.runs import Background
 from vase_sgl.gateway.service import GatewayService
 from vase_sgl.gateway.worker_embedded import EmbeddedWorker, Progress, worker_command
 from vase_sgl.gateway.worker_http import HttpWorker
-from vase_sgl.gateway.workers import WorkerRouter
 from vase_sgl.rpc.v1 import gateway_pb2, gateway_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -34,37 +53,79 @@ class Gateway:
     """A running gateway. Made by `start`, ended by `stop`."""
 
     def __init__(
-        self, config: GatewayConfig, server: grpc.aio.Server, store: AuditStore, port: int
+        self,
+        config: GatewayConfig,
+        server: grpc.aio.Server,
+        store: AuditStore,
+        usage: Usage,
+        authenticator: Authenticator,
+        observability: Observability,
+        metrics: Metrics,
+        port: int,
     ) -> None:
         self._config = config
+        self._observability = observability
+        self._metrics = metrics
         self._server = server
         self._store = store
+        self._usage = usage
         self._health = GatewayHealth(SERVICE_NAME)
         self._background = Background()
         self._embedded = _embedded_worker(config)
+        self._queue: FairQueue[Lease] = FairQueue(
+            max_waiting=config.queue.max_waiting,
+            max_waiting_per_tenant=config.queue.max_waiting_per_tenant,
+            max_wait_seconds=config.queue.max_wait_seconds,
+        )
         self._router = WorkerRouter(
-            [self._embedded]
-            if self._embedded
-            else [
-                HttpWorker(url, stall_seconds=config.worker.stall_seconds)
-                for url in config.worker.urls
-            ],
-            interval_seconds=config.worker.health_interval_seconds,
+            [self._embedded] if self._embedded else [self._remote(u) for u in config.worker.urls],
+            config.worker,
             on_change=self._health.announce,
+            on_room=self._queue.dispatch,
+        )
+        self._admissions = Admissions(usage, self._queue, self._router, self._background, metrics)
+        metrics.watch(self._router.statuses, lambda: self._queue.waiting)
+        self._generations = Generations(
+            self._router,
+            store,
+            self._background,
+            config.default_eviction,
+            config.worker.retries,
+            metrics,
+        )
+        self._door = OpenAIDoor(
+            authenticator,
+            self._admissions,
+            self._generations,
+            self._router,
+            default_max_tokens=config.http.default_max_tokens,
+            client_stall_seconds=config.grpc.client_stall_seconds,
+            max_body_bytes=config.grpc.max_receive_bytes,
+            max_concurrent=config.grpc.max_concurrent_calls,
         )
         self.port = port
+        #: Port of the OpenAI-compatible door. None: it is shut.
+        self.http_port: int | None = None
+        #: Port of the page for Prometheus. None: there is none.
+        self.metrics_port: int | None = None
 
     @classmethod
     async def start(cls, config: GatewayConfig, progress: Progress) -> Gateway:
         """Bind the port, serve, start the embedded worker and wait for it.
 
-        What can go wrong cheaply goes first: tenants, port and store before the model. Health
-        says NOT_SERVING until a worker is ready; remote workers are waited for in the background.
-        Raises `TenantFileError`, `PortInUse`, `ConfigError`, `AuditError`, `WorkerStartError`;
-        failed or cancelled, it leaves nothing behind.
+        What can go wrong cheaply goes first: tenants, port, Redis and store before the model.
+        Health says NOT_SERVING until a worker is ready; remote workers are waited for in the
+        background. Raises `TenantFileError`, `PortInUse`, `ConfigError`, `SharedUsageError`,
+        `AuditError`, `WorkerStartError`; failed or cancelled, it leaves nothing behind.
         """
-        authenticator = (
-            NoAuthenticator() if config.insecure_no_auth else KeyAuthenticator(config.tenants_file)
+        observability = Observability(config.telemetry)
+        metrics = Metrics(observability.meters)
+        authenticator: Authenticator = (
+            NoAuthenticator()
+            if config.insecure_no_auth
+            else KeyAuthenticator(
+                config.tenants_file, on_refusal=lambda: metrics.rejected("unauthenticated")
+            )
         )
         server = grpc.aio.server(
             interceptors=[AuthInterceptor(authenticator)],
@@ -72,12 +133,20 @@ class Gateway:
             maximum_concurrent_rpcs=config.grpc.max_concurrent_calls,
         )
         async with AsyncExitStack() as undo:
+            undo.push_async_callback(observability.close)
             port = _bind(server, config)
             undo.push_async_callback(server.stop, None)
-            store = await AuditStore.open(config.audit.url)
+            usage = await _usage(config)
+            undo.push_async_callback(usage.close)
+            store = await _open_store(config.audit)
             undo.push_async_callback(store.close)
-            gateway = cls(config, server, store, port)
+            gateway = cls(config, server, store, usage, authenticator, observability, metrics, port)
             undo.push_async_callback(gateway._router.close)
+            undo.push_async_callback(gateway._door.close)
+            if config.http.port is not None:
+                gateway.http_port = await _open_door(gateway._door, config)
+            if config.telemetry.metrics_port is not None:
+                gateway.metrics_port = await _open_page(observability, config)
             await gateway._serve(progress)
             undo.pop_all()
         logger.info("serving on %s:%d", config.listen.host, gateway.port)
@@ -90,22 +159,35 @@ class Gateway:
         """
         await self._health.shut_down()
         logger.info("draining for up to %g s", self._config.drain_seconds)
-        await self._server.stop(self._config.drain_seconds)
+        await asyncio.gather(
+            self._server.stop(self._config.drain_seconds),
+            self._door.drain(self._config.drain_seconds),
+        )
+        await self._door.close()
         await self._background.settle()
         await self._router.close()
+        await self._usage.close()
         await self._store.close()
+        await self._observability.close()
 
     async def hurry(self) -> None:
         """Cut a running `stop` short: cancel what still runs."""
-        await self._server.stop(None)
+        await asyncio.gather(self._server.stop(None), self._door.close())
+
+    def _remote(self, url: str) -> HttpWorker:
+        return HttpWorker(url, stall_seconds=self._config.worker.stall_seconds)
 
     async def _serve(self, progress: Progress) -> None:
-        gateway_pb2_grpc.add_VaseGatewayServicer_to_server(
-            GatewayService(
-                self._router, self._store, self._background, self._config.default_eviction
-            ),
-            self._server,
+        gate: ReplayGate[Lease] = ReplayGate(**self._config.replay.model_dump())
+        service = GatewayService(
+            self._router,
+            self._store,
+            self._admissions,
+            self._generations,
+            Replays(self._router, self._admissions, self._store, self._background, gate),
+            client_stall_seconds=self._config.grpc.client_stall_seconds,
         )
+        gateway_pb2_grpc.add_VaseGatewayServicer_to_server(service, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if self._config.grpc.reflection:
             names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -114,7 +196,31 @@ class Gateway:
         if self._embedded is not None:
             await self._embedded.start(progress)
             await self._router.check_all()
-        self._router.start()
+        dns = self._config.worker.dns
+        self._router.start(
+            discover(
+                dns,
+                interval_seconds=self._config.worker.dns_interval_seconds,
+                connect=self._remote,
+                resolve=resolve,
+            )
+            if dns
+            else None
+        )
+
+
+async def _usage(config: GatewayConfig) -> Usage:
+    section = config.limits
+    if section.redis_url is None:
+        return LocalUsage()
+    return await SharedUsage.connect(
+        section.redis_url, prefix=section.redis_prefix, on_failure=section.on_redis_failure
+    )
+
+
+async def _open_store(config: Audit) -> AuditStore:
+    keys = KeyRing({key.version: key.read() for key in config.encryption_keys})
+    return await AuditStore.open(config.url, migrate=config.migrate_on_start, keys=keys)
 
 
 def _embedded_worker(config: GatewayConfig) -> EmbeddedWorker | None:
@@ -141,10 +247,45 @@ def _bind(server: grpc.aio.Server, config: GatewayConfig) -> int:
             return server.add_insecure_port(address)
         return server.add_secure_port(address, _credentials(config.tls))
     except RuntimeError as error:
-        raise PortInUse(
-            f"cannot listen on {address}: the port is taken or the address is not this machine's; "
-            "stop the other process, or choose another port with listen.port or --grpc-port"
-        ) from error
+        raise _in_use(address, "listen.port or --grpc-port") from error
+
+
+async def _open_door(door: OpenAIDoor, config: GatewayConfig) -> int:
+    """Open the HTTP door; the port that was taken. Raises `PortInUse` or `ConfigError`."""
+    host, port = config.listen.host, config.http.port or 0
+    try:
+        return await door.open(host, port, None if config.tls is None else _context(config.tls))
+    except OSError as error:
+        raise _in_use(f"{host}:{port}", "http.port or --http-port") from error
+
+
+async def _open_page(observability: Observability, config: GatewayConfig) -> int:
+    """Open the page for Prometheus; the port that was taken. Raises `PortInUse`."""
+    host, port = config.listen.host, config.telemetry.metrics_port or 0
+    try:
+        return await observability.open_page(host, port)
+    except OSError as error:
+        raise _in_use(f"{host}:{port}", "telemetry.metrics_port or --metrics-port") from error
+
+
+def _in_use(address: str, option: str) -> PortInUse:
+    return PortInUse(
+        f"cannot listen on {address}: the port is taken or the address is not this machine's; "
+        f"stop the other process, or choose another port with {option}"
+    )
+
+
+def _context(tls: Tls) -> ssl.SSLContext:
+    """The door's TLS, as strict as gRPC's."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(tls.certificate, tls.key)
+        if tls.client_ca is not None:
+            context.load_verify_locations(tls.client_ca)
+            context.verify_mode = ssl.CERT_REQUIRED
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"tls: {tls.certificate} cannot be used: {error}") from error
+    return context
 
 
 def _credentials(tls: Tls) -> grpc.ServerCredentials:
@@ -155,7 +296,7 @@ def _credentials(tls: Tls) -> grpc.ServerCredentials:
             raise ConfigError(f"tls: cannot read {path}: {error.strerror}") from error
 
     return grpc.ssl_server_credentials(
-        [(read(tls.key), read(tls.certificate))],
+        [(read(tls.key or tls.certificate), read(tls.certificate))],
         root_certificates=read(tls.client_ca) if tls.client_ca else None,
         require_client_auth=tls.client_ca is not None,
     )
@@ -169,8 +310,13 @@ def _options(config: GatewayConfig) -> list[tuple[str, int]]:
         ("grpc.keepalive_time_ms", int(settings.keepalive_seconds * 1000)),
         ("grpc.keepalive_timeout_ms", int(settings.keepalive_timeout_seconds * 1000)),
         ("grpc.keepalive_permit_without_calls", 1),
-        # Clients may ping as well; gRPC's own default would cut them off after a few.
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        # Clients may ping as well; gRPC's own default would cut them off after a few. One that
+        # pings faster than this is cut off after `max_ping_strikes`.
+        (
+            "grpc.http2.min_ping_interval_without_data_ms",
+            int(settings.min_ping_interval_seconds * 1000),
+        ),
+        ("grpc.http2.max_ping_strikes", 2),
         # Otherwise a second gateway binds the same port and takes half of the calls.
         ("grpc.so_reuseport", 0),
     ]

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import grpc
 from google.protobuf.message import Message
 
-from vase_sgl.eviction.params import DEFAULT_WINDOW
-from vase_sgl.gateway import wire
+from vase_sgl.eviction.params import DEFAULT_WINDOW, reserved_slots
+from vase_sgl.gateway import validation, wire
+from vase_sgl.gateway.admission import Admissions
 from vase_sgl.gateway.audit import AuditStore
 from vase_sgl.gateway.auth import current_tenant
-from vase_sgl.gateway.errors import ClientGone, InvalidRequest, NotFound, as_status
+from vase_sgl.gateway.errors import ClientGone, ClientStalled, InvalidRequest, NotFound, as_status
 from vase_sgl.gateway.generation import Generations
 from vase_sgl.gateway.replay import Outcome, Progress, Replays, Verdict
-from vase_sgl.gateway.runs import Background
+from vase_sgl.gateway.router import WorkerRouter
+from vase_sgl.gateway.seeds import SeedCheck
 from vase_sgl.gateway.tenants import Role
 from vase_sgl.gateway.validation import require
-from vase_sgl.gateway.workers import WorkerRouter
+from vase_sgl.gateway.workers import WorkerInfo
 from vase_sgl.rpc.v1 import gateway_pb2 as pb
 from vase_sgl.rpc.v1 import gateway_pb2_grpc
 
@@ -35,6 +37,12 @@ _OUTCOMES = {
     Outcome.DIVERGED: pb.ReplayVerdict.OUTCOME_DIVERGED,
     Outcome.INCOMPARABLE: pb.ReplayVerdict.OUTCOME_INCOMPARABLE,
 }
+_SEED_CHECKS = {
+    SeedCheck.VERIFIED: pb.SEED_CHECK_VERIFIED,
+    SeedCheck.MISMATCH: pb.SEED_CHECK_MISMATCH,
+    SeedCheck.VERSION_REMOVED: pb.SEED_CHECK_VERSION_REMOVED,
+    SeedCheck.ORIGIN_UNKNOWN: pb.SEED_CHECK_ORIGIN_UNKNOWN,
+}
 
 
 class GatewayService(gateway_pb2_grpc.VaseGatewayServicer):
@@ -48,21 +56,27 @@ class GatewayService(gateway_pb2_grpc.VaseGatewayServicer):
         self,
         router: WorkerRouter,
         store: AuditStore,
-        background: Background,
-        default_eviction: Mapping[str, Any] | None,
+        admissions: Admissions,
+        generations: Generations,
+        replays: Replays,
+        *,
+        client_stall_seconds: float,
     ) -> None:
         self._router = router
         self._store = store
-        self._generations = Generations(router, store, background, default_eviction)
-        self._replays = Replays(router, store, background)
+        self._admissions = admissions
+        self._generations = generations
+        self._replays = replays
+        self._client_stall = client_stall_seconds
 
     async def Generate(  # type: ignore[override]  # the stub knows only generators
         self, request: pb.GenerateRequest, context: Context
     ) -> None:
         async with as_status(context, "Generate"):
             tenant = current_tenant(Role.GENERATE)
-            send = functools.partial(_write, context)
-            record = await self._generations.run(tenant, request, send)
+            send = functools.partial(self._write, context)
+            async with self._admissions.admit(tenant, "generate") as passage:
+                record = await self._generations.run(passage, request, send)
             await send(pb.GenerateResponse(result=wire.result(record)))
 
     async def GenerateOnce(  # type: ignore[override]
@@ -70,7 +84,8 @@ class GatewayService(gateway_pb2_grpc.VaseGatewayServicer):
     ) -> pb.GenerateOnceResponse | None:
         async with as_status(context, "GenerateOnce"):
             tenant = current_tenant(Role.GENERATE)
-            record = await self._generations.run(tenant, request.request, _discard)
+            async with self._admissions.admit(tenant, "generate") as passage:
+                record = await self._generations.run(passage, request.request, _discard)
             return pb.GenerateOnceResponse(
                 request_id=record.record_id,
                 text=record.text,
@@ -84,12 +99,13 @@ class GatewayService(gateway_pb2_grpc.VaseGatewayServicer):
     ) -> None:
         async def send(progress: Progress) -> None:
             message = pb.ReplayProgress(**vars(progress))
-            await _write(context, pb.ReplayResponse(progress=message))
+            await self._write(context, pb.ReplayResponse(progress=message))
 
         async with as_status(context, "Replay"):
             tenant = current_tenant(Role.REPLAY)
-            verdict = await self._replays.run(tenant, request.record_id, send)
-            await _write(context, pb.ReplayResponse(verdict=_verdict(verdict)))
+            with self._admissions.unlimited(tenant, "replay"):
+                verdict = await self._replays.run(tenant, request.record_id, send)
+            await self._write(context, pb.ReplayResponse(verdict=_verdict(verdict)))
 
     async def GetRecord(  # type: ignore[override]
         self, request: pb.GetRecordRequest, context: Context
@@ -117,7 +133,14 @@ class GatewayService(gateway_pb2_grpc.VaseGatewayServicer):
             )
             before = _page_position(request.page_token)
             # One more than asked for tells whether there is a next page.
-            found = await self._store.latest(tenant.name, before=before, count=size + 1)
+            has = request.HasField
+            found = await self._store.latest(
+                tenant.name,
+                before=before,
+                count=size + 1,
+                since_unix_micros=request.since_unix_micros if has("since_unix_micros") else None,
+                until_unix_micros=request.until_unix_micros if has("until_unix_micros") else None,
+            )
             page = found[:size]
             return pb.ListRecordsResponse(
                 records=[wire.summary(stored) for stored in page],
@@ -155,23 +178,45 @@ class GatewayService(gateway_pb2_grpc.VaseGatewayServicer):
                     0 < window < request.budget,
                     f"budget: must be greater than window {window}, got {request.budget}",
                 )
-                slots = max(request.prompt_tokens, request.budget) + window
-                response.slots_per_request = slots
-                # Per worker: a request does not span two of them.
-                response.requests_that_fit = sum(
-                    max(info.available_slots, 0) // slots for info in infos
+                require(
+                    request.prompt_tokens >= 0,
+                    f"prompt_tokens: must not be negative, got {request.prompt_tokens}",
                 )
+                prompt = validation.prompt_mode_of("prompt_mode", request.prompt_mode) or "evict"
+                # Per worker: a request does not span two of them.
+                slots = [
+                    reserved_slots(
+                        request.prompt_tokens,
+                        response.max_new_tokens,
+                        budget=request.budget,
+                        window=window,
+                        prompt=prompt,
+                        prefix_cache=info.prefix_cache,
+                        page_size=info.page_size,
+                    )
+                    for info in infos
+                ]
+                response.slots_per_request = max(slots)
+                response.requests_that_fit = sum(map(_that_fit, infos, slots))
             return response
         return None
 
+    async def _write(self, context: Context, message: Message) -> None:
+        """Write to the client's stream; waits while the client does not read.
 
-async def _write(context: Context, message: Message) -> None:
-    """Write to the client's stream; waits while the client does not read. Raises `ClientGone`."""
-    try:
-        await context.write(message)
-    except Exception as error:
-        # gRPC raises a private type when the client leaves while a message waits to be sent.
-        raise ClientGone from error
+        So the gateway holds one message of each stream, and gRPC a few megabytes of a connection.
+        Raises `ClientGone`, and `ClientStalled` for a client that does not read for too long.
+        """
+        try:
+            async with asyncio.timeout(self._client_stall):
+                await context.write(message)
+        except TimeoutError as error:
+            raise ClientStalled(
+                f"the client did not read for {self._client_stall:g} s; the request was aborted"
+            ) from error
+        except Exception as error:
+            # gRPC raises a private type when the client leaves while a message waits to be sent.
+            raise ClientGone from error
 
 
 async def _discard(message: pb.GenerateResponse) -> None:
@@ -188,6 +233,14 @@ def _page_position(token: str) -> int | None:
     return int(token)
 
 
+def _that_fit(info: WorkerInfo, slots: int) -> int:
+    """How many more requests with so many slots the worker could take."""
+    fit = info.unreserved_slots // slots
+    if info.max_running_requests is None:
+        return fit
+    return min(fit, max(info.max_running_requests - info.running_requests, 0))
+
+
 def _verdict(verdict: Verdict) -> pb.ReplayVerdict:
     token = verdict.token
     return pb.ReplayVerdict(
@@ -202,4 +255,5 @@ def _verdict(verdict: Verdict) -> pb.ReplayVerdict:
         ],
         tokens_compared=verdict.tokens_compared,
         rounds_compared=verdict.rounds_compared,
+        seed_check=_SEED_CHECKS[verdict.seed_check],
     )

@@ -8,20 +8,22 @@ from collections.abc import AsyncIterable, AsyncIterator
 MAX_EVENT_BYTES = 64 * 2**20
 
 
-async def events(body: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
-    """The payload of every `data:` line in `body`. Raises `ValueError` for an oversized one.
+async def events(body: AsyncIterable[bytes]) -> AsyncIterator[list[bytes]]:
+    """The payloads of the `data:` lines in `body`, together what came together; none is empty.
 
-    Reads on only when asked for the next event, so a slow reader slows the sender.
+    Reads on only when asked for more, so a slow reader slows the sender, and gets what has piled up
+    meanwhile at once. Raises `ValueError` for an oversized event.
     """
-    pending = bytearray()
+    pending: list[bytes] = []
+    size = 0
     async for block in body:
-        start = len(pending)
-        pending += block
-        while (end := pending.find(b"\n", start)) >= 0:
-            line = bytes(pending[:end]).rstrip(b"\r")
-            del pending[: end + 1]
-            start = 0
-            if line.startswith(b"data:"):
-                yield line[5:].strip()
-        if len(pending) > MAX_EVENT_BYTES:
+        pending.append(block)
+        size += len(block)
+        if b"\n" in block:
+            *lines, rest = b"".join(pending).split(b"\n")
+            pending, size = [rest], len(rest)
+            found = [line[5:].strip() for line in lines if line.startswith(b"data:")]
+            if found:
+                yield found
+        if size > MAX_EVENT_BYTES:
             raise ValueError(f"an event is longer than {MAX_EVENT_BYTES} bytes")

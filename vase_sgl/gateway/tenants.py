@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Annotated
 
 import yaml
+from cryptography import x509
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vase_sgl.eviction.policies import POLICIES
 from vase_sgl.gateway.keys import new_key
+from vase_sgl.gateway.limits.usage import UsageLimits
 from vase_sgl.gateway.problems import describe
 
 
@@ -49,6 +51,15 @@ class SeedPolicy(enum.StrEnum):
     LOCKED = "locked"
 
 
+class Retention(enum.StrEnum):
+    """What the audit store keeps of a prompt and its answer."""
+
+    #: Token ids, text and stop strings; needed for a replay.
+    FULL = "full"
+    #: Salted digests of them.
+    HASH = "hash"
+
+
 def _known_policies(names: tuple[str, ...]) -> tuple[str, ...]:
     unknown = [name for name in names if name not in POLICIES]
     if unknown:
@@ -69,6 +80,20 @@ class Limits(_Model):
     max_prompt_tokens: int = Field(default=131072, ge=1)
     #: Policies the tenant may use; a request without eviction counts as `full`.
     policies: Annotated[tuple[str, ...], AfterValidator(_known_policies)] = tuple(POLICIES)
+    #: Requests per second, evenly; a rested tenant may send one second's worth at once. None: any.
+    requests_per_second: float | None = Field(default=None, gt=0, le=1e6)
+    #: Prompt and output tokens per minute. Checked on arrival against what is left, charged at the
+    #: end of a request. None: any.
+    tokens_per_minute: int | None = Field(default=None, ge=1, le=10**12)
+    #: Requests at the gateway at once, waiting or running. None: any.
+    max_concurrent_requests: int | None = Field(default=None, ge=1)
+
+    @property
+    def usage(self) -> UsageLimits:
+        """The limits that are counted over time."""
+        return UsageLimits(
+            self.requests_per_second, self.tokens_per_minute, self.max_concurrent_requests
+        )
 
 
 class MasterSecret(_Model):
@@ -98,6 +123,17 @@ class StoredKey(_Model):
     created: datetime.datetime
 
 
+def _normal_subjects(subjects: tuple[str, ...]) -> tuple[str, ...]:
+    """As certificates are read: one spelling of each."""
+    try:
+        return tuple(x509.Name.from_rfc4514_string(s).rfc4514_string() for s in subjects)
+    except ValueError as error:
+        raise ValueError(
+            "a certificate subject is written as in RFC 4514: CN=alice,O=Example, no blanks after "
+            "commas"
+        ) from error
+
+
 class Tenant(_Model):
     """One tenant."""
 
@@ -105,8 +141,13 @@ class Tenant(_Model):
     roles: frozenset[Role] = frozenset({Role.GENERATE, Role.REPLAY})
     seed_policy: SeedPolicy = SeedPolicy.CLIENT
     limits: Limits = Limits()
+    #: Of new records; those that are stored stay as they are.
+    retention: Retention = Retention.FULL
     master_secrets: tuple[MasterSecret, ...] = Field(min_length=1, repr=False)
     keys: tuple[StoredKey, ...] = ()
+    #: Subjects of client certificates (RFC 4514, `CN=alice,O=Example`) that stand for a key. Only
+    #: used where the gateway asks for certificates, `tls.client_ca`.
+    certificate_subjects: Annotated[tuple[str, ...], AfterValidator(_normal_subjects)] = ()
 
     @model_validator(mode="after")
     def _check(self) -> Tenant:
@@ -119,6 +160,10 @@ class Tenant(_Model):
     def master(self) -> MasterSecret:
         """The master secret new seeds are derived from: the one with the highest version."""
         return max(self.master_secrets, key=lambda secret: secret.version)
+
+    def master_version(self, version: int) -> MasterSecret | None:
+        """The master secret of this version; None if it was removed."""
+        return next((s for s in self.master_secrets if s.version == version), None)
 
     def has_role(self, *roles: Role) -> bool:
         """Whether the tenant has one of `roles`, or is `admin`."""
@@ -136,6 +181,7 @@ class TenantFile(_Model):
         for kind, ids in (
             ("tenant name", [tenant.name for tenant in self.tenants]),
             ("key id", [key.id for tenant in self.tenants for key in tenant.keys]),
+            ("certificate subject", [s for t in self.tenants for s in t.certificate_subjects]),
         ):
             twice = sorted({i for i in ids if ids.count(i) > 1})
             if twice:
@@ -145,6 +191,10 @@ class TenantFile(_Model):
     def by_key_id(self) -> dict[str, tuple[Tenant, StoredKey]]:
         """Every key with its tenant, by key id."""
         return {key.id: (tenant, key) for tenant in self.tenants for key in tenant.keys}
+
+    def by_subject(self) -> dict[str, Tenant]:
+        """Every certificate subject with its tenant."""
+        return {s: tenant for tenant in self.tenants for s in tenant.certificate_subjects}
 
 
 def new_master_secret(version: int = 1) -> MasterSecret:

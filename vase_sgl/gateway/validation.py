@@ -181,16 +181,18 @@ def eviction_fields(params: pb.EvictionParams) -> dict[str, Any]:
     fields = {
         field.name: value for field, value in params.ListFields() if field.name != "prompt_mode"
     }
-    names = {mode: name for name, mode in PROMPT_MODES.items()}
-    if params.prompt_mode in names:
-        fields["prompt"] = names[params.prompt_mode]
-    else:
-        require(
-            params.prompt_mode == pb.PROMPT_MODE_UNSPECIFIED,
-            f"eviction.prompt_mode: unknown mode {params.prompt_mode}; use PROMPT_MODE_EVICT or "
-            "PROMPT_MODE_KEEP",
-        )
-    return fields
+    prompt = prompt_mode_of("eviction.prompt_mode", params.prompt_mode)
+    return fields if prompt is None else {**fields, "prompt": prompt}
+
+
+def prompt_mode_of(field: str, mode: int) -> str | None:
+    """The prompt mode as `EvictionParams` names it; None if it is unspecified."""
+    names: dict[int, str] = {number: name for name, number in PROMPT_MODES.items()}
+    require(
+        mode in names or mode == pb.PROMPT_MODE_UNSPECIFIED,
+        f"{field}: unknown mode {mode}; use PROMPT_MODE_EVICT or PROMPT_MODE_KEEP",
+    )
+    return names.get(mode)
 
 
 def eviction_of(

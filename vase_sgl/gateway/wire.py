@@ -7,6 +7,7 @@ from typing import Any
 
 from vase_sgl.gateway import audit, workers
 from vase_sgl.gateway.seeds import Seeds
+from vase_sgl.gateway.tenants import Retention
 from vase_sgl.rpc.v1 import gateway_pb2 as pb
 
 _FINISH = {
@@ -20,6 +21,10 @@ _STATUS = {
     audit.RecordStatus.COMPLETED: pb.RECORD_STATUS_COMPLETED,
     audit.RecordStatus.ABORTED: pb.RECORD_STATUS_ABORTED,
     audit.RecordStatus.FAILED: pb.RECORD_STATUS_FAILED,
+}
+_RETENTION = {
+    Retention.FULL: pb.RETENTION_FULL,
+    Retention.HASH: pb.RETENTION_HASH,
 }
 
 
@@ -40,6 +45,8 @@ def seeds(value: Seeds) -> pb.Seeds:
         eviction=value.eviction,
         policy=value.policy,
         master_version=value.master_version,
+        origin=value.origin or "",
+        request_seed=value.request_seed,
     )
 
 
@@ -50,7 +57,6 @@ def timings(value: audit.Timings) -> pb.Timings:
 
 def result(record: audit.Record) -> pb.GenerationResult:
     """The last message of a generation."""
-    prompt_tokens, completion_tokens = len(record.prompt_token_ids), len(record.output_token_ids)
     return pb.GenerationResult(
         finish_reason=finish_reason(record.finish_reason),
         usage=usage(record),
@@ -58,15 +64,13 @@ def result(record: audit.Record) -> pb.GenerationResult:
         cache=cache(record.cache),
         round_digests=record.round_digests,
         timings=timings(record.timings),
-        full_kv_slots=prompt_tokens + completion_tokens,
+        full_kv_slots=record.prompt_tokens + record.completion_tokens,
     )
 
 
 def usage(record: audit.Record) -> pb.Usage:
     """Token counts."""
-    return pb.Usage(
-        prompt_tokens=len(record.prompt_token_ids), completion_tokens=len(record.output_token_ids)
-    )
+    return pb.Usage(prompt_tokens=record.prompt_tokens, completion_tokens=record.completion_tokens)
 
 
 def sampling(params: Mapping[str, Any]) -> pb.SamplingParams:
@@ -109,6 +113,9 @@ def record(stored: audit.StoredRecord) -> pb.Record:
         sequence=stored.sequence,
         previous_hash=stored.previous_hash,
         hash=stored.hash,
+        retention=_RETENTION[value.retention],
+        usage=usage(value),
+        digests=None if value.digests is None else pb.ContentDigests(**vars(value.digests)),
     )
 
 
@@ -126,4 +133,5 @@ def summary(stored: audit.StoredRecord) -> pb.RecordSummary:
         budget=evicted["budget"],
         rounds=value.cache.rounds if value.cache else 0,
         digest=value.cache.digest if value.cache else "",
+        retention=_RETENTION[value.retention],
     )

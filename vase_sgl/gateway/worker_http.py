@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import aiohttp
 
+from vase_sgl.gateway import telemetry
 from vase_sgl.gateway.errors import GatewayError, InvalidRequest, WorkerUnavailable
 from vase_sgl.gateway.sse import events
 from vase_sgl.gateway.workers import CacheStats, Finish, WorkerChunk, WorkerInfo, WorkerRequest
@@ -20,6 +21,8 @@ logger = logging.getLogger(__name__)
 SHORT_TIMEOUT = 30.0
 #: Seconds for the health check. SGLang takes up to 20 s to call itself unhealthy.
 HEALTH_TIMEOUT = 25.0
+#: The payload that ends a stream.
+DONE = b"[DONE]"
 #: Bytes read ahead from a stream before the worker is made to wait.
 READ_AHEAD_BYTES = 2**16
 
@@ -60,15 +63,18 @@ class HttpWorker:
                 total=None, sock_connect=SHORT_TIMEOUT, sock_read=self._stall
             )
             async with self._http().post(
-                f"{self._url}/generate", json=body, timeout=timeout
+                f"{self._url}/generate",
+                json=body,
+                timeout=timeout,
+                headers=telemetry.outgoing(),
             ) as response:
                 await self._raise_for_status(response, "generate")
-                async for event in events(response.content.iter_any()):
-                    if event == b"[DONE]":
+                async for together in events(response.content.iter_any()):
+                    for chunk in output.chunks(together):
+                        finished = chunk.finish is not None
+                        yield chunk
+                    if together[-1] == DONE:
                         break
-                    chunk = output.add(json.loads(event))
-                    finished = chunk.finish is not None
-                    yield chunk
         except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, TypeError) as error:
             raise self._lost(error) from error
         if not finished:
@@ -85,7 +91,7 @@ class HttpWorker:
     async def info(self) -> WorkerInfo:
         info = await self._call("GET", "/server_info")
         try:
-            return _info(info)
+            return worker_info(info)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise WorkerUnavailable(
                 f"worker {self.name} does not report vase_sgl's state ({error!r}); start it with "
@@ -117,6 +123,7 @@ class HttpWorker:
                 self._url + path,
                 json=body,
                 timeout=aiohttp.ClientTimeout(total=timeout),
+                headers=telemetry.outgoing(),
             ) as response:
                 await self._raise_for_status(response, path.rpartition("/")[2])
                 if response.content_type != "application/json":
@@ -161,7 +168,7 @@ class HttpWorker:
 
 
 class _Output:
-    """The output of one generation so far. `add` mutates it.
+    """The output of one generation so far. `chunks` mutates it.
 
     SGLang streams either all of the output with every event or, under
     `--incremental-streaming-output`, what is new; `completion_tokens` tells which.
@@ -169,21 +176,53 @@ class _Output:
 
     def __init__(self) -> None:
         self._text = ""
+        #: Text that was not put together yet.
+        self._new_text: list[str] = []
         self._token_ids: list[int] = []
+        self._meta: Mapping[str, Any] = {}
+        self._rounds = 0
+        self._is_new = False
 
-    def add(self, event: Mapping[str, Any]) -> WorkerChunk:
-        """One /generate event. Raises `InvalidRequest` or `WorkerUnavailable` for an error."""
+    def chunks(self, events: Iterable[bytes]) -> Iterator[WorkerChunk]:
+        """The output after these events, which came together; and after each eviction round.
+
+        So under load messages are fewer, and still every round's digest is seen. Raises
+        `InvalidRequest` or `WorkerUnavailable` for an error, after what came before it.
+        """
+        try:
+            for event in events:
+                if event != DONE:
+                    before = self._rounds
+                    self._add(json.loads(event))
+                    if self._rounds != before:
+                        yield self._chunk()
+        except (GatewayError, ValueError, KeyError, TypeError):
+            if self._is_new:
+                yield self._chunk()
+            raise
+        if self._is_new:
+            yield self._chunk()
+
+    def _add(self, event: Mapping[str, Any]) -> None:
         _raise_for_error(event)
         meta, text, token_ids = event["meta_info"], event["text"], event["output_ids"]
         if len(token_ids) == meta["completion_tokens"]:
-            self._text, self._token_ids = text, list(token_ids)
+            self._text, self._new_text, self._token_ids = text, [], list(token_ids)
         else:
-            self._text += text
+            self._new_text.append(text)
             self._token_ids += token_ids
         if len(self._token_ids) != meta["completion_tokens"]:
             raise WorkerUnavailable("the worker's stream lost output; try again")
-        finish = meta.get("finish_reason")
-        vase = meta.get("vase")
+        self._meta = meta
+        self._rounds = (meta.get("vase") or {}).get("rounds", 0)
+        self._is_new = True
+
+    def _chunk(self) -> WorkerChunk:
+        self._text = "".join((self._text, *self._new_text))
+        self._new_text = []
+        self._is_new = False
+        finish = self._meta.get("finish_reason")
+        vase = self._meta.get("vase")
         return WorkerChunk(
             text=self._text,
             token_ids=tuple(self._token_ids),
@@ -209,7 +248,7 @@ def _cache(vase: Mapping[str, Any]) -> CacheStats:
     return CacheStats(**{f: vase[f] for f in CacheStats.__dataclass_fields__})
 
 
-def _info(answer: Mapping[str, Any]) -> WorkerInfo:
+def worker_info(answer: Mapping[str, Any]) -> WorkerInfo:
     """The state of a worker from /server_info.
 
     With data parallelism SGLang reports one state per rank; slots and counters are summed.
@@ -231,7 +270,17 @@ def _info(answer: Mapping[str, Any]) -> WorkerInfo:
         running_requests=sum(int(state["running_requests"]) for state in states),
         rounds=sum(int(state["rounds"]) for state in states),
         evicted_tokens=sum(int(state["evicted_tokens"]) for state in states),
+        max_running_requests=_sum(state.get("max_running_requests") for state in states),
+        max_query_requests=_sum(state["limits"].get("max_requests") for state in states),
+        prefix_cache=bool(first.get("prefix_cache", True)),
+        page_size=int(first.get("page_size", 1)),
     )
+
+
+def _sum(values: Iterable[Any]) -> int | None:
+    """The sum over the ranks; None if a rank does not say."""
+    known = [int(value) for value in (*values,) if value is not None]
+    return sum(known) or None
 
 
 def _error_text(body: bytes) -> str:

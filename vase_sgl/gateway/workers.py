@@ -1,17 +1,10 @@
-"""What the gateway asks of a worker, and the router over several of them."""
+"""What the gateway asks of a worker."""
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
-import itertools
-import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol
-
-from vase_sgl.gateway.errors import GatewayError, WorkerUnavailable
-
-logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +62,11 @@ class WorkerInfo:
     """What a worker is and how busy it is. Lengths and slots in tokens.
 
     default_eviction: eviction parameters it would give a request that brings none.
+    available_slots: slots that no running request owns.
+    reserved_slots: slots that its running requests may come to own.
+    max_running_requests: requests its scheduler runs at once, if it says so.
+    max_query_requests: of these, requests whose policy reads queries, if it says so.
+    prefix_cache, page_size: how its slots are shared and handed out.
     """
 
     fingerprint: Mapping[str, str]
@@ -83,6 +81,15 @@ class WorkerInfo:
     running_requests: int
     rounds: int
     evicted_tokens: int
+    max_running_requests: int | None = None
+    max_query_requests: int | None = None
+    prefix_cache: bool = True
+    page_size: int = 1
+
+    @property
+    def unreserved_slots(self) -> int:
+        """Slots that a further request could reserve."""
+        return max(min(self.available_slots, self.total_slots - self.reserved_slots), 0)
 
 
 class Worker(Protocol):
@@ -112,102 +119,3 @@ class Worker(Protocol):
 
     async def close(self) -> None:
         """Release connections and processes."""
-
-
-class WorkerRouter:
-    """Hands out healthy workers in turn and watches their health.
-
-    `on_change(ready)` is awaited whenever the answer to "is any worker ready?" changes.
-    """
-
-    def __init__(
-        self,
-        workers: Sequence[Worker],
-        *,
-        interval_seconds: float,
-        on_change: Callable[[bool], Awaitable[None]],
-    ) -> None:
-        self._workers = tuple(workers)
-        self._interval = interval_seconds
-        self._on_change = on_change
-        self._ready: dict[str, WorkerInfo] = {}
-        self._failures: dict[str, str] = {}
-        self._turn = itertools.count()
-        self._watch: asyncio.Task[None] | None = None
-
-    def start(self) -> None:
-        """Begin to watch. Needs a running event loop."""
-        self._watch = asyncio.create_task(self._watch_forever(), name="vase-worker-health")
-
-    async def close(self) -> None:
-        """Stop watching and close every worker."""
-        if self._watch is not None:
-            self._watch.cancel()
-            await asyncio.gather(self._watch, return_exceptions=True)
-        await asyncio.gather(*(worker.close() for worker in self._workers))
-
-    def pick(self) -> tuple[Worker, WorkerInfo]:
-        """The next ready worker and its last known state. Raises `WorkerUnavailable`."""
-        return self.ready()[0]
-
-    def ready(self) -> list[tuple[Worker, WorkerInfo]]:
-        """Every ready worker, the next in turn first. Raises `WorkerUnavailable` if there is none.
-
-        The states are those of the last health check; lengths, limits and fingerprint hold.
-        """
-        ready = [
-            (worker, self._ready[worker.name])
-            for worker in self._workers
-            if worker.name in self._ready
-        ]
-        if not ready:
-            reasons = "; ".join(self._failures.values()) or "none has answered yet; try again later"
-            raise WorkerUnavailable(f"no worker is ready: {reasons}")
-        first = next(self._turn) % len(ready)
-        return ready[first:] + ready[:first]
-
-    async def current(self) -> list[tuple[Worker, WorkerInfo]]:
-        """As `ready`, but with states fetched now; a worker that does not answer is left out."""
-        ready = self.ready()
-        infos = await asyncio.gather(
-            *(worker.info() for worker, _ in ready), return_exceptions=True
-        )
-        current: list[tuple[Worker, WorkerInfo]] = []
-        for (worker, _), info in zip(ready, infos, strict=True):
-            if isinstance(info, WorkerInfo):
-                current.append((worker, info))
-            elif not isinstance(info, GatewayError):
-                raise info
-        if not current:
-            raise WorkerUnavailable("no worker answers; try again later")
-        return current
-
-    async def check_all(self) -> None:
-        """Probe every worker once and report a change of readiness."""
-        before = bool(self._ready)
-        await asyncio.gather(*(self._check(worker) for worker in self._workers))
-        if bool(self._ready) != before:
-            await self._on_change(bool(self._ready))
-
-    async def _check(self, worker: Worker) -> None:
-        try:
-            await worker.check_health()
-            info = await worker.info()
-        except GatewayError as error:
-            if self._ready.pop(worker.name, None) is not None:
-                logger.error("worker %s is lost: %s", worker.name, error)
-            self._failures[worker.name] = str(error)
-        else:
-            if worker.name not in self._ready:
-                logger.info("worker %s is ready", worker.name)
-            self._ready[worker.name] = info
-            self._failures.pop(worker.name, None)
-
-    async def _watch_forever(self) -> None:
-        while True:
-            try:
-                await self.check_all()
-            except Exception:
-                # A defect in one probe must not end the watch: health would freeze unnoticed.
-                logger.exception("health check failed")
-            await asyncio.sleep(self._interval)

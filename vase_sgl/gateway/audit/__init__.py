@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
-from vase_sgl.gateway.audit.records import Record, RecordStatus, StoredRecord, Timings
-from vase_sgl.gateway.audit.store import AuditError, AuditStore
+from vase_sgl.gateway.audit.encryption import KeyRing
+from vase_sgl.gateway.audit.errors import AuditError
+from vase_sgl.gateway.audit.records import (
+    ContentDigests,
+    Record,
+    RecordStatus,
+    StoredRecord,
+    Timings,
+)
+from vase_sgl.gateway.audit.store import AuditStore
 
-__all__ = ["AuditError", "AuditStore", "Record", "RecordStatus", "StoredRecord", "Timings"]
+__all__ = [
+    "AuditError",
+    "AuditStore",
+    "ContentDigests",
+    "KeyRing",
+    "Record",
+    "RecordStatus",
+    "StoredRecord",
+    "Timings",
+]

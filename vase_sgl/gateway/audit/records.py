@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vase_sgl.gateway.seeds import Seeds
+from vase_sgl.gateway.tenants import Retention
 from vase_sgl.gateway.workers import CacheStats
 
 
@@ -20,6 +21,20 @@ class RecordStatus(enum.StrEnum):
     ABORTED = "aborted"
     #: The worker failed.
     FAILED = "failed"
+
+
+@dataclasses.dataclass(frozen=True)
+class ContentDigests:
+    """Stand for content that is not kept: they prove it to whoever has it. All in hex.
+
+    Each is SHA-256 over the salt's 16 bytes and the content: token ids as little-endian int32,
+    text as UTF-8. The salt keeps equal prompts apart; it does not hide a prompt one can guess.
+    """
+
+    salt: str
+    prompt: str
+    output: str
+    text: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +55,8 @@ class Record:
     eviction: `EvictionParams.to_mapping()`, or None without eviction.
     finish_reason: `stop`, `length`, `abort`, or empty if the worker did not say.
     failure: what went wrong, for a failed generation.
+    retention: what the store keeps of the content. Read back with `hash`, prompt_token_ids,
+        output_token_ids and text are empty, sampling has no `stop`, and digests are there.
     """
 
     record_id: str
@@ -60,6 +77,10 @@ class Record:
     round_digests: tuple[str, ...]
     fingerprint: Mapping[str, str]
     timings: Timings
+    retention: Retention
+    prompt_tokens: int
+    completion_tokens: int
+    digests: ContentDigests | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,192 +1,223 @@
-"""The audit store on SQL: append, read, list, verify."""
+"""The audit store: append, read, list."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from pathlib import Path
+import logging
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 
-from sqlalchemy import event, func, insert, select
-from sqlalchemy.engine import make_url
-from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
-from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy import RowMapping, func, insert, select, update
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from vase_sgl.gateway.audit.chain import GENESIS, ChainCheck, chain_hash
+from vase_sgl.gateway.audit import database
+from vase_sgl.gateway.audit.encryption import KeyRing
+from vase_sgl.gateway.audit.entries import GENESIS, Row, Sealed, placed_at, seal, unseal
+from vase_sgl.gateway.audit.group_commit import GroupCommit
 from vase_sgl.gateway.audit.records import Record, StoredRecord
-from vase_sgl.gateway.audit.tables import (
-    SCHEMA_VERSION,
-    from_row,
-    metadata,
-    records,
-    schema_versions,
-    to_row,
-)
+from vase_sgl.gateway.audit.tables import chains, records
+from vase_sgl.gateway.errors import AuditUnavailable
 
-#: Attempts to append when other gateways append to the same tenant at the same moment.
-_APPEND_ATTEMPTS = 20
-#: Records read at once when a whole chain is verified.
-_PAGE = 200
+logger = logging.getLogger(__name__)
 
+#: Seconds after a failed append in which generations are refused at once.
+_REFUSING_SECONDS = 2.0
+#: Seconds before the one retry of a failed batch.
+_RETRY_SECONDS = 0.2
 
-class AuditError(Exception):
-    """The store cannot be used. The text says where it is and what to do."""
+#: What a database that is away, full or overloaded raises; anything else is a defect.
+_TROUBLE = (SQLAlchemyError, OSError, TimeoutError)
+#: What one record that cannot be stored causes, whatever else is in its batch.
+_ITEM_FAULTS = (IntegrityError, DataError)
 
 
 class AuditStore:
-    """Records of all tenants. Nothing is ever changed or removed."""
+    """Records of all tenants, append-only and hash-chained per tenant.
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    Several gateways may append to one store: they take turns on a tenant's row in `chains`, so a
+    chain never forks. An append is durable when it returns.
+    """
+
+    def __init__(self, engine: AsyncEngine, keys: KeyRing) -> None:
         self._engine = engine
-        self._appending = asyncio.Lock()
+        self._keys = keys
+        self._failed_at: float | None = None
+        self._commits = GroupCommit(
+            self._commit,
+            retry_alone=lambda error: not isinstance(error, AuditUnavailable),
+            size=lambda sealed: len(sealed.payload or b""),
+        )
 
     @classmethod
-    async def open(cls, url: str) -> AuditStore:
-        """Connect, and create the tables in an empty database. Raises `AuditError`."""
-        try:
-            # Hidden: parameters are prompts and seeds, which must not reach a log with an error.
-            engine = create_async_engine(url, hide_parameters=True)
-        except (ArgumentError, ImportError) as error:
-            raise AuditError(
-                f"audit.url cannot be used: {error}; an example is "
-                "sqlite+aiosqlite:///audit.sqlite3"
-            ) from error
-        try:
-            if engine.dialect.name == "sqlite":
-                _prepare_sqlite(engine)
-            async with engine.begin() as connection:
-                await _ensure_schema(connection)
-        except BaseException as error:
-            await engine.dispose()
-            if isinstance(error, (SQLAlchemyError, OSError)):
-                raise AuditError(
-                    f"cannot open the audit store {engine.url.render_as_string()}: {error}; check "
-                    "audit.url, and that its folder can be written"
-                ) from error
-            raise
-        return cls(engine)
+    async def open(
+        cls, url: str, *, migrate: bool | None = None, keys: KeyRing | None = None
+    ) -> AuditStore:
+        """Connect; see `database.connect` for `migrate`. Raises `AuditError`."""
+        return cls(await database.connect(url, migrate=migrate), keys or KeyRing())
 
     async def close(self) -> None:
-        """Release all connections."""
+        """Commit what waits and release all connections."""
+        await self._commits.close()
         await self._engine.dispose()
+
+    def check(self) -> None:
+        """Raise `AuditUnavailable` if the store failed just now: what cannot be recorded need not
+        be computed."""
+        if self._failed_at is not None and time.monotonic() - self._failed_at < _REFUSING_SECONDS:
+            raise AuditUnavailable(
+                "the audit store cannot be written, so nothing is generated; try again later"
+            )
 
     async def append(self, record: Record) -> StoredRecord:
         """Store a record at the end of its tenant's chain; durable on return.
 
-        Safe against other processes: the place in the chain is unique, and whoever loses the
-        race takes the next one.
+        Raises `AuditUnavailable` if the database cannot be written; nothing is promised then.
         """
-        attempt = 0
-        async with self._appending:
-            while True:
-                attempt += 1
-                try:
-                    async with self._engine.begin() as connection:
-                        stored = await self._link(connection, record)
-                        await connection.execute(insert(records).values(to_row(stored)))
-                except IntegrityError:
-                    if attempt == _APPEND_ATTEMPTS:
-                        raise
-                else:
-                    return stored
+        # Encoding and encrypting a long answer takes milliseconds that other streams need.
+        sealed = await asyncio.to_thread(seal, record, self._keys)
+        return await self._commits.submit(sealed)
 
     async def get(self, tenant: str, record_id: str) -> StoredRecord | None:
-        """One of the tenant's own records."""
-        query = select(records).where(records.c.tenant == tenant, records.c.record_id == record_id)
-        async with self._engine.connect() as connection:
+        """One of the tenant's own records. Raises `FailedPrecondition` if its key is not there."""
+        query = select(records).where(records.c.record_id == record_id, records.c.tenant == tenant)
+        async with self._reading() as connection:
             row = (await connection.execute(query)).mappings().first()
-        return None if row is None else from_row(row)
+        return None if row is None else unseal(_row(row), self._keys)
 
-    async def latest(self, tenant: str, *, before: int | None, count: int) -> list[StoredRecord]:
-        """Up to `count` of the tenant's records, newest first, with sequences below `before`."""
-        query = select(records).where(records.c.tenant == tenant)
+    async def latest(
+        self,
+        tenant: str,
+        *,
+        before: int | None,
+        count: int,
+        since_unix_micros: int | None = None,
+        until_unix_micros: int | None = None,
+    ) -> list[StoredRecord]:
+        """Up to `count` of the tenant's records without their content, newest first.
+
+        before: only sequences below it. since, until: only requests that arrived at or after, and
+        before.
+        """
+        columns = [column for column in records.c if column.name != "payload"]
+        query = select(*columns).where(records.c.tenant == tenant)
         if before is not None:
             query = query.where(records.c.sequence < before)
+        if since_unix_micros is not None:
+            query = query.where(records.c.created_unix_micros >= since_unix_micros)
+        if until_unix_micros is not None:
+            query = query.where(records.c.created_unix_micros < until_unix_micros)
         query = query.order_by(records.c.sequence.desc()).limit(count)
-        async with self._engine.connect() as connection:
+        async with self._reading() as connection:
             rows = (await connection.execute(query)).mappings().all()
-        return [from_row(row) for row in rows]
+        return [unseal(_row(row), self._keys, content=False) for row in rows]
 
     async def tenants(self) -> dict[str, int]:
         """Every tenant that has records, with their number."""
         query = select(records.c.tenant, func.count()).group_by(records.c.tenant)
-        async with self._engine.connect() as connection:
+        async with self._reading() as connection:
             rows = (await connection.execute(query)).all()
         return {str(row[0]): int(row[1]) for row in rows}
 
-    async def verify(self, tenant: str) -> str | None:
-        """Where the tenant's chain is broken and how; None if it is whole."""
-        check = ChainCheck()
-        async with aclosing(self._chain(tenant)) as chain:
-            async for stored in chain:
-                problem = check.add(stored)
-                if problem is not None:
-                    return problem
-        return None
+    @asynccontextmanager
+    async def _reading(self) -> AsyncIterator[AsyncConnection]:
+        with _unavailable("read"):
+            async with self._engine.connect() as connection:
+                yield connection
 
-    async def _chain(self, tenant: str) -> AsyncGenerator[StoredRecord, None]:
-        last = 0
-        async with self._engine.connect() as connection:
-            while True:
-                query = (
-                    select(records)
-                    .where(records.c.tenant == tenant, records.c.sequence > last)
-                    .order_by(records.c.sequence)
-                    .limit(_PAGE)
-                )
-                rows = (await connection.execute(query)).mappings().all()
-                if not rows:
-                    return
-                for row in rows:
-                    yield from_row(row)
-                last = rows[-1]["sequence"]
+    async def _commit(self, batch: Sequence[Sealed]) -> list[StoredRecord]:
+        try:
+            try:
+                stored = await self._write(batch)
+            except _ITEM_FAULTS:
+                raise
+            except _TROUBLE as error:
+                logger.warning("appending %d records failed, once more: %s", len(batch), error)
+                await asyncio.sleep(_RETRY_SECONDS)
+                with _unavailable("written"):
+                    # The commit may have succeeded and its confirmation been lost.
+                    stored = await self._write(batch, again=True)
+        except AuditUnavailable:
+            self._failed_at = time.monotonic()
+            raise
+        self._failed_at = None
+        return stored
 
-    async def _link(self, connection: AsyncConnection, record: Record) -> StoredRecord:
+    async def _write(self, batch: Sequence[Sealed], *, again: bool = False) -> list[StoredRecord]:
+        """Append all of `batch` in one transaction."""
+        rows: list[Row] = []
+        async with database.writing(self._engine) as connection:
+            ends = await self._lock(connection, {sealed.record.tenant for sealed in batch})
+            done = await self._stored(connection, batch) if again else {}
+            for sealed in batch:
+                record = sealed.record
+                if record.record_id in done:
+                    continue
+                sequence, last_hash = ends[record.tenant]
+                row = sealed.at(sequence + 1, last_hash)
+                ends[record.tenant] = row.sequence, row.hash
+                rows.append(row)
+            if rows:
+                await connection.execute(insert(records), [vars(row) for row in rows])
+                for tenant in {row.tenant for row in rows}:
+                    sequence, last_hash = ends[tenant]
+                    await connection.execute(
+                        update(chains)
+                        .where(chains.c.tenant == tenant)
+                        .values(sequence=sequence, hash=last_hash)
+                    )
+        placed = {**done, **{row.record_id: row for row in rows}}
+        return [placed_at(sealed.record, placed[sealed.record.record_id]) for sealed in batch]
+
+    async def _lock(
+        self, connection: AsyncConnection, tenants: set[str]
+    ) -> dict[str, tuple[int, str]]:
+        """The ends of the tenants' chains, kept from other writers until the transaction ends.
+
+        In the order of names, so that two gateways never wait for each other.
+        """
+        first = [{"tenant": t, "sequence": 0, "hash": GENESIS} for t in sorted(tenants)]
         query = (
-            select(records.c.sequence, records.c.hash)
-            .where(records.c.tenant == record.tenant)
-            .order_by(records.c.sequence.desc())
-            .limit(1)
+            select(chains)
+            .where(chains.c.tenant.in_(tenants))
+            .order_by(chains.c.tenant)
+            .with_for_update()
         )
-        last = (await connection.execute(query)).first()
-        sequence, previous_hash = (1, GENESIS) if last is None else (last[0] + 1, last[1])
-        return StoredRecord(
-            record, sequence, previous_hash, chain_hash(record, sequence, previous_hash)
-        )
+        found = (await connection.execute(query)).all()
+        if len(found) < len(tenants):
+            known = {row.tenant for row in found}
+            new = [values for values in first if values["tenant"] not in known]
+            if self._engine.dialect.name == "postgresql":
+                await connection.execute(
+                    postgresql.insert(chains).values(new).on_conflict_do_nothing()
+                )
+            else:
+                await connection.execute(insert(chains), new)
+            found = (await connection.execute(query)).all()
+        return {row.tenant: (row.sequence, row.hash) for row in found}
+
+    async def _stored(self, connection: AsyncConnection, batch: Sequence[Sealed]) -> dict[str, Row]:
+        """Those of `batch` that are stored, by record id."""
+        ids = [sealed.record.record_id for sealed in batch]
+        query = select(records).where(records.c.record_id.in_(ids))
+        rows = (await connection.execute(query)).mappings().all()
+        return {row["record_id"]: _row(row) for row in rows}
 
 
-def _sqlite_folder(url: str) -> Path | None:
-    """The folder a SQLite URL's file is in; None for another database or one in memory."""
-    parsed = make_url(url)
-    if not parsed.drivername.startswith("sqlite") or parsed.database in (None, "", ":memory:"):
-        return None
-    return Path(str(parsed.database)).parent
+def _row(values: RowMapping) -> Row:
+    return Row(**{"payload": None, **values})
 
 
-async def _ensure_schema(connection: AsyncConnection) -> None:
-    await connection.run_sync(metadata.create_all)
-    version = (await connection.execute(select(schema_versions.c.version))).scalar()
-    if version is None:
-        await connection.execute(insert(schema_versions).values(version=SCHEMA_VERSION))
-    elif version != SCHEMA_VERSION:
-        raise AuditError(
-            f"the audit store has schema version {version}, this gateway writes {SCHEMA_VERSION}; "
-            "run the vase_sgl version that made it, or name a new store in audit.url"
-        )
-
-
-def _prepare_sqlite(engine: AsyncEngine) -> None:
-    folder = _sqlite_folder(engine.url.render_as_string(hide_password=False))
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-
-    @event.listens_for(engine.sync_engine, "connect")
-    def configure(connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:
-        cursor = connection.cursor()
-        # Readers do not block the writer; FULL makes a commit survive power loss.
-        cursor.execute("PRAGMA journal_mode=WAL")
-        cursor.execute("PRAGMA synchronous=FULL")
-        cursor.execute("PRAGMA busy_timeout=10000")
-        cursor.close()
+@contextmanager
+def _unavailable(what: str) -> Iterator[None]:
+    try:
+        yield
+    except _ITEM_FAULTS:
+        raise
+    except _TROUBLE as error:
+        if isinstance(error, SQLAlchemyError) and not isinstance(error, DBAPIError):
+            raise  # a defect in a query
+        logger.error("the audit store cannot be %s: %s", what, error)
+        raise AuditUnavailable(f"the audit store cannot be {what} now; try again later") from error

@@ -8,12 +8,16 @@ Health checking and reflection are open.
 
 Status codes, the same for every call:
   INVALID_ARGUMENT     a field is wrong or above a ceiling; the text names the field and the cure
-  UNAUTHENTICATED      no API key, or one that is unknown or revoked
+  UNAUTHENTICATED      no API key or certificate, or one that is unknown or revoked
   PERMISSION_DENIED    the tenant lacks the role for this call
   NOT_FOUND            no such record among the tenant's own
-  FAILED_PRECONDITION  the record cannot be replayed (it is not of a completed generation)
-  UNAVAILABLE          no worker is ready, or the worker was lost; safe to retry
-  ABORTED              the worker gave the request up
+  FAILED_PRECONDITION  the record cannot be replayed (it is not of a completed generation, or
+                       its content was not kept), or its content cannot be decrypted
+  RESOURCE_EXHAUSTED   a limit of the tenant or the length or time of the queue is exceeded;
+                       google.rpc.RetryInfo says when to come back
+  UNAVAILABLE          no worker is ready, the worker was lost, or the audit store cannot be
+                       used; safe to retry, and an answer without a result was not recorded
+  ABORTED              the worker gave the request up, or the client did not read its stream
   INTERNAL             a defect; the gateway's log has the details under the request id
 """
 
@@ -85,6 +89,38 @@ FINISH_REASON_ABORT: FinishReason.ValueType  # 3
 """It was given up before its end; such a record cannot be replayed."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
+class _SeedCheck:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SeedCheckEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SeedCheck.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SEED_CHECK_UNSPECIFIED: _SeedCheck.ValueType  # 0
+    """Never sent."""
+    SEED_CHECK_VERIFIED: _SeedCheck.ValueType  # 1
+    """They are."""
+    SEED_CHECK_MISMATCH: _SeedCheck.ValueType  # 2
+    """They are not: record or secret was changed."""
+    SEED_CHECK_VERSION_REMOVED: _SeedCheck.ValueType  # 3
+    """The version of the secret that the record names is no longer in the tenants file."""
+    SEED_CHECK_ORIGIN_UNKNOWN: _SeedCheck.ValueType  # 4
+    """The record is from before the origin of seeds was recorded."""
+
+class SeedCheck(_SeedCheck, metaclass=_SeedCheckEnumTypeWrapper):
+    """Whether the recorded seeds are those that the tenant's master secret gives."""
+
+SEED_CHECK_UNSPECIFIED: SeedCheck.ValueType  # 0
+"""Never sent."""
+SEED_CHECK_VERIFIED: SeedCheck.ValueType  # 1
+"""They are."""
+SEED_CHECK_MISMATCH: SeedCheck.ValueType  # 2
+"""They are not: record or secret was changed."""
+SEED_CHECK_VERSION_REMOVED: SeedCheck.ValueType  # 3
+"""The version of the secret that the record names is no longer in the tenants file."""
+SEED_CHECK_ORIGIN_UNKNOWN: SeedCheck.ValueType  # 4
+"""The record is from before the origin of seeds was recorded."""
+Global___SeedCheck: _TypeAlias = SeedCheck  # noqa: Y015
+
 class _RecordStatus:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -112,6 +148,30 @@ RECORD_STATUS_ABORTED: RecordStatus.ValueType  # 2
 RECORD_STATUS_FAILED: RecordStatus.ValueType  # 3
 """The worker failed."""
 Global___RecordStatus: _TypeAlias = RecordStatus  # noqa: Y015
+
+class _Retention:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RetentionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Retention.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    RETENTION_UNSPECIFIED: _Retention.ValueType  # 0
+    """Never stored."""
+    RETENTION_FULL: _Retention.ValueType  # 1
+    """Token ids, text and stop strings."""
+    RETENTION_HASH: _Retention.ValueType  # 2
+    """Digests of them: the record cannot be replayed."""
+
+class Retention(_Retention, metaclass=_RetentionEnumTypeWrapper):
+    """What the audit store keeps of a prompt and its answer; set per tenant."""
+
+RETENTION_UNSPECIFIED: Retention.ValueType  # 0
+"""Never stored."""
+RETENTION_FULL: Retention.ValueType  # 1
+"""Token ids, text and stop strings."""
+RETENTION_HASH: Retention.ValueType  # 2
+"""Digests of them: the record cannot be replayed."""
+Global___Retention: _TypeAlias = Retention  # noqa: Y015
 
 @_typing.final
 class GenerateRequest(_message.Message):
@@ -452,7 +512,7 @@ class GenerateResponse(_message.Message):
     RESULT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def started(self) -> Global___GenerationStarted:
-        """Sent first, as soon as the request is valid and tokenized."""
+        """Sent first, as soon as the request is valid and a worker has room for it."""
 
     @_builtins.property
     def chunk(self) -> Global___GenerationChunk:
@@ -675,6 +735,8 @@ class Seeds(_message.Message):
     EVICTION_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
     MASTER_VERSION_FIELD_NUMBER: _builtins.int
+    ORIGIN_FIELD_NUMBER: _builtins.int
+    REQUEST_SEED_FIELD_NUMBER: _builtins.int
     sampling: _builtins.int
     """Seed of token sampling."""
     eviction: _builtins.int
@@ -683,6 +745,12 @@ class Seeds(_message.Message):
     """The tenant's seed policy: `client`, `derived`, `fixed` or `locked`."""
     master_version: _builtins.int
     """Version of the tenant's master secret that they were derived with."""
+    origin: _builtins.str
+    """What they were derived from, beside the secret: `request-seed`, `request-id` or `tenant`.
+    Empty in records from before it was recorded.
+    """
+    request_seed: _builtins.int
+    """The seed that the request brought. Absent with another origin."""
     def __init__(
         self,
         *,
@@ -690,12 +758,16 @@ class Seeds(_message.Message):
         eviction: _builtins.int = ...,
         policy: _builtins.str = ...,
         master_version: _builtins.int = ...,
+        origin: _builtins.str = ...,
+        request_seed: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_request_seed", b"_request_seed", "request_seed", b"request_seed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["eviction", b"eviction", "master_version", b"master_version", "policy", b"policy", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_request_seed", b"_request_seed", "eviction", b"eviction", "master_version", b"master_version", "origin", b"origin", "policy", b"policy", "request_seed", b"request_seed", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__request_seed: _TypeAlias = _typing.Literal["request_seed"]  # noqa: Y015
+    _WhichOneofArgType__request_seed: _TypeAlias = _typing.Literal["_request_seed", b"_request_seed"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__request_seed) -> _WhichOneofReturnType__request_seed | None: ...
 
 Global___Seeds: _TypeAlias = Seeds  # noqa: Y015
 
@@ -709,7 +781,7 @@ class Timings(_message.Message):
     TTFT_SECONDS_FIELD_NUMBER: _builtins.int
     TOTAL_SECONDS_FIELD_NUMBER: _builtins.int
     queue_seconds: _builtins.float
-    """Until the request was handed to the worker: validation and tokenizing."""
+    """Until the request was handed to the worker: validation, tokenizing and the wait in the queue."""
     ttft_seconds: _builtins.float
     """Until the first token was at the gateway. Absent if there was none."""
     total_seconds: _builtins.float
@@ -926,6 +998,7 @@ class ReplayVerdict(_message.Message):
     DIFFERENCES_FIELD_NUMBER: _builtins.int
     TOKENS_COMPARED_FIELD_NUMBER: _builtins.int
     ROUNDS_COMPARED_FIELD_NUMBER: _builtins.int
+    SEED_CHECK_FIELD_NUMBER: _builtins.int
     outcome: Global___ReplayVerdict.Outcome.ValueType
     """What the replay found."""
     first_differing_token: _builtins.int
@@ -940,6 +1013,8 @@ class ReplayVerdict(_message.Message):
     """Output tokens that were compared and equal."""
     rounds_compared: _builtins.int
     """Eviction rounds that were compared and equal."""
+    seed_check: Global___SeedCheck.ValueType
+    """Whether the seeds, which the replay took from the record, are the right ones."""
     @_builtins.property
     def differences(self) -> _containers.RepeatedCompositeFieldContainer[Global___FingerprintDifference]:
         """INCOMPARABLE: every entry of the worker's fingerprint that differs, by key."""
@@ -955,10 +1030,11 @@ class ReplayVerdict(_message.Message):
         differences: _abc.Iterable[Global___FingerprintDifference] | None = ...,
         tokens_compared: _builtins.int = ...,
         rounds_compared: _builtins.int = ...,
+        seed_check: Global___SeedCheck.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_actual_token", b"_actual_token", "_expected_token", b"_expected_token", "_first_differing_round", b"_first_differing_round", "_first_differing_token", b"_first_differing_token", "actual_token", b"actual_token", "expected_token", b"expected_token", "first_differing_round", b"first_differing_round", "first_differing_token", b"first_differing_token"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_actual_token", b"_actual_token", "_expected_token", b"_expected_token", "_first_differing_round", b"_first_differing_round", "_first_differing_token", b"_first_differing_token", "actual_token", b"actual_token", "differences", b"differences", "expected_token", b"expected_token", "first_differing_round", b"first_differing_round", "first_differing_token", b"first_differing_token", "outcome", b"outcome", "rounds_compared", b"rounds_compared", "tokens_compared", b"tokens_compared"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_actual_token", b"_actual_token", "_expected_token", b"_expected_token", "_first_differing_round", b"_first_differing_round", "_first_differing_token", b"_first_differing_token", "actual_token", b"actual_token", "differences", b"differences", "expected_token", b"expected_token", "first_differing_round", b"first_differing_round", "first_differing_token", b"first_differing_token", "outcome", b"outcome", "rounds_compared", b"rounds_compared", "seed_check", b"seed_check", "tokens_compared", b"tokens_compared"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__actual_token: _TypeAlias = _typing.Literal["actual_token"]  # noqa: Y015
     _WhichOneofArgType__actual_token: _TypeAlias = _typing.Literal["_actual_token", b"_actual_token"]  # noqa: Y015
@@ -1063,6 +1139,40 @@ class GetRecordResponse(_message.Message):
 Global___GetRecordResponse: _TypeAlias = GetRecordResponse  # noqa: Y015
 
 @_typing.final
+class ContentDigests(_message.Message):
+    """Stand for content that was not kept. Each is SHA-256 over the salt's bytes and the content."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SALT_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
+    OUTPUT_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    salt: _builtins.str
+    """16 random bytes, in hex."""
+    prompt: _builtins.str
+    """Of the prompt's token ids as little-endian int32, in hex."""
+    output: _builtins.str
+    """Of the output's token ids as little-endian int32, in hex."""
+    text: _builtins.str
+    """Of the output's text as UTF-8, in hex."""
+    def __init__(
+        self,
+        *,
+        salt: _builtins.str = ...,
+        prompt: _builtins.str = ...,
+        output: _builtins.str = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["output", b"output", "prompt", b"prompt", "salt", b"salt", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ContentDigests: _TypeAlias = ContentDigests  # noqa: Y015
+
+@_typing.final
 class Record(_message.Message):
     """Everything about one generation that a replay needs, and its place in the tenant's hash chain."""
 
@@ -1109,6 +1219,9 @@ class Record(_message.Message):
     SEQUENCE_FIELD_NUMBER: _builtins.int
     PREVIOUS_HASH_FIELD_NUMBER: _builtins.int
     HASH_FIELD_NUMBER: _builtins.int
+    RETENTION_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
+    DIGESTS_FIELD_NUMBER: _builtins.int
     record_id: _builtins.str
     """The request id of the generation, 32 hex digits."""
     created_unix_micros: _builtins.int
@@ -1133,6 +1246,8 @@ class Record(_message.Message):
     """SHA-256, in hex, of the tenant's record before this one; 64 zeros for the first."""
     hash: _builtins.str
     """SHA-256, in hex, over this record and previous_hash."""
+    retention: Global___Retention.ValueType
+    """What was kept. With `hash`, prompt, output, text and stop strings are empty."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt as it reached the model."""
@@ -1169,6 +1284,14 @@ class Record(_message.Message):
     def timings(self) -> Global___Timings:
         """Where the time went."""
 
+    @_builtins.property
+    def usage(self) -> Global___Usage:
+        """Tokens read and written, also where they were not kept."""
+
+    @_builtins.property
+    def digests(self) -> Global___ContentDigests:
+        """Digests of what was not kept. Absent with the retention `full`."""
+
     def __init__(
         self,
         *,
@@ -1193,10 +1316,13 @@ class Record(_message.Message):
         sequence: _builtins.int = ...,
         previous_hash: _builtins.str = ...,
         hash: _builtins.str = ...,
+        retention: Global___Retention.ValueType = ...,
+        usage: Global___Usage | None = ...,
+        digests: Global___ContentDigests | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "eviction", b"eviction", "sampling", b"sampling", "seeds", b"seeds", "timings", b"timings"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "digests", b"digests", "eviction", b"eviction", "sampling", b"sampling", "seeds", b"seeds", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "created_unix_micros", b"created_unix_micros", "eviction", b"eviction", "failure", b"failure", "fingerprint", b"fingerprint", "finish_reason", b"finish_reason", "hash", b"hash", "input_kind", b"input_kind", "max_new_tokens", b"max_new_tokens", "output_token_ids", b"output_token_ids", "previous_hash", b"previous_hash", "prompt_token_ids", b"prompt_token_ids", "record_id", b"record_id", "round_digests", b"round_digests", "sample_index", b"sample_index", "sampling", b"sampling", "seeds", b"seeds", "sequence", b"sequence", "status", b"status", "text", b"text", "timings", b"timings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "created_unix_micros", b"created_unix_micros", "digests", b"digests", "eviction", b"eviction", "failure", b"failure", "fingerprint", b"fingerprint", "finish_reason", b"finish_reason", "hash", b"hash", "input_kind", b"input_kind", "max_new_tokens", b"max_new_tokens", "output_token_ids", b"output_token_ids", "previous_hash", b"previous_hash", "prompt_token_ids", b"prompt_token_ids", "record_id", b"record_id", "retention", b"retention", "round_digests", b"round_digests", "sample_index", b"sample_index", "sampling", b"sampling", "seeds", b"seeds", "sequence", b"sequence", "status", b"status", "text", b"text", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1210,21 +1336,36 @@ class ListRecordsRequest(_message.Message):
 
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    SINCE_UNIX_MICROS_FIELD_NUMBER: _builtins.int
+    UNTIL_UNIX_MICROS_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """Records at most, up to 1000. 0: 50."""
     page_token: _builtins.str
     """next_page_token of the page before. Empty: the first page."""
+    since_unix_micros: _builtins.int
+    """Only requests that arrived then or later, in microseconds since the Unix epoch."""
+    until_unix_micros: _builtins.int
+    """Only requests that arrived before, in microseconds since the Unix epoch."""
     def __init__(
         self,
         *,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        since_unix_micros: _builtins.int | None = ...,
+        until_unix_micros: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_since_unix_micros", b"_since_unix_micros", "_until_unix_micros", b"_until_unix_micros", "since_unix_micros", b"since_unix_micros", "until_unix_micros", b"until_unix_micros"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_since_unix_micros", b"_since_unix_micros", "_until_unix_micros", b"_until_unix_micros", "page_size", b"page_size", "page_token", b"page_token", "since_unix_micros", b"since_unix_micros", "until_unix_micros", b"until_unix_micros"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__since_unix_micros: _TypeAlias = _typing.Literal["since_unix_micros"]  # noqa: Y015
+    _WhichOneofArgType__since_unix_micros: _TypeAlias = _typing.Literal["_since_unix_micros", b"_since_unix_micros"]  # noqa: Y015
+    _WhichOneofReturnType__until_unix_micros: _TypeAlias = _typing.Literal["until_unix_micros"]  # noqa: Y015
+    _WhichOneofArgType__until_unix_micros: _TypeAlias = _typing.Literal["_until_unix_micros", b"_until_unix_micros"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__since_unix_micros) -> _WhichOneofReturnType__since_unix_micros | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__until_unix_micros) -> _WhichOneofReturnType__until_unix_micros | None: ...
 
 Global___ListRecordsRequest: _TypeAlias = ListRecordsRequest  # noqa: Y015
 
@@ -1271,6 +1412,7 @@ class RecordSummary(_message.Message):
     BUDGET_FIELD_NUMBER: _builtins.int
     ROUNDS_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
+    RETENTION_FIELD_NUMBER: _builtins.int
     record_id: _builtins.str
     """The request id of the generation."""
     created_unix_micros: _builtins.int
@@ -1287,6 +1429,8 @@ class RecordSummary(_message.Message):
     """Eviction rounds."""
     digest: _builtins.str
     """Digest of all evictions; empty without eviction."""
+    retention: Global___Retention.ValueType
+    """What was kept of its content."""
     @_builtins.property
     def usage(self) -> Global___Usage:
         """Tokens read and written."""
@@ -1303,10 +1447,11 @@ class RecordSummary(_message.Message):
         budget: _builtins.int = ...,
         rounds: _builtins.int = ...,
         digest: _builtins.str = ...,
+        retention: Global___Retention.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "created_unix_micros", b"created_unix_micros", "digest", b"digest", "finish_reason", b"finish_reason", "policy", b"policy", "record_id", b"record_id", "rounds", b"rounds", "status", b"status", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "created_unix_micros", b"created_unix_micros", "digest", b"digest", "finish_reason", b"finish_reason", "policy", b"policy", "record_id", b"record_id", "retention", b"retention", "rounds", b"rounds", "status", b"status", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1321,22 +1466,26 @@ class GetCapacityRequest(_message.Message):
     BUDGET_FIELD_NUMBER: _builtins.int
     WINDOW_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    PROMPT_MODE_FIELD_NUMBER: _builtins.int
     budget: _builtins.int
     """A budget to be judged. Absent: only the state is reported."""
     window: _builtins.int
     """The window beside that budget. Absent: 64 or the ceiling."""
     prompt_tokens: _builtins.int
     """The prompt length beside that budget, in tokens."""
+    prompt_mode: Global___PromptMode.ValueType
+    """The prompt mode beside that budget. Absent: evict."""
     def __init__(
         self,
         *,
         budget: _builtins.int | None = ...,
         window: _builtins.int | None = ...,
         prompt_tokens: _builtins.int = ...,
+        prompt_mode: Global___PromptMode.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_budget", b"_budget", "_window", b"_window", "budget", b"budget", "window", b"window"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget", b"_budget", "_window", b"_window", "budget", b"budget", "prompt_tokens", b"prompt_tokens", "window", b"window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget", b"_budget", "_window", b"_window", "budget", b"budget", "prompt_mode", b"prompt_mode", "prompt_tokens", b"prompt_tokens", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__budget: _TypeAlias = _typing.Literal["budget"]  # noqa: Y015
     _WhichOneofArgType__budget: _TypeAlias = _typing.Literal["_budget", b"_budget"]  # noqa: Y015
@@ -1393,7 +1542,7 @@ class GetCapacityResponse(_message.Message):
     total_slots: _builtins.int
     """KV slots in all."""
     available_slots: _builtins.int
-    """Slots that nothing owns now."""
+    """Slots that no running request owns now."""
     reserved_slots: _builtins.int
     """Slots reserved by running requests."""
     running_requests: _builtins.int
@@ -1413,7 +1562,9 @@ class GetCapacityResponse(_message.Message):
     max_prompt_tokens: _builtins.int
     """Longest prompt this tenant may send, in tokens."""
     slots_per_request: _builtins.int
-    """Most slots a request with the budget asked about reserves. Absent without a budget."""
+    """Most slots a request with the budget asked about reserves, up to its first eviction round; from
+    then on budget and window. Absent without a budget.
+    """
     requests_that_fit: _builtins.int
     """How many more of those requests fit now. Absent without a budget."""
     @_builtins.property

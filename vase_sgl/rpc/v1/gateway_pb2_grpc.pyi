@@ -8,12 +8,16 @@ Health checking and reflection are open.
 
 Status codes, the same for every call:
   INVALID_ARGUMENT     a field is wrong or above a ceiling; the text names the field and the cure
-  UNAUTHENTICATED      no API key, or one that is unknown or revoked
+  UNAUTHENTICATED      no API key or certificate, or one that is unknown or revoked
   PERMISSION_DENIED    the tenant lacks the role for this call
   NOT_FOUND            no such record among the tenant's own
-  FAILED_PRECONDITION  the record cannot be replayed (it is not of a completed generation)
-  UNAVAILABLE          no worker is ready, or the worker was lost; safe to retry
-  ABORTED              the worker gave the request up
+  FAILED_PRECONDITION  the record cannot be replayed (it is not of a completed generation, or
+                       its content was not kept), or its content cannot be decrypted
+  RESOURCE_EXHAUSTED   a limit of the tenant or the length or time of the queue is exceeded;
+                       google.rpc.RetryInfo says when to come back
+  UNAVAILABLE          no worker is ready, the worker was lost, or the audit store cannot be
+                       used; safe to retry, and an answer without a result was not recorded
+  ABORTED              the worker gave the request up, or the client did not read its stream
   INTERNAL             a defect; the gateway's log has the details under the request id
 """
 

@@ -1,0 +1,361 @@
+"""What the gateway costs: streamed tokens per second, time to the first token, memory per stream.
+
+    python benchmarks/gateway.py [--json results.json]
+
+A worker without a model streams prepared events, one token each, as fast as they are taken. It is
+asked directly over HTTP and through `vase-sgl serve` over gRPC, in turn, in one run: only the
+ratios and differences say something, for worker, gateway and client share this machine's cores.
+Worker and gateway are processes of their own; this one is the client.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import grpc
+from aiohttp import web
+
+from vase_sgl.rpc.v1 import gateway_pb2 as pb
+from vase_sgl.rpc.v1 import gateway_pb2_grpc
+
+PROMPT = list(range(100, 164))
+#: A request for so many tokens gets one, and then waits.
+IDLE_TOKENS = 30_000
+
+
+# -- the worker --------------------------------------------------------------------------------
+
+
+def event(count: int, last: bool) -> bytes:
+    """The event of one token, as SGLang sends it with `--incremental-streaming-output`."""
+    vase = {
+        "rounds": count // 64,
+        "evicted_tokens": count // 64 * 64,
+        "physical_length": len(PROMPT) + count % 64,
+        "logical_length": len(PROMPT) + count,
+        "reserved_slots": 576,
+        "digest": "0123456789abcdef",
+    }
+    if last:
+        vase["round_digests"] = ["0123456789abcdef"] * (count // 64)
+    meta = {
+        "id": "0" * 32,
+        "finish_reason": {"type": "length", "length": count} if last else None,
+        "prompt_tokens": len(PROMPT),
+        "completion_tokens": count,
+        "cached_tokens": 0,
+        "vase": vase,
+    }
+    content = {"text": " word", "output_ids": [count], "meta_info": meta}
+    return b"data: " + json.dumps(content).encode() + b"\n\n"
+
+
+def serve_worker() -> None:
+    """Run the worker until SIGTERM; prints its port."""
+    prepared: dict[int, list[bytes]] = {}
+
+    async def generate(request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        count = body["sampling_params"]["max_new_tokens"]
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        if count == IDLE_TOKENS:
+            await response.write(event(1, False))
+            await asyncio.sleep(3600)
+        events = prepared.setdefault(count, [event(n, n == count) for n in range(1, count + 1)])
+        for content in events:
+            await response.write(content)
+            await asyncio.sleep(0)  # the streams advance together, a token each
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+    async def info(request: web.Request) -> web.Response:
+        vase = {
+            "fingerprint": {"model": "none"},
+            "limits": {"max_budget": 4096, "max_window": 64},
+            "default": None,
+            "slots": {"total": 10**9, "available": 10**9, "reserved": 0},
+            "rounds": 0,
+            "evicted_tokens": 0,
+            "running_requests": 0,
+            "context_length": 10**7,
+            "vocab_size": 10**5,
+        }
+        state = {"vase": vase, "effective_max_running_requests_per_dp": 10**5}
+        return web.json_response({"internal_states": [state]})
+
+    async def done(request: web.Request) -> web.Response:
+        return web.Response()
+
+    async def run() -> None:
+        app = web.Application()
+        app.router.add_post("/generate", generate)
+        app.router.add_post("/abort_request", done)
+        app.router.add_get("/health", done)
+        app.router.add_get("/server_info", info)
+        runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0, backlog=2048).start()
+        print(runner.addresses[0][1], flush=True)
+        await asyncio.Event().wait()
+
+    asyncio.run(run())
+
+
+# -- the two ways ------------------------------------------------------------------------------
+
+
+class Direct:
+    """The worker itself, read as the gateway reads it."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    async def __aenter__(self) -> Direct:
+        self._http = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self._http.close()
+
+    async def tokens(self, count: int) -> tuple[int, float]:
+        """Tokens of one answer, and seconds to the first."""
+        start, first, seen = time.perf_counter(), 0.0, 0
+        body = {
+            "input_ids": PROMPT,
+            "stream": True,
+            "sampling_params": {"max_new_tokens": count},
+        }
+        async with self._http.post(f"{self._url}/generate", json=body) as response:
+            async for line in response.content:
+                if line.startswith(b"data: {"):
+                    seen += len(json.loads(line[6:])["output_ids"])
+                    first = first or time.perf_counter() - start
+        return seen, first
+
+
+class Through:
+    """The gateway, over gRPC."""
+
+    def __init__(self, target: str, key: str) -> None:
+        self._target = target
+        self._metadata = (("authorization", f"Bearer {key}"),)
+
+    async def __aenter__(self) -> Through:
+        self._channel = grpc.aio.insecure_channel(self._target)
+        self._stub = gateway_pb2_grpc.VaseGatewayStub(self._channel)
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self._channel.close()
+
+    def refused(self) -> Any:
+        """A call without a key."""
+        return self._stub.GetCapacity(pb.GetCapacityRequest())
+
+    def call(self, count: int) -> Any:
+        """The stream of one answer."""
+        request = pb.GenerateRequest(
+            max_new_tokens=count, eviction=pb.EvictionParams(budget=512, window=64)
+        )
+        request.token_ids.ids.extend(PROMPT)
+        return self._stub.Generate(request, metadata=self._metadata)
+
+    async def tokens(self, count: int) -> tuple[int, float]:
+        """Tokens of one answer, and seconds to the first."""
+        start, first, seen = time.perf_counter(), 0.0, 0
+        async for message in self.call(count):
+            if message.HasField("chunk"):
+                seen += len(message.chunk.token_ids)
+                first = first or time.perf_counter() - start
+        return seen, first
+
+
+# -- the measurements --------------------------------------------------------------------------
+
+Tokens = Callable[[int], Awaitable[tuple[int, float]]]
+
+
+async def tokens_per_second(tokens: Tokens, streams: int, count: int) -> float:
+    """Of so many streams side by side."""
+    start = time.perf_counter()
+    answers = await asyncio.gather(*(tokens(count) for _ in range(streams)))
+    seconds = time.perf_counter() - start
+    assert all(seen == count for seen, _ in answers), "tokens were lost"
+    return streams * count / seconds
+
+
+async def empty_call(through: Through, calls: int) -> float:
+    """Median seconds of a gRPC call that the gateway refuses at once: what gRPC itself takes."""
+    seconds = []
+    for _ in range(calls):
+        start = time.perf_counter()
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            await through.refused()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+async def first_token(tokens: Tokens, calls: int) -> float:
+    """Median seconds to the first token, one request at a time."""
+    return statistics.median([(await tokens(4))[1] for _ in range(calls)])
+
+
+def resident_mib(pid: int) -> float:
+    """Memory of a process."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"process {pid} has no memory")
+
+
+async def idle_streams(through: Through, pid: int, count: int) -> dict[str, float]:
+    """Open streams that wait for their next token: memory, and what a new request takes."""
+    before = resident_mib(pid)
+    calls = [through.call(IDLE_TOKENS) for _ in range(count)]
+    for call in calls:
+        while not (await call.read()).HasField("chunk"):
+            pass
+    after = resident_mib(pid)
+    latency = await first_token(through.tokens, 20)
+    for call in calls:
+        call.cancel()
+    await asyncio.sleep(2)
+    return {
+        "streams": count,
+        "kib_per_stream": (after - before) * 1024 / count,
+        "ttft_seconds": latency,
+        "mib_before": before,
+        "mib_open": after,
+        "mib_closed": resident_mib(pid),
+    }
+
+
+@contextlib.contextmanager
+def processes(folder: Path) -> Iterator[tuple[str, str, str, int]]:
+    """Worker and gateway: URL, target, API key, the gateway's process id."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*command: str) -> subprocess.Popen[str]:
+            process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=folder
+            )
+            stack.callback(process.wait)
+            stack.callback(process.terminate)
+            return process
+
+        cli = (sys.executable, "-m", "vase_sgl.cli")
+        key = subprocess.check_output(
+            [*cli, "tenants", "add", "bench"], text=True, stderr=subprocess.DEVNULL, cwd=folder
+        ).strip()
+        worker = start(sys.executable, str(Path(__file__).resolve()), "--worker")
+        assert worker.stdout is not None
+        url = f"http://127.0.0.1:{worker.stdout.readline().strip()}"
+        (folder / "serve.yaml").write_text(
+            "grpc: {max_concurrent_calls: 4096}\nqueue: {max_waiting_per_tenant: 1024}\n"
+        )
+        gateway = start(
+            *(*cli, "serve", "--config", "serve.yaml", "--worker-url", url),
+            *("--grpc-port", "0", "--log-level", "warning"),
+        )
+        assert gateway.stdout is not None
+        target = gateway.stdout.readline().split()[-1]
+        yield url, target, key, gateway.pid
+
+
+async def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Everything, the two ways in turn."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        processes(Path(folder)) as (url, target, key, pid),
+    ):
+        async with Direct(url) as direct, Through(target, key) as through:
+            ways: dict[str, Tokens] = {"direct": direct.tokens, "gateway": through.tokens}
+            while True:  # until the gateway has seen its worker
+                try:
+                    await through.tokens(options.tokens)
+                    break
+                except grpc.aio.AioRpcError as error:
+                    if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                        raise
+                    await asyncio.sleep(0.1)
+            speed: dict[str, list[float]] = {name: [] for name in ways}
+            ttft: dict[str, list[float]] = {name: [] for name in ways}
+            empty = []
+            for _ in range(options.repeats):
+                empty.append(await empty_call(through, options.calls))
+                for name, way in ways.items():
+                    ttft[name].append(await first_token(way, options.calls))
+                    speed[name].append(
+                        await tokens_per_second(way, options.streams, options.tokens)
+                    )
+            idle = await idle_streams(through, pid, options.idle)
+            again = await idle_streams(through, pid, options.idle)
+    speeds = {name: statistics.median(values) for name, values in speed.items()}
+    ttfts = {name: statistics.median(values) for name, values in ttft.items()}
+    return {
+        "machine": {"cores": os.cpu_count(), "python": platform.python_version()},
+        "options": vars(options) | {"json": None},
+        "tokens_per_second": speeds | {"ratio": speeds["gateway"] / speeds["direct"]},
+        "ttft_seconds": ttfts | {"added": ttfts["gateway"] - ttfts["direct"]},
+        "empty_grpc_call_seconds": statistics.median(empty),
+        "idle": idle,
+        "idle_again": again,
+        "all": {"tokens_per_second": speed, "ttft_seconds": ttft},
+    }
+
+
+def report(results: dict[str, Any]) -> str:
+    """The table."""
+    speed, ttft, idle = results["tokens_per_second"], results["ttft_seconds"], results["idle"]
+    return "\n".join(
+        (
+            f"{'':24}{'direct':>12}{'gateway':>12}{'':4}",
+            f"{'tokens/s, streamed':24}{speed['direct']:12,.0f}{speed['gateway']:12,.0f}"
+            f"    {speed['ratio']:.2f} of direct",
+            f"{'TTFT, ms':24}{ttft['direct'] * 1e3:12.2f}{ttft['gateway'] * 1e3:12.2f}"
+            f"    {ttft['added'] * 1e3:.2f} added; an empty gRPC call takes "
+            f"{results['empty_grpc_call_seconds'] * 1e3:.2f}",
+            f"{idle['streams']:.0f} idle streams: {idle['kib_per_stream']:.0f} KiB each, "
+            f"TTFT beside them {idle['ttft_seconds'] * 1e3:.2f} ms, gateway's memory "
+            f"{idle['mib_before']:.0f} -> {idle['mib_open']:.0f} -> {idle['mib_closed']:.0f} MiB, "
+            f"and once more -> {results['idle_again']['mib_open']:.0f} MiB",
+        )
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--streams", type=int, default=32, help="streams side by side")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of each")
+    parser.add_argument("--calls", type=int, default=50, help="requests for each median TTFT")
+    parser.add_argument("--idle", type=int, default=1000, help="open streams that wait")
+    parser.add_argument("--repeats", type=int, default=5, help="of each measurement, in turn")
+    parser.add_argument("--json", type=Path, help="write everything there")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        serve_worker()
+        return
+    results = asyncio.run(measure(options))
+    print(report(results))
+    if options.json is not None:
+        options.json.write_text(json.dumps(results, indent=2, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    main()

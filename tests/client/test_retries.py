@@ -1,0 +1,249 @@
+"""What the clients try again, when, and what never."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import grpc
+import pytest
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+
+from tests.gateway.running import Running
+from vase_sgl.client import (
+    NEVER,
+    AsyncClient,
+    Client,
+    InvalidRequest,
+    RateLimited,
+    RetryPolicy,
+    Unavailable,
+    VaseError,
+)
+from vase_sgl.client.retries import Attempts
+from vase_sgl.gateway.errors import LimitExceeded, WorkerUnavailable, as_status
+from vase_sgl.rpc.v1 import gateway_pb2 as pb
+from vase_sgl.rpc.v1 import gateway_pb2_grpc
+
+FAST = RetryPolicy(attempts=3, first_seconds=0.02)
+
+
+class Flaky(gateway_pb2_grpc.VaseGatewayServicer):
+    """Fails as told, with the gateway's own errors, then answers."""
+
+    def __init__(self) -> None:
+        self.failures: list[Exception] = []
+        #: What a stream sends before it fails.
+        self.before: list[pb.GenerateResponse] = []
+        self.calls = 0
+        self.metadata: dict[str, Any] = {}
+
+    async def Generate(self, request: Any, context: Any) -> None:  # type: ignore[override]
+        async with as_status(context, "Generate"):
+            self.calls += 1
+            if self.failures:
+                for message in self.before:
+                    await context.write(message)
+                raise self.failures.pop(0)
+            for name in ("started", "chunk"):
+                await context.write(MESSAGES[name])
+
+    async def GetCapacity(  # type: ignore[override]
+        self, request: Any, context: Any
+    ) -> pb.GetCapacityResponse | None:
+        async with as_status(context, "GetCapacity"):
+            self.calls += 1
+            self.metadata = dict(context.invocation_metadata())
+            if self.failures:
+                raise self.failures.pop(0)
+            return pb.GetCapacityResponse(total_slots=7)
+        return None
+
+
+MESSAGES = {
+    "started": pb.GenerateResponse(started=pb.GenerationStarted(request_id="r")),
+    "chunk": pb.GenerateResponse(chunk=pb.GenerationChunk(text="w", token_ids=[1])),
+}
+
+
+@dataclasses.dataclass
+class Server:
+    flaky: Flaky
+    target: str
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[Server]:
+    flaky = Flaky()
+    server = grpc.aio.server()
+    gateway_pb2_grpc.add_VaseGatewayServicer_to_server(flaky, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    yield Server(flaky, f"127.0.0.1:{port}")
+    await server.stop(None)
+
+
+def unavailable() -> WorkerUnavailable:
+    return WorkerUnavailable("no worker is ready")
+
+
+def limited(seconds: float) -> LimitExceeded:
+    return LimitExceeded("too fast", reason="requests", retry_seconds=seconds)
+
+
+Use = Callable[[Server, RetryPolicy], Any]
+
+
+async def capacity(server: Server, retry: RetryPolicy) -> int:
+    async with AsyncClient(server.target, retry=retry) as client:
+        return (await client.capacity()).total_slots
+
+
+async def capacity_sync(server: Server, retry: RetryPolicy) -> int:
+    def body() -> int:
+        with Client(server.target, retry=retry) as client:
+            return client.capacity().total_slots
+
+    return await asyncio.to_thread(body)
+
+
+async def stream(server: Server, retry: RetryPolicy) -> int:
+    async with AsyncClient(server.target, retry=retry) as client:
+        return 7 * len([chunk async for chunk in client.generate("a")])
+
+
+async def stream_sync(server: Server, retry: RetryPolicy) -> int:
+    def body() -> int:
+        with Client(server.target, retry=retry) as client:
+            return 7 * len(list(client.generate("a")))
+
+    return await asyncio.to_thread(body)
+
+
+EVERY_CALL = pytest.mark.parametrize("use", [capacity, capacity_sync, stream, stream_sync])
+
+
+@EVERY_CALL
+async def test_it_tries_again_and_gives_up_in_the_end(server: Server, use: Use) -> None:
+    server.flaky.failures = [unavailable(), unavailable()]
+    assert await use(server, FAST) == 7 and server.flaky.calls == 3
+    server.flaky.failures = [unavailable() for _ in range(9)]
+    with pytest.raises(Unavailable, match="no worker is ready"):
+        await use(server, FAST)
+    assert server.flaky.calls == 6
+    with pytest.raises(Unavailable):
+        await use(server, NEVER)
+    assert server.flaky.calls == 7
+
+
+@EVERY_CALL
+async def test_it_comes_back_when_it_is_told_to(server: Server, use: Use) -> None:
+    server.flaky.failures = [limited(0.3)]
+    start = time.monotonic()
+    assert await use(server, FAST) == 7
+    assert time.monotonic() - start >= 0.3
+    server.flaky.failures = [limited(3600)]
+    with pytest.raises(RateLimited) as error:  # longer than anyone waits
+        await use(server, FAST)
+    assert error.value.retry_seconds == 3600 and error.value.code == "RESOURCE_EXHAUSTED"
+
+
+@pytest.mark.parametrize("use", [capacity, stream])
+async def test_other_errors_are_final(server: Server, use: Use) -> None:
+    from vase_sgl.gateway import errors
+
+    server.flaky.failures = [errors.InvalidRequest("no"), unavailable()]
+    with pytest.raises(InvalidRequest):
+        await use(server, FAST)
+    assert server.flaky.calls == 1
+
+
+@pytest.mark.parametrize("use", [stream, stream_sync])
+async def test_after_output_an_error_is_final(server: Server, use: Use) -> None:
+    server.flaky.before = [MESSAGES["started"]]
+    server.flaky.failures = [unavailable()]
+    assert await use(server, FAST) == 7
+    server.flaky.before = list(MESSAGES.values())
+    server.flaky.failures = [unavailable()]
+    with pytest.raises(Unavailable):
+        await use(server, FAST)
+    assert server.flaky.calls == 3
+
+
+async def test_a_request_id_that_was_handed_out_stays_the_right_one(server: Server) -> None:
+    server.flaky.before = [MESSAGES["started"]]
+    server.flaky.failures = [unavailable()]
+    async with AsyncClient(server.target, retry=FAST) as client:
+        generation = client.generate("a")
+        assert await generation.started() == "r"
+        with pytest.raises(Unavailable):
+            _ = [chunk async for chunk in generation]
+
+    def body() -> None:
+        with Client(server.target, retry=FAST) as client:
+            generation = client.generate("a")
+            assert generation.request_id == "r"
+            with pytest.raises(Unavailable):
+                list(generation)
+
+    server.flaky.failures = [unavailable()]
+    await asyncio.to_thread(body)
+    assert server.flaky.calls == 2
+
+
+async def test_the_timeout_covers_every_attempt(server: Server) -> None:
+    server.flaky.failures = [limited(0.4), limited(0.4)]
+    start = time.monotonic()
+    async with AsyncClient(server.target) as client:
+        with pytest.raises(RateLimited):
+            await client.capacity(timeout=0.6)
+    assert time.monotonic() - start < 0.6 and server.flaky.calls == 2
+
+
+async def test_cancelling_while_it_waits_ends_it(server: Server) -> None:
+    server.flaky.failures = [limited(0.3)]
+
+    def body() -> None:
+        with Client(server.target) as client:
+            generation = client.generate("a")
+            threading.Timer(0.1, generation.cancel).start()
+            with pytest.raises(VaseError):
+                list(generation)
+
+    await asyncio.to_thread(body)
+    assert server.flaky.calls == 1
+
+
+def test_waits_double_and_vary() -> None:
+    policy = RetryPolicy(attempts=4, first_seconds=1, longest_seconds=3)
+    waits = []
+    for _ in range(50):
+        attempts = Attempts(policy, None)
+        for _ in range(2):
+            attempts.begin()
+            waits.append(attempts.wait_after(Unavailable("x")))
+    first, second = waits[::2], waits[1::2]
+    assert 0.5 <= min(first) < max(first) <= 1 and 1 <= min(second) < max(second) <= 2
+
+
+async def test_the_current_trace_goes_along(server: Server) -> None:
+    tracer = TracerProvider().get_tracer("test")
+    with tracer.start_as_current_span("outer") as span:
+        await capacity(server, NEVER)
+    context = span.get_span_context()
+    ids = trace.format_trace_id(context.trace_id), trace.format_span_id(context.span_id)
+    assert server.flaky.metadata["traceparent"].startswith("00-{}-{}-".format(*ids))
+    await capacity(server, NEVER)
+    assert "traceparent" not in server.flaky.metadata
+
+
+async def test_against_the_real_gateway(running: Running) -> None:
+    key = running.add_tenant("bob", limits={"requests_per_second": 2})
+    async with AsyncClient(running.target, key) as bob:
+        for _ in range(4):
+            await bob.generate_once("tell me", max_new_tokens=1)

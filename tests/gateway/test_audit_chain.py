@@ -1,0 +1,296 @@
+"""Chains: damage is found where it is, and named for what it is."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import random
+import tracemalloc
+from collections.abc import AsyncIterator
+
+import pytest
+
+from tests.gateway.audit_records import numbered, tamper
+from tests.gateway.test_audit_store import problems
+from vase_sgl.gateway.audit import AuditError, AuditStore, KeyRing, export, pruning, reading
+from vase_sgl.gateway.audit.chain import ChainCheck
+from vase_sgl.gateway.audit.entries import seal
+
+
+@pytest.fixture
+async def store(audit_url: str) -> AsyncIterator[AuditStore]:
+    store = await AuditStore.open(audit_url, migrate=True)
+    for number in range(1, 6):
+        await store.append(numbered(number, created_unix_micros=number * 1000))
+    await store.append(numbered(101, tenant="bob"))
+    yield store
+    await store.close()
+
+
+async def exported(url: str) -> list[str]:
+    async with reading.opened(url) as engine, reading.snapshot(engine) as connection:
+        return [
+            line
+            for tenant, end in (await reading.ends(connection)).items()
+            async for line in export.lines(connection, tenant, end)
+        ]
+
+
+def file_problems(lines: list[str]) -> dict[str, str | None]:
+    file = io.StringIO("".join(f"{line}\n" for line in lines))
+    return {t: None if p is None else str(p) for t, _, p in export.verify_file(file)}
+
+
+SWAP = (
+    "UPDATE records SET sequence = 99 WHERE tenant = 'alice' AND sequence = 2",
+    "UPDATE records SET sequence = 2 WHERE tenant = 'alice' AND sequence = 3",
+    "UPDATE records SET sequence = 3 WHERE tenant = 'alice' AND sequence = 99",
+)
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (
+            ["UPDATE records SET entry = replace(entry, '\"length\"', '\"stop\"') "
+             "WHERE sequence = 2"],
+            "altered at record 00000000000000000000000000000002 (sequence 2): its content",
+        ),
+        (
+            ["UPDATE records SET payload = NULL WHERE sequence = 4"],
+            "altered at record 00000000000000000000000000000004 (sequence 4): its payload is gone",
+        ),
+        (
+            ["UPDATE records SET payload = (SELECT payload FROM records WHERE tenant = 'bob') "
+             "|| payload WHERE sequence = 4"],
+            "(sequence 4): its payload was changed",
+        ),
+        (
+            ["UPDATE records SET created_unix_micros = 7 WHERE sequence = 3"],
+            "(sequence 3): its columns are not what its entry says",
+        ),
+        (["DELETE FROM records WHERE sequence = 3"], "missing at record 00000000000000000000"),
+        (["DELETE FROM records WHERE sequence = 1 AND tenant = 'alice'"], "1 is not there"),
+        (["DELETE FROM records WHERE sequence = 5"], "missing at sequence 5: the chain was noted"),
+        (["DELETE FROM records WHERE tenant = 'alice'"], "missing at sequence 1: the chain was"),
+        (["DELETE FROM chains WHERE tenant = 'alice'"], "fork at sequence 5: the chain was noted"),
+        (SWAP, "reordered at record 00000000000000000000000000000003 (sequence 2): it was stored "
+               "as sequence 3"),
+    ],
+)  # fmt: skip
+async def test_the_first_damage_is_named(
+    store: AuditStore, audit_url: str, damage: list[str], text: str
+) -> None:
+    assert await problems(audit_url) == {"alice": None, "bob": None}
+    await tamper(audit_url, *damage)
+    found = await problems(audit_url)
+    assert text in str(found["alice"]) and found["bob"] is None
+    assert text in str(file_problems(await exported(audit_url))["alice"])
+
+
+async def test_a_fork_is_told_from_an_alteration(store: AuditStore, audit_url: str) -> None:
+    """A record whose own hash is right, but which follows another history."""
+    other = seal(numbered(3, created_unix_micros=3000, text="x"), KeyRing()).at(3, "e" * 64)
+    entry = other.entry.replace("'", "''").replace(":", "\\:")
+    await tamper(
+        audit_url,
+        f"UPDATE records SET entry = '{entry}', hash = '{other.hash}', payload = NULL "
+        "WHERE tenant = 'alice' AND sequence = 3",
+    )
+    found = await problems(audit_url)
+    assert "fork at record 00000000000000000000000000000003 (sequence 3)" in str(found["alice"])
+
+
+async def test_an_export_holds_the_whole_chain(store: AuditStore, audit_url: str) -> None:
+    await store.append(numbered(6, text="schön\n"))
+    lines = await exported(audit_url)
+    assert file_problems(lines) == {"alice": None, "bob": None}
+    kinds = [json.loads(line)["kind"] for line in lines]
+    assert kinds == ["start", *["record"] * 6, "end", "start", "record", "end"]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda lines: lines[:-1], "cut off: the chain of bob has no end"),
+        (lambda lines: lines[1:], "line 1: a record without a start"),
+        (lambda lines: [*lines, "{}"], "line 11 is not one of `vase-sgl audit export`"),
+        (lambda lines: [line.replace('"kind":"end"', '"kind":"fin"') for line in lines], "line 7"),
+    ],
+)  # fmt: skip
+async def test_a_file_that_is_no_export_is_refused(
+    store: AuditStore, audit_url: str, change: object, text: str
+) -> None:
+    lines = change(await exported(audit_url))  # type: ignore[operator]
+    with pytest.raises(AuditError, match=text):
+        file_problems(lines)
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_any_changed_file_is_found(
+    seed: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Drop, repeat, swap or edit lines at random: no change goes unseen."""
+    url = f"sqlite+aiosqlite:///{tmp_path_factory.mktemp('a') / 'a.sqlite3'}"
+    store = await AuditStore.open(url)
+    for number in range(8):
+        await store.append(numbered(number))
+    await store.close()
+    lines = await exported(url)
+    draw = random.Random(seed)
+    first, second = draw.sample(range(1, 9), 2)
+    match draw.randrange(4):
+        case 0:
+            del lines[first]
+        case 1:
+            lines.insert(second, lines[first])
+        case 2:
+            lines[first], lines[second] = lines[second], lines[first]
+        case 3:
+            values = json.loads(lines[first])
+            name = draw.choice(["entry", "payload", "hash"])
+            values[name] = "A" * 4 + values[name][4:]
+            lines[first] = json.dumps(values)
+    assert file_problems(lines)["alice"] is not None
+
+
+async def test_a_chain_written_anew_is_found_with_its_old_head(
+    store: AuditStore, audit_url: str
+) -> None:
+    async with reading.opened(audit_url) as engine, reading.snapshot(engine) as connection:
+        old, _ = await reading.verify(
+            connection, "alice", (await reading.ends(connection))["alice"]
+        )
+    head = (old.sequence, old.hash)
+    await store.append(numbered(6))
+
+    async def check(known: tuple[int, str]) -> str:
+        async with reading.opened(audit_url) as engine, reading.snapshot(engine) as connection:
+            end = (await reading.ends(connection))["alice"]
+            return str((await reading.verify(connection, "alice", end, known))[1])
+
+    assert await check(head) == "None"
+    assert "fork at record 00000000000000000000000000000005" in await check((5, "f" * 64))
+    assert "missing at sequence 7: the chain once went on" in await check((9, "f" * 64))
+
+
+async def test_pruning_keeps_the_chain(store: AuditStore, audit_url: str) -> None:
+    async with reading.opened(audit_url) as engine:
+        first = await pruning.prune(engine, "alice", before_unix_micros=3000, by="me")
+        again = await pruning.prune(engine, "alice", before_unix_micros=3000, by="me")
+    assert (first.records, first.last_sequence, again.records) == (2, 2, 0)
+    assert [s.sequence for s in await store.latest("alice", before=None, count=9)] == [5, 4, 3]
+    assert await problems(audit_url) == {"alice": None, "bob": None}
+    assert (await store.append(numbered(6, created_unix_micros=9000))).sequence == 6
+    async with reading.opened(audit_url) as engine:
+        everything = await pruning.prune(engine, "alice", before_unix_micros=10**9, by="you")
+        async with reading.snapshot(engine) as connection:
+            checkpoints = await reading.checkpoints_of(connection, "alice")
+    assert (everything.records, everything.last_sequence) == (4, 6)
+    assert await problems(audit_url) == {"alice": None, "bob": None}
+    assert (await store.append(numbered(7))).sequence == 7
+    assert await problems(audit_url) == {"alice": None, "bob": None}
+    entries = [json.loads(checkpoint.entry) for checkpoint in checkpoints]
+    assert [(e["by"], e["records"], e["last_sequence"]) for e in entries] == [
+        ("me", 2, 2),
+        ("you", 4, 6),
+    ]
+    assert entries[1]["previous_hash"] == checkpoints[0].hash
+    assert file_problems(await exported(audit_url)) == {"alice": None, "bob": None}
+
+
+async def test_an_old_record_behind_a_newer_one_stays(store: AuditStore, audit_url: str) -> None:
+    await store.append(numbered(6, created_unix_micros=1))
+    async with reading.opened(audit_url) as engine:
+        pruned = await pruning.prune(engine, "alice", before_unix_micros=5000, by="me")
+    assert pruned.last_sequence == 4
+    assert await problems(audit_url) == {"alice": None, "bob": None}
+
+
+async def test_a_broken_chain_is_not_pruned_unnoticed(store: AuditStore, audit_url: str) -> None:
+    await tamper(audit_url, "UPDATE records SET payload = NULL WHERE sequence = 1")
+    async with reading.opened(audit_url) as engine:
+        with pytest.raises(AuditError, match="alice is broken, and pruning could remove"):
+            await pruning.prune(engine, "alice", before_unix_micros=3000, by="me")
+        pruned = await pruning.prune(engine, "alice", before_unix_micros=3000, by="me", force=True)
+        async with reading.snapshot(engine) as connection:
+            (checkpoint,) = await reading.checkpoints_of(connection, "alice")
+    assert pruned.records == 2
+    assert json.loads(checkpoint.entry)["chain_was_whole"] is False
+    assert (await problems(audit_url))["alice"] is None
+
+
+async def test_two_prunes_at_once_do_not_both_note_it(store: AuditStore, audit_url: str) -> None:
+    async with reading.opened(audit_url) as one, reading.opened(audit_url) as two:
+        results = await asyncio.gather(
+            *(
+                pruning.prune(engine, "alice", before_unix_micros=3000, by="me")
+                for engine in (one, two) * 3
+            ),
+            return_exceptions=True,
+        )
+        assert all(isinstance(r, (pruning.Pruned, AuditError)) for r in results), results
+        async with reading.snapshot(one) as connection:
+            assert len(await reading.checkpoints_of(connection, "alice")) == 1
+    assert await problems(audit_url) == {"alice": None, "bob": None}
+
+
+async def test_a_prune_that_was_cut_short_is_whole_and_goes_on(
+    store: AuditStore, audit_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def cut(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pruning, "_remove", cut)
+        async with reading.opened(audit_url) as engine:
+            with pytest.raises(KeyboardInterrupt):
+                await pruning.prune(engine, "alice", before_unix_micros=3000, by="me")
+    assert await problems(audit_url) == {"alice": None, "bob": None}
+    monkeypatch.setattr(pruning, "_CHUNK", 1)
+    async with reading.opened(audit_url) as engine:
+        await pruning.prune(engine, "alice", before_unix_micros=3000, by="me")
+    assert [s.sequence for s in await store.latest("alice", before=None, count=9)] == [5, 4, 3]
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (["UPDATE checkpoints SET entry = replace(entry, '\"me\"', '\"no\"')"], "altered at check"),
+        (["UPDATE checkpoints SET last_sequence = 3"], "altered at checkpoint 1"),
+        (["DELETE FROM checkpoints"], "missing at record 00000000000000000000000000000003"),
+        (["DELETE FROM checkpoints WHERE number = 1"], "missing at checkpoint 2"),
+    ],
+)
+async def test_damaged_checkpoints_are_found(
+    store: AuditStore, audit_url: str, damage: list[str], text: str
+) -> None:
+    async with reading.opened(audit_url) as engine:
+        await pruning.prune(engine, "alice", before_unix_micros=2000, by="me")
+        await pruning.prune(engine, "alice", before_unix_micros=3000, by="me")
+    await tamper(audit_url, *damage)
+    assert text in str((await problems(audit_url))["alice"])
+
+
+async def test_verifying_a_long_chain_needs_no_more_memory(tmp_path: object) -> None:
+    """Five times as many records, the same peak."""
+    peaks = []
+    for count in (400, 2000):
+        url = f"sqlite+aiosqlite:///{tmp_path}/{count}.sqlite3"
+        store = await AuditStore.open(url)
+        records = [numbered(n, output_token_ids=tuple(range(500))) for n in range(count)]
+        await asyncio.gather(*map(store.append, records))
+        await store.close()
+        del records
+        tracemalloc.start()
+        assert await problems(url) == {"alice": None}
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.5 * peaks[0]
+
+
+def test_a_check_can_begin_in_the_middle() -> None:
+    row = seal(numbered(1), KeyRing()).at(5, "a" * 64)
+    assert ChainCheck("alice", 4, "a" * 64).record(row) is None
+    assert "fork" in str(ChainCheck("alice", 4, "b" * 64).record(row))

@@ -1,0 +1,179 @@
+"""The audit store when it shares its database, and when its database fails."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+
+from tests.gateway.audit_records import numbered
+from tests.gateway.running import Running, run_gateway
+from tests.gateway.test_audit_store import problems
+from vase_sgl.client import Unavailable
+from vase_sgl.gateway.audit import AuditStore, database
+
+
+async def test_processes_share_a_chain(audit_url: str) -> None:
+    """No fork and no lost record, with two processes that append to the same three chains."""
+    await (await AuditStore.open(audit_url, migrate=True)).close()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.gateway.append_process", audit_url, str(first), "150"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=Path(__file__).parents[2],
+        )
+        for first in (0, 1000)
+    ]
+    for process in processes:
+        assert process.stdout is not None and process.stdout.readline() == b"open\n"
+    for process in processes:
+        process.communicate(b"\n", timeout=60)
+        assert process.returncode == 0
+    assert await problems(audit_url) == {"t0": None, "t1": None, "t2": None}
+    store = await AuditStore.open(audit_url)
+    assert sum((await store.tenants()).values()) == 300
+    ids = {s.record.record_id for t in range(3) for s in await store.latest(
+        f"t{t}", before=None, count=999)}  # fmt: skip
+    assert len(ids) == 300
+    await store.close()
+
+
+async def test_a_confirmation_that_got_lost_stores_nothing_twice(
+    audit_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = await AuditStore.open(audit_url, migrate=True)
+    write = store._write
+
+    async def lost(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.setattr(store, "_write", write)
+        await write(*arguments, **options)
+        raise ConnectionResetError("the commit happened, its answer did not arrive")
+
+    monkeypatch.setattr(store, "_write", lost)
+    stored = await asyncio.gather(store.append(numbered(1)), store.append(numbered(2)))
+    assert [s.sequence for s in stored] == [1, 2]
+    assert await store.tenants() == {"alice": 2}
+    assert await problems(audit_url) == {"alice": None}
+    await store.close()
+
+
+async def test_a_locked_database_is_unavailable_and_then_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "_PATIENCE_SECONDS", 0.1)
+    async with run_gateway(tmp_path) as running:
+        other = sqlite3.connect(tmp_path / "audit.sqlite3", isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(Unavailable, match="audit store cannot be written now; try again"):
+            await running.client.generate_once("tell me", max_new_tokens=2)
+        # Nothing is computed that could not be recorded.
+        with pytest.raises(Unavailable, match="so nothing is generated"):
+            await running.client.generate_once("tell me", max_new_tokens=2)
+        assert len(running.worker.bodies) == 1
+        other.execute("ROLLBACK")
+        other.close()
+        await _works_again(running)
+        assert await problems(running.audit_url) == {"alice": None}
+
+
+@pytest.mark.xdist_group("postgres")
+async def test_a_postgresql_that_goes_away_and_comes_back(
+    tmp_path: Path, postgres: str, postgres_url: str
+) -> None:
+    await (await AuditStore.open(postgres_url, migrate=True)).close()
+    name = postgres_url.rpartition("/")[2]
+    admin = await asyncpg.connect(postgres.replace("+asyncpg", "") + "/postgres")
+    cut = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'"
+    async with run_gateway(tmp_path, audit={"url": postgres_url}) as running:
+        await running.client.generate_once("tell me", max_new_tokens=2)
+        await admin.execute(cut)  # as a restart does: not seen by clients
+        await running.client.generate_once("tell me", max_new_tokens=2)
+        await admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+        await admin.execute(cut)
+        with pytest.raises(Unavailable, match="audit store cannot be written now"):
+            await running.client.generate_once("tell me", max_new_tokens=2)
+        with pytest.raises(Unavailable, match="audit store cannot be read now"):
+            _ = [r async for r in running.client.list_records()]
+        await admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+        await _works_again(running)
+        assert len([r async for r in running.client.list_records()]) == 3
+        assert await problems(postgres_url) == {"alice": None}
+    await admin.close()
+
+
+async def _works_again(running: Running) -> None:
+    async with asyncio.timeout(10):
+        while True:
+            try:
+                await running.client.generate_once("tell me", max_new_tokens=2)
+            except Unavailable:
+                await asyncio.sleep(0.2)
+            else:
+                return
+
+
+@pytest.mark.xdist_group("postgres")
+async def test_a_gateway_that_hangs_does_not_keep_a_chain_locked(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that is stopped, or behind a cut network, after it took its turn."""
+    monkeypatch.setattr(database, "_PATIENCE_SECONDS", 1)
+    store = await AuditStore.open(postgres_url, migrate=True)
+    hanging = await AuditStore.open(postgres_url)
+    await store.append(numbered(1))
+    taken, over = asyncio.Event(), asyncio.Event()
+
+    async def hang() -> None:
+        async with database.writing(hanging._engine) as connection:
+            await hanging._lock(connection, {"alice"})
+            taken.set()
+            await over.wait()
+
+    task = asyncio.create_task(hang())
+    await taken.wait()
+    assert (await asyncio.wait_for(store.append(numbered(2)), 5)).sequence == 2
+    over.set()
+    with pytest.raises(Exception, match=r"terminated|closed"):
+        await task
+    assert await problems(postgres_url) == {"alice": None}
+    await store.close()
+    await hanging.close()
+
+
+async def test_a_stopped_store_has_committed_what_waited(audit_url: str) -> None:
+    store = await AuditStore.open(audit_url, migrate=True)
+    waiting = [asyncio.create_task(store.append(numbered(n))) for n in range(50)]
+    await asyncio.gather(*waiting[:1])
+    await store.close()
+    assert all(task.done() and task.exception() is None for task in waiting)
+    assert await problems(audit_url) == {"alice": None}
+
+
+async def test_back_pressure_instead_of_loss(
+    audit_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the database stalls, appends wait; none is dropped or answered early."""
+    store = await AuditStore.open(audit_url, migrate=True)
+    go_on = asyncio.Event()
+    write = store._write
+
+    async def stalled(*arguments: Any, **options: Any) -> Any:
+        await go_on.wait()
+        return await write(*arguments, **options)
+
+    monkeypatch.setattr(store, "_write", stalled)
+    store._commits._queue._maxsize = 20  # type: ignore[attr-defined]
+    waiting = [asyncio.create_task(store.append(numbered(n))) for n in range(100)]
+    await asyncio.sleep(0.3)
+    assert not any(task.done() for task in waiting) and store._commits._queue.qsize() == 20
+    go_on.set()
+    assert len(await asyncio.gather(*waiting)) == 100
+    assert await problems(audit_url) == {"alice": None}
+    await store.close()

@@ -1,0 +1,208 @@
+"""The line in front of the workers: turns, bounds, and leaving it."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from tests.gateway.running import Running, run_gateway
+from tests.gateway.scripted_worker import token_of
+from vase_sgl.client import NEVER, AsyncClient, DeadlineExceeded, RateLimited
+from vase_sgl.gateway.errors import LimitExceeded, WorkerUnavailable
+from vase_sgl.gateway.fair_queue import FairQueue
+
+
+async def until_waiting(running: Running, count: int) -> None:
+    async with asyncio.timeout(5):
+        while running.gateway._queue.waiting != count:
+            await asyncio.sleep(0.01)
+
+
+async def test_tenants_take_turns(tmp_path: Path) -> None:
+    """One at a time: bob's 2 requests come after one and two of alice's 8, not after all."""
+    async with run_gateway(tmp_path, worker={"max_in_flight": 1}) as running:
+        running.worker.token_seconds = 0.02
+        key = running.add_tenant("bob")
+        async with AsyncClient(running.target, key, retry=NEVER) as bob:
+            first = asyncio.create_task(running.client.generate_once("first", max_new_tokens=20))
+            async with asyncio.timeout(5):
+                while not running.worker.running:
+                    await asyncio.sleep(0.01)
+            alices = [
+                asyncio.create_task(running.client.generate_once("alice", max_new_tokens=2))
+                for _ in range(8)
+            ]
+            await until_waiting(running, 8)
+            bobs = [
+                asyncio.create_task(bob.generate_once("bob", max_new_tokens=2)) for _ in range(2)
+            ]
+            await asyncio.gather(first, *alices, *bobs)
+        order = [body["input_ids"][0] for body in running.worker.bodies]
+        assert [i for i, token in enumerate(order) if token == token_of("bob")] == [2, 4]
+        assert running.worker.most_running == 1
+
+
+async def test_a_workers_own_maximum_bounds_what_it_gets(tmp_path: Path) -> None:
+    async with run_gateway(tmp_path) as running:
+        running.worker.max_running_requests = 3
+        running.worker.token_seconds = 0.01
+        await asyncio.sleep(0.3)
+        calls = [running.client.generate_once("tell me", max_new_tokens=5) for _ in range(12)]
+        await asyncio.gather(*calls)
+        assert running.worker.most_running == 3
+
+
+async def test_kv_slots_bound_what_a_worker_gets(tmp_path: Path) -> None:
+    """10000 slots, 1000 of them reserved already: two requests of 4000 fit, not three."""
+    async with run_gateway(tmp_path) as running:
+        running.worker.token_seconds = 0.01
+        calls = [
+            running.client.generate_once("tell me", max_new_tokens=5000, budget=3936, window=64)
+            for _ in range(6)
+        ]
+        running.worker.faults.end_after_tokens = 10
+        await asyncio.gather(*calls)
+        assert running.worker.most_running == 2
+
+
+async def test_slots_that_a_first_round_gives_back_go_to_others(tmp_path: Path) -> None:
+    """With a shared prompt of 2000 a request reserves 2064 + 1088 slots, and then 1088."""
+    async with run_gateway(tmp_path) as running:
+        running.worker.token_seconds = 0.005
+        prompt = list(range(2000))
+        calls = [
+            running.client.generate_once(prompt, max_new_tokens=200, budget=1024, window=64)
+            for _ in range(6)
+        ]
+        tasks = [asyncio.create_task(call) for call in calls]
+        await until_waiting(running, 3)
+        assert running.worker.most_running <= 3
+        await asyncio.gather(*tasks)
+        assert running.worker.most_running >= 4
+
+
+async def test_query_rings_bound_what_a_worker_gets(tmp_path: Path) -> None:
+    """A worker has so many; a request whose policy reads no queries needs none."""
+    async with run_gateway(tmp_path) as running:
+        running.worker.max_query_requests = 2
+        running.worker.token_seconds = 0.01
+        await asyncio.sleep(0.3)
+        for policy, most in (("vase-attnv", 2), ("streaming", 6)):
+            calls = [
+                running.client.generate_once(
+                    "tell me", max_new_tokens=10, budget=32, window=8, policy=policy
+                )
+                for _ in range(6)
+            ]
+            await asyncio.gather(*calls)
+            assert running.worker.most_running == most
+
+
+async def test_the_line_is_bounded(tmp_path: Path) -> None:
+    queue = {"max_waiting": 3, "max_waiting_per_tenant": 2}
+    async with run_gateway(tmp_path, worker={"max_in_flight": 1}, queue=queue) as running:
+        running.worker.token_seconds = 0.01
+        key = running.add_tenant("bob")
+        stream = running.client.generate("tell me", max_new_tokens=4000)
+        await stream.started()
+        async with AsyncClient(running.target, key, retry=NEVER) as bob:
+            waiting = [
+                asyncio.create_task(client.generate_once("tell me", max_new_tokens=1))
+                for client in (running.client, running.client, bob)
+            ]
+            await until_waiting(running, 3)
+            with pytest.raises(RateLimited, match="tenant alice has 2 requests waiting"):
+                await running.client.generate_once("tell me", max_new_tokens=1)
+            with pytest.raises(RateLimited, match="3 requests are waiting at this gateway"):
+                await bob.generate_once("tell me", max_new_tokens=1)
+            stream.cancel()
+            await asyncio.gather(*waiting)
+
+
+async def test_waiting_is_bounded_in_time(tmp_path: Path) -> None:
+    queue = {"max_wait_seconds": 0.2}
+    async with run_gateway(tmp_path, worker={"max_in_flight": 1}, queue=queue) as running:
+        running.worker.token_seconds = 0.01
+        stream = running.client.generate("tell me", max_new_tokens=4000)
+        await stream.started()
+        with pytest.raises(RateLimited, match=r"no worker had room within 0\.2 s; come back in"):
+            await running.client.generate_once("tell me", max_new_tokens=1)
+        assert len(running.worker.bodies) == 1
+        stream.cancel()
+
+
+async def test_a_client_that_gives_up_waiting_is_never_run(tmp_path: Path) -> None:
+    async with run_gateway(tmp_path, worker={"max_in_flight": 1}) as running:
+        running.worker.token_seconds = 0.01
+        stream = running.client.generate("tell me", max_new_tokens=4000)
+        await stream.started()
+        with pytest.raises(DeadlineExceeded):
+            await running.client.generate_once("tell me", max_new_tokens=1, timeout=0.2)
+        await until_waiting(running, 0)
+        stream.cancel()
+        await running.client.generate_once("tell me", max_new_tokens=1)
+        assert len(running.worker.bodies) == 2
+        assert len([r async for r in running.client.list_records()]) == 2
+
+
+class Token:
+    def __init__(self) -> None:
+        self.released = 0
+
+    def release(self) -> None:
+        self.released += 1
+
+
+def queue() -> FairQueue[Token]:
+    return FairQueue(max_waiting=10, max_waiting_per_tenant=10, max_wait_seconds=5)
+
+
+async def test_a_grant_to_a_cancelled_waiter_is_given_back() -> None:
+    line, token = queue(), Token()
+    free: list[Token] = []
+    with line.place("t") as place:
+        task = asyncio.create_task(place.wait(lambda: free.pop() if free else None))
+        await asyncio.sleep(0)
+        free.append(token)
+        line.dispatch()  # granted, and not yet awake
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    assert token.released == 1 and line.waiting == 0
+
+
+async def test_a_cancelled_waiter_is_granted_nothing() -> None:
+    line = queue()
+    free: list[Token] = []
+    with line.place("t") as place:
+        task = asyncio.create_task(place.wait(lambda: free.pop() if free else None))
+        await asyncio.sleep(0)
+        task.cancel()
+        free.append(Token())
+        line.dispatch()
+        await asyncio.gather(task, return_exceptions=True)
+    assert len(free) == 1
+
+
+async def test_an_error_reaches_the_waiter_and_the_next_goes_on() -> None:
+    line = queue()
+
+    def lost() -> Token | None:
+        raise WorkerUnavailable("lost")
+
+    with line.place("t") as place:
+        with pytest.raises(WorkerUnavailable, match="lost"):
+            await place.wait(lost)
+        assert isinstance(await place.wait(Token), Token)
+
+
+async def test_the_hint_follows_how_fast_the_line_moves() -> None:
+    line: FairQueue[Token] = FairQueue(max_waiting=1, max_waiting_per_tenant=1, max_wait_seconds=30)
+    with line.place("t") as place:
+        for _ in range(4):
+            await place.wait(Token)
+            await asyncio.sleep(0.01)
+        with pytest.raises(LimitExceeded) as error, line.place("t"):
+            pass
+    assert error.value.retry_seconds == 1.0 and error.value.reason == "queue_tenant"

@@ -1,0 +1,273 @@
+"""Limits of a tenant: what is refused, when it may come back, and what is charged."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+from tests.gateway.redis_server import REDIS_URL, redis_server
+from tests.gateway.running import Running, run_gateway
+from vase_sgl.client import NEVER, AsyncClient, RateLimited, Unavailable
+from vase_sgl.gateway.errors import LimitExceeded
+from vase_sgl.gateway.limits import shared
+from vase_sgl.gateway.limits.local import LocalUsage
+from vase_sgl.gateway.limits.shared import SharedUsage, SharedUsageError
+from vase_sgl.gateway.limits.usage import Usage, UsageLimits
+from vase_sgl.rpc.v1 import gateway_pb2 as pb
+from vase_sgl.rpc.v1 import gateway_pb2_grpc
+
+
+async def refusal(running: Running, key: str) -> tuple[grpc.StatusCode, str, float]:
+    """Status, text and RetryInfo, in seconds, of a call that is refused."""
+    async with grpc.aio.insecure_channel(running.target) as channel:
+        stub = gateway_pb2_grpc.VaseGatewayStub(channel)
+        request = pb.GenerateOnceRequest(request=pb.GenerateRequest(text="a", max_new_tokens=1))
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await stub.GenerateOnce(request, metadata=(("authorization", f"Bearer {key}"),))
+    # The library's own reader checks that code and text agree with the status proper.
+    status = rpc_status.from_call(error.value)  # type: ignore[arg-type]
+    assert status is not None
+    info = error_details_pb2.RetryInfo()
+    assert status.details[0].Unpack(info)
+    return (
+        error.value.code(),
+        error.value.details() or "",
+        info.retry_delay.ToTimedelta().total_seconds(),
+    )
+
+
+async def test_requests_per_second(running: Running) -> None:
+    key = running.add_tenant("bob", limits={"requests_per_second": 2})
+    async with AsyncClient(running.target, key, retry=NEVER) as bob:
+        for _ in range(2):
+            await bob.generate_once("tell me", max_new_tokens=1)
+        code, text, seconds = await refusal(running, key)
+        assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "tenant bob may send 2 requests per second; come back in 0." in text
+        assert 0 < seconds <= 0.5
+        await asyncio.sleep(seconds + 0.02)
+        await bob.generate_once("tell me", max_new_tokens=1)
+    await running.client.generate_once("tell me", max_new_tokens=1)
+
+
+async def test_tokens_are_charged_as_they_were_used(running: Running) -> None:
+    """2 + 5 tokens of 60, though 1000 were allowed for; then 2 + 90, which makes a debt."""
+    key = running.add_tenant("bob", limits={"tokens_per_minute": 60})
+    async with AsyncClient(running.target, key, retry=NEVER) as bob:
+        running.worker.faults.end_after_tokens = 5
+        for _ in range(3):
+            await bob.generate_once("tell me", max_new_tokens=1000)
+        running.worker.faults.end_after_tokens = None
+        await bob.generate_once("tell me", max_new_tokens=90)
+    code, text, seconds = await refusal(running, key)
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED and "60 tokens per minute" in text
+    assert 48 < seconds < 55  # 60 - 3 * 7 - 92 = -53 tokens, and some came back meanwhile
+
+
+async def test_an_aborted_request_is_charged_for_what_came(running: Running) -> None:
+    running.worker.token_seconds = 0.01
+    key = running.add_tenant("bob", limits={"tokens_per_minute": 30})
+    async with AsyncClient(running.target, key, retry=NEVER) as bob:
+        stream = bob.generate("tell me", max_new_tokens=4000)
+        seen = 0
+        async for _ in stream:
+            seen += 1
+            if seen == 40:
+                break
+        stream.cancel()
+        await running.worker.wait_for_abort()
+        with pytest.raises(RateLimited, match="30 tokens per minute"):
+            await bob.generate_once("tell me", max_new_tokens=1)
+
+
+async def test_concurrent_requests(running: Running) -> None:
+    running.worker.token_seconds = 0.01
+    key = running.add_tenant("bob", limits={"max_concurrent_requests": 2})
+    async with AsyncClient(running.target, key, retry=NEVER) as bob:
+        streams = [bob.generate("tell me", max_new_tokens=4000) for _ in range(2)]
+        for stream in streams:
+            await stream.started()
+        code, text, seconds = await refusal(running, key)
+        assert code is grpc.StatusCode.RESOURCE_EXHAUSTED and seconds == 1.0
+        assert "tenant bob may have 2 requests at once" in text
+        streams[0].cancel()
+        await running.worker.wait_for_abort_of(1)
+        await bob.generate_once("tell me", max_new_tokens=1)
+        streams[1].cancel()
+
+
+async def test_replays_are_not_counted_and_not_charged(running: Running) -> None:
+    limits = {"requests_per_second": 1, "tokens_per_minute": 60}
+    key = running.add_tenant("bob", limits=limits)
+    async with AsyncClient(running.target, key, retry=NEVER) as bob:
+        answer = await bob.generate_once("tell me", max_new_tokens=30)
+        with pytest.raises(RateLimited, match="1 requests per second"):
+            await bob.generate_once("tell me", max_new_tokens=1)
+        for _ in range(4):  # 128 tokens, at once
+            assert (await bob.replay(answer.request_id).verdict()).outcome == "MATCH"
+        await asyncio.sleep(1.0)
+        await bob.generate_once("tell me", max_new_tokens=1)
+
+
+async def test_a_replay_is_not_one_of_the_concurrent_requests(running: Running) -> None:
+    key = running.add_tenant("bob", limits={"max_concurrent_requests": 1})
+    async with AsyncClient(running.target, key, retry=NEVER) as bob:
+        answer = await bob.generate_once("tell me", max_new_tokens=30)
+        running.worker.token_seconds = 0.01
+        stream = bob.generate("tell me", max_new_tokens=4000)
+        await stream.started()
+        assert (await bob.replay(answer.request_id).verdict()).outcome == "MATCH"
+        stream.cancel()
+        await running.worker.wait_for_abort()
+        replay = bob.replay(answer.request_id)
+        async for _ in replay:
+            break
+        await bob.generate_once("tell me", max_new_tokens=1)  # beside the replay
+        replay.cancel()
+
+
+async def test_a_full_bucket_holds_what_a_second_or_a_minute_allows() -> None:
+    now = 0.0
+    usage = LocalUsage(lambda: now)
+    limits = UsageLimits(requests_per_second=0.5, tokens_per_minute=60, concurrent=None)
+
+    async def refused() -> float:
+        with pytest.raises(LimitExceeded) as error:
+            await usage.enter("t", limits, "x")
+        assert error.value.retry_seconds is not None
+        return error.value.retry_seconds
+
+    await usage.enter("t", limits, "a")
+    assert await refused() == pytest.approx(2)
+    now = 1000.0
+    await usage.enter("t", limits, "b")
+    assert await refused() == pytest.approx(2)
+    await usage.leave("t", limits, "a", 50)
+    await usage.leave("t", limits, "b", 50)
+    now += 2
+    assert await refused() == pytest.approx(1 + 38)
+    now += 39
+    await usage.enter("t", limits, "c")
+
+
+@pytest.fixture(scope="module")
+def redis_url() -> Any:
+    if REDIS_URL:
+        yield REDIS_URL
+        return
+    with redis_server() as server:
+        yield server.url
+
+
+@pytest.fixture(params=["local", "redis"])
+async def usage(request: pytest.FixtureRequest) -> AsyncIterator[Usage]:
+    if request.param == "local":
+        yield LocalUsage()
+        return
+    url = request.getfixturevalue("redis_url")
+    store = await SharedUsage.connect(url, prefix=uuid.uuid4().hex, on_failure="refuse")
+    yield store
+    await store.close()
+
+
+async def test_both_stores_count_alike(usage: Usage) -> None:
+    limits = UsageLimits(requests_per_second=4, tokens_per_minute=600, concurrent=3)
+
+    async def refused(reason: str) -> float:
+        with pytest.raises(LimitExceeded) as error:
+            await usage.enter("t", limits, "refused")
+        assert error.value.reason == reason
+        assert error.value.retry_seconds is not None
+        return error.value.retry_seconds
+
+    for name in "abc":
+        await usage.enter("t", limits, name)
+    assert await refused("concurrency") == 1.0
+    await usage.leave("t", limits, "a", 0)
+    await usage.enter("t", limits, "d")
+    await usage.leave("t", limits, "b", 0)
+    assert 0 < await refused("requests") <= 0.25
+    await asyncio.sleep(0.3)
+    await usage.enter("t", limits, "e")
+    await usage.leave("t", limits, "c", 610)
+    assert 0 < await refused("tokens") <= 1.2
+    await asyncio.sleep(1.2)
+    await usage.enter("t", limits, "f")
+    other = UsageLimits(requests_per_second=4, tokens_per_minute=None, concurrent=1)
+    await usage.enter("another", other, "g")
+    await usage.leave("another", other, "unknown", 0)
+
+
+async def test_gateways_share_what_redis_counts(tmp_path: Path, redis_url: str) -> None:
+    section = {"redis_url": redis_url, "redis_prefix": uuid.uuid4().hex}
+    (tmp_path / "other").mkdir()
+    async with (
+        run_gateway(tmp_path, limits=section) as one,
+        run_gateway(tmp_path / "other", limits=section) as two,
+    ):
+        limits = {"max_concurrent_requests": 1}
+        keys = [gateway.add_tenant("bob", limits=limits) for gateway in (one, two)]
+        one.worker.token_seconds = 0.01
+        async with (
+            AsyncClient(one.target, keys[0], retry=NEVER) as bob,
+            AsyncClient(two.target, keys[1], retry=NEVER) as too,
+        ):
+            stream = bob.generate("tell me", max_new_tokens=4000)
+            await stream.started()
+            with pytest.raises(RateLimited, match="1 requests at once"):
+                await too.generate_once("tell me", max_new_tokens=1)
+            stream.cancel()
+            await one.worker.wait_for_abort()
+            await too.generate_once("tell me", max_new_tokens=1)
+
+
+async def test_a_dead_gateways_leases_end(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared, "LEASE_SECONDS", 1.5)
+    prefix = uuid.uuid4().hex
+    limits = UsageLimits(None, None, concurrent=1)
+    dying = await SharedUsage.connect(redis_url, prefix=prefix, on_failure="refuse")
+    other = await SharedUsage.connect(redis_url, prefix=prefix, on_failure="refuse")
+    await dying.enter("t", limits, "a")
+    await asyncio.sleep(2.0)
+    with pytest.raises(LimitExceeded):  # it was renewed
+        await other.enter("t", limits, "b")
+    await dying.close()
+    await asyncio.sleep(1.7)
+    await other.enter("t", limits, "b")
+    await other.close()
+
+
+async def test_redis_that_is_not_there_ends_the_start(tmp_path: Path) -> None:
+    with pytest.raises(SharedUsageError, match="Redis does not answer"):
+        async with run_gateway(tmp_path, limits={"redis_url": "redis://127.0.0.1:9/0"}):
+            pass
+    with pytest.raises(SharedUsageError, match="redis_url cannot be used"):
+        await SharedUsage.connect("nonsense", prefix="x", on_failure="refuse")
+
+
+@pytest.mark.parametrize("choice", ["refuse", "allow"])
+async def test_redis_that_goes_away(tmp_path: Path, choice: str) -> None:
+    with redis_server() as server:
+        section = {"redis_url": server.url, "on_redis_failure": choice}
+        async with run_gateway(tmp_path, limits=section) as running:
+            key = running.add_tenant("bob", limits={"max_concurrent_requests": 1})
+            async with AsyncClient(running.target, key, retry=NEVER) as bob:
+                await bob.generate_once("tell me", max_new_tokens=1)
+                server.kill()
+                if choice == "allow":
+                    await bob.generate_once("tell me", max_new_tokens=1)
+                else:
+                    with pytest.raises(Unavailable, match="limits cannot be checked just now"):
+                        await bob.generate_once("tell me", max_new_tokens=1)
+                # A tenant without limits needs no Redis.
+                await running.client.generate_once("tell me", max_new_tokens=1)
+                server.start()
+                await bob.generate_once("tell me", max_new_tokens=1)

@@ -1,0 +1,235 @@
+"""Spans and metrics at a real OTLP receiver, the page for Prometheus, and the logs of a process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import grpc
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.gateway.otlp_receiver import attributes, otlp_receiver
+from tests.gateway.running import Running, add_tenant, run_gateway, until_ready
+from tests.gateway.scripted_worker import ScriptedWorker
+from tests.gateway.test_serve_command import serve, target_of
+from vase_sgl.client import (
+    NEVER,
+    AsyncClient,
+    AuthenticationError,
+    RateLimited,
+    Unavailable,
+    VaseError,
+)
+from vase_sgl.gateway import tenants
+from vase_sgl.gateway.server import PortInUse
+from vase_sgl.rpc.v1 import gateway_pb2 as pb
+from vase_sgl.rpc.v1 import gateway_pb2_grpc
+
+TRACE = "0af7651916cd43dd8448eb211c80319c"
+TRACEPARENT = f"00-{TRACE}-b7ad6b7169203331-01"
+
+
+async def test_a_trace_goes_from_the_caller_to_the_worker(tmp_path: Path) -> None:
+    async with (
+        otlp_receiver() as collector,
+        run_gateway(
+            tmp_path, http={"port": 0}, telemetry={"otlp_endpoint": collector.url}
+        ) as running,
+    ):
+        async with grpc.aio.insecure_channel(running.target) as channel:
+            request = pb.GenerateRequest(
+                text="tell me",
+                max_new_tokens=60,
+                eviction=pb.EvictionParams(budget=32, window=8, policy="random"),
+            )
+            answer = await gateway_pb2_grpc.VaseGatewayStub(channel).GenerateOnce(
+                pb.GenerateOnceRequest(request=request),
+                metadata=(
+                    ("authorization", f"Bearer {running.key}"),
+                    ("traceparent", TRACEPARENT),
+                ),
+            )
+        headers = {"Authorization": f"Bearer {running.key}", "traceparent": TRACEPARENT}
+        body: dict[str, Any] = {"model": "scripted", "messages": [{"role": "user", "content": "a"}]}
+        async with aiohttp.ClientSession(headers=headers) as http:
+            url = f"{running.http_url}/v1/chat/completions"
+            assert (await http.post(url, json=body | {"max_tokens": 2})).status == 200
+        await running.gateway.stop()  # sends what is left
+
+        calls = collector.spans("vase.generate")
+        assert len(calls) == 2
+        for span in calls:
+            assert span.trace_id.hex() == TRACE and span.parent_span_id.hex() == "b7ad6b7169203331"
+        call = calls[0]
+        (queue, _) = collector.spans("vase.queue")
+        (worker,) = collector.spans("text_completion scripted")
+        assert len(collector.spans("chat scripted")) == 1
+        assert queue.parent_span_id == worker.parent_span_id == call.span_id
+        assert call.start_time_unix_nano <= queue.start_time_unix_nano
+        assert queue.end_time_unix_nano <= worker.start_time_unix_nano
+        assert running.worker.traceparents[0] == f"00-{TRACE}-{worker.span_id.hex()}-01"
+        assert dict(attributes(worker)) == {
+            "gen_ai.operation.name": "text_completion",
+            "gen_ai.provider.name": "vase_sgl",
+            "gen_ai.request.model": "scripted",
+            "gen_ai.request.max_tokens": 60,
+            "gen_ai.request.temperature": 1.0,
+            "gen_ai.request.top_p": 1.0,
+            "gen_ai.response.id": answer.request_id,
+            "gen_ai.usage.input_tokens": 2,
+            "gen_ai.usage.output_tokens": 60,
+            "gen_ai.response.finish_reasons": ["length"],
+            "vase.worker": running.worker.url,
+        }
+        rounds = [dict(attributes(event)) for event in worker.events]
+        assert [event.name for event in worker.events] == ["vase.eviction_round"] * 3
+        assert [(r["vase.round"], r["vase.physical_length"]) for r in rounds] == [
+            (1, 32),
+            (2, 32),
+            (3, 32),
+        ]
+        told = "".join(str(span) for span in collector.spans())
+        assert str(answer.result.seeds.sampling) not in told and running.key not in told
+
+        sent = collector.latest_metrics()
+        for name in (
+            "gen_ai.server.request.duration",
+            "gen_ai.server.time_to_first_token",
+            "gen_ai.server.time_per_output_token",
+            "gen_ai.client.token.usage",
+            "vase.queue.duration",
+            "vase.requests",
+        ):
+            assert name in sent
+        points = sent["gen_ai.client.token.usage"].histogram.data_points
+        usage = {
+            (a["gen_ai.operation.name"], a["gen_ai.token.type"]): point.sum
+            for point in points
+            for a in (dict(attributes(point)),)
+        }
+        assert usage["text_completion", "input"] == 2 and usage["text_completion", "output"] == 60
+        assert usage["chat", "output"] == 2
+
+
+async def scrape(running: Running) -> dict[tuple[str, ...], float]:
+    """(sample name, sorted label values that are ours) -> value."""
+    url = f"http://127.0.0.1:{running.gateway.metrics_port}/metrics"
+    async with aiohttp.ClientSession() as http, http.get(url) as answer:
+        assert answer.status == 200
+        text = await answer.text()
+    return {
+        (s.name, *sorted(v for k, v in s.labels.items() if not k.startswith("otel_"))): s.value
+        for family in text_string_to_metric_families(text)
+        for s in family.samples
+    }
+
+
+async def test_the_page_for_prometheus(tmp_path: Path) -> None:
+    section = {"metrics_port": 0}
+    breaker = {"breaker": {"failures": 1}}
+    async with run_gateway(tmp_path, telemetry=section, worker=breaker) as running:
+        worker = running.worker.url
+        await running.client.generate_once(
+            "tell me", max_new_tokens=60, budget=32, window=8, policy="random"
+        )
+        with pytest.raises(VaseError):
+            await running.client.generate_once("tell me", max_new_tokens=0)
+        limited = running.add_tenant("bob", limits={"requests_per_second": 0.1})
+        async with AsyncClient(running.target, limited, retry=NEVER) as bob:
+            await bob.generate_once("tell me", max_new_tokens=1)
+            with pytest.raises(RateLimited):
+                await bob.generate_once("tell me", max_new_tokens=1)
+        async with AsyncClient(running.target, "vsk_unknown", retry=NEVER) as nobody:
+            with pytest.raises(AuthenticationError):
+                await nobody.generate_once("tell me")
+        running.worker.token_seconds = 0.01
+        stream = running.client.generate("tell me", max_new_tokens=4000)
+        await stream.started()
+        seen = await scrape(running)
+        assert seen["vase_requests_total", "OK", "alice", "generate"] == 1
+        assert seen["vase_requests_total", "INVALID_ARGUMENT", "alice", "generate"] == 1
+        assert seen["vase_requests_total", "OK", "bob", "generate"] == 1
+        assert seen["vase_requests_total", "RESOURCE_EXHAUSTED", "bob", "generate"] == 1
+        assert seen["vase_rejections_total", "bob", "requests"] == 1
+        assert seen["vase_rejections_total", "", "unauthenticated"] == 1
+        assert seen["vase_eviction_rounds_total", "alice", "random"] == 3
+        assert seen["vase_eviction_tokens_total", "alice", "random"] == 24
+        assert seen["vase_queue_duration_seconds_count", "alice"] == 2
+        assert seen["vase_requests_open",] == 1 and seen["vase_worker_in_flight", worker] == 1
+        assert seen["vase_worker_breaker", "closed", worker] == 1
+        labels = ("alice", "scripted", "text_completion", "vase_sgl")
+        assert seen["gen_ai_server_time_to_first_token_seconds_count", *labels] == 1
+        assert seen["gen_ai_server_time_per_output_token_seconds_count", *labels] == 1
+        assert {"alice", "bob", ""} >= {
+            key[1] for key in seen if key[0].startswith("vase_rejections")
+        }
+
+        stream.cancel()
+        await running.worker.wait_for_abort()
+        running.worker.faults.refuse_status = 500
+        with pytest.raises(Unavailable):
+            await running.client.generate_once("tell me", max_new_tokens=1)
+        seen = await scrape(running)
+        assert seen["vase_worker_breaker", worker, "open"] == 1
+        assert seen["vase_worker_breaker", "closed", worker] == 0
+        assert seen["vase_requests_total", "UNAVAILABLE", "alice", "generate"] == 1
+        assert seen["vase_requests_total", "CANCELLED", "alice", "generate"] == 1
+        assert seen["vase_requests_open",] == 0
+
+        taken = {"metrics_port": running.gateway.metrics_port}
+        (tmp_path / "other").mkdir()
+        with pytest.raises(PortInUse, match="--metrics-port"):
+            async with run_gateway(tmp_path / "other", telemetry=taken):
+                pass
+
+
+async def test_the_logs_of_a_process_are_json_and_hold_no_secrets(tmp_path: Path) -> None:
+    """Everything it says at level debug, over a run with good, bad and failing calls."""
+    file = tmp_path / ".vase-sgl" / "tenants.yaml"
+    key = add_tenant(file, "alice")
+    async with ScriptedWorker() as worker:
+        options = ("--worker-url", worker.url, "--grpc-port", "0", "--log-level", "debug")
+        async with serve(tmp_path, *options, "--log-format", "json") as process:
+            target = await target_of(process)
+            async with AsyncClient(target, key, retry=NEVER) as client:
+                await until_ready(client)
+                answer = await client.generate_once("a-secret-prompt", max_new_tokens=4, seed=98765)
+                await client.replay(answer.request_id).verdict()
+                worker.faults.refuse_status = 500
+                with pytest.raises(VaseError):
+                    await client.generate_once("a-secret-prompt", max_new_tokens=4, seed=98765)
+                with pytest.raises(VaseError):
+                    await client.generate_once("a-secret-prompt", max_new_tokens=-7)
+            async with AsyncClient(target, key[:-1] + "z", retry=NEVER) as wrong:
+                with pytest.raises(VaseError):
+                    await wrong.capacity()
+            process.send_signal(signal.SIGTERM)
+            _, errors = await asyncio.wait_for(process.communicate(), 20)
+    text = errors.decode()
+    lines = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+    assert [line for line in text.splitlines() if not line.startswith("{")] == [
+        "draining; once more to stop at once"
+    ]
+    done = [line for line in lines if line.get("status") == "completed"]
+    assert [(d["tenant"], d["request_id"]) for d in done] == [("alice", answer.request_id)]
+    assert done[0]["output_tokens"] == 4 and done[0]["level"] == "info"
+    assert any(line.get("status") == "failed" for line in lines)
+    (tenant,) = tenants.load(file).tenants
+    seeds = answer.result.seeds
+    for secret in (
+        key,
+        key.split("_")[2],
+        "secret-prompt",
+        "98765",
+        str(seeds.sampling),
+        str(seeds.eviction),
+        tenant.master.secret,
+        tenant.keys[0].hash,
+        answer.text.split()[0],
+    ):
+        assert secret not in text

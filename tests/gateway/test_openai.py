@@ -1,0 +1,326 @@
+"""The OpenAI-compatible door, used with OpenAI's own client over a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import ssl
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import openai
+import pytest
+from openai import AsyncOpenAI
+
+from tests.gateway.running import Running, run_gateway
+from tests.gateway.test_abort import record_of
+from tests.gateway.test_transport import certificate
+from vase_sgl.client import Tls
+
+CHAT: Any = [{"role": "user", "content": "tell me"}]
+VASE = {"vase": {"budget": 32, "window": 8, "policy": "random"}}
+
+
+@pytest.fixture
+async def door(tmp_path: Path) -> AsyncIterator[Running]:
+    async with run_gateway(tmp_path, http={"port": 0}) as running:
+        yield running
+
+
+def client(door: Running, key: str | None = None) -> AsyncOpenAI:
+    return AsyncOpenAI(
+        base_url=f"{door.http_url}/v1", api_key=key or door.key, max_retries=0, timeout=20
+    )
+
+
+async def test_prompt_mode_keep_reaches_the_worker(door: Running) -> None:
+    vase = {"vase": {**VASE["vase"], "prompt": "keep"}}
+    async with client(door) as api:
+        answer = await api.completions.create(
+            model="scripted", prompt="tell me", max_tokens=5, extra_body=vase
+        )
+    assert door.worker.bodies[0]["sampling_params"]["custom_params"]["vase"]["prompt"] == "keep"
+    record = await door.client.get_record(answer.id.removeprefix("cmpl-"))
+    assert record.eviction is not None and record.eviction.prompt_mode == "keep"
+
+
+async def test_a_chat_is_recorded_and_replayed_like_any_other(door: Running) -> None:
+    async with client(door) as api:
+        answer = await api.chat.completions.create(
+            model="scripted", messages=CHAT, max_completion_tokens=60, seed=3, extra_body=VASE
+        )
+    assert answer.id.startswith("chatcmpl-") and answer.object == "chat.completion"
+    assert answer._request_id == answer.id.removeprefix("chatcmpl-")
+    (choice,) = answer.choices
+    assert choice.message.role == "assistant" and choice.finish_reason == "length"
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (3, 60)
+    assert answer.usage.total_tokens == 63
+    record = await door.client.get_record(answer.id.removeprefix("chatcmpl-"))
+    assert record.text == choice.message.content and record.input_kind == "chat"
+    assert record.eviction is not None and record.eviction.budget == 32
+    extra: Any = answer.model_extra
+    assert extra["vase"]["request_ids"] == [record.record_id]
+    assert record.cache is not None
+    assert extra["vase"]["cache"][0]["digest"] == record.cache.digest
+    assert (await door.client.replay(record.record_id).verdict()).outcome == "MATCH"
+    same = await door.client.generate_once(
+        CHAT, max_new_tokens=60, seed=3, budget=32, window=8, policy="random"
+    )
+    assert same.text == choice.message.content
+
+
+async def test_a_chat_streams(door: Running) -> None:
+    door.worker.token_seconds = 0.005
+    async with client(door) as api:
+        whole = await api.chat.completions.create(
+            model="scripted", messages=CHAT, max_tokens=20, seed=3
+        )
+        stream = await api.chat.completions.create(
+            model="scripted",
+            messages=CHAT,
+            max_tokens=20,
+            seed=3,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        chunks = [chunk async for chunk in stream]
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert chunks[0].choices[0].delta.role == "assistant"
+    text = "".join(c.choices[0].delta.content or "" for c in chunks[:-1])
+    assert text == whole.choices[0].message.content
+    assert chunks[-2].choices[0].finish_reason == "length"
+    assert chunks[-1].choices == [] and chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 20
+    assert len(chunks) > 10
+    record = await door.client.get_record(chunks[0].id.removeprefix("chatcmpl-"))
+    assert record.status == "completed" and record.text == text
+
+
+async def test_completions(door: Running) -> None:
+    async with client(door) as api:
+        answer = await api.completions.create(model="scripted", prompt="tell me", seed=1)
+        assert answer.usage is not None and answer.usage.completion_tokens == 16
+        assert answer.id.startswith("cmpl-") and answer.object == "text_completion"
+        ids = await api.completions.create(model="scripted", prompt=[1, 2, 3], max_tokens=2)
+        assert ids.usage is not None and ids.usage.prompt_tokens == 3
+        stream = await api.completions.create(
+            model="scripted", prompt=["tell me"], seed=1, stream=True
+        )
+        chunks = [chunk async for chunk in stream]
+    assert "".join(c.choices[0].text for c in chunks) == answer.choices[0].text
+    assert chunks[-1].choices[0].finish_reason == "length"
+
+
+async def test_samples_differ_and_are_replayable_each(door: Running) -> None:
+    async with client(door) as api:
+        answer = await api.chat.completions.create(
+            model="scripted", messages=CHAT, max_tokens=20, seed=3, n=3
+        )
+        stream = await api.chat.completions.create(
+            model="scripted", messages=CHAT, max_tokens=20, seed=3, n=3, stream=True
+        )
+        streamed = ["", "", ""]
+        async for chunk in stream:
+            for choice in chunk.choices:
+                streamed[choice.index] += choice.delta.content or ""
+    texts = [choice.message.content for choice in answer.choices]
+    assert len(set(texts)) == 3 and streamed == texts
+    assert answer.usage is not None and answer.usage.completion_tokens == 60
+    extra: Any = answer.model_extra
+    for index, request_id in enumerate(extra["vase"]["request_ids"]):
+        record = await door.client.get_record(request_id)
+        assert record.sample_index == index and record.text == texts[index]
+        assert (await door.client.replay(request_id).verdict()).outcome == "MATCH"
+
+
+async def test_models(door: Running) -> None:
+    async with client(door) as api:
+        assert [model.id async for model in api.models.list()] == ["scripted"]
+        assert (await api.models.retrieve("scripted")).id == "scripted"
+        with pytest.raises(openai.NotFoundError, match="'gpt-9' is not served here; choose scr"):
+            await api.models.retrieve("gpt-9")
+        with pytest.raises(openai.NotFoundError):
+            await api.chat.completions.create(model="gpt-9", messages=CHAT)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"logprobs": True}, "logprobs: not supported here; leave it out. Supported are model"),
+        ({"tools": []}, "tools: not supported here"),
+        ({"user": "me"}, "user: not supported here"),
+        ({"n": 17}, "n: Input should be less than or equal to 16"),
+        ({"max_tokens": 0}, "max_new_tokens: must be at least 1, got 0"),
+        ({"max_tokens": 1, "max_completion_tokens": 1}, "max_tokens: is the old name"),
+        ({"max_tokens": 2**40}, "max_tokens: Input should be less than"),
+        ({"temperature": "hot"}, "temperature: Input should be a valid number"),
+        ({"temperature": 101}, "sampling.temperature: must be from 0 to 100"),
+        ({"seed": -1}, "seed: must be from 0 to 2^63 - 1, got -1"),
+        ({"stream_options": {"include_usage": True}}, "only with stream: true"),
+        ({"extra_body": {"vase": {"bugdet": 1}}}, "vase: "),
+        ({"extra_body": {"vase": {"budget": "x"}}}, "vase: "),
+        ({"extra_body": {"vase": {"budget": 5, "window": 8}}}, "budget 5 must be greater"),
+        ({"extra_body": {"vase": {"prompt": "forget"}}}, "vase: "),
+        ({"messages": []}, "messages: List should have at least 1 item"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages.0.content",
+        ),
+    ],
+)
+async def test_what_is_wrong_is_named_and_nothing_is_dropped(
+    door: Running, options: dict[str, Any], text: str
+) -> None:
+    async with client(door) as api:
+        with pytest.raises(openai.BadRequestError) as error:
+            await api.chat.completions.create(**{"model": "scripted", "messages": CHAT, **options})
+    body: Any = error.value.body
+    assert text in body["message"] and body["type"] == "invalid_request_error"
+    assert door.worker.bodies == []
+
+
+async def test_errors_have_openais_shape_and_status(door: Running) -> None:
+    limited = door.add_tenant("bob", limits={"requests_per_second": 0.1})
+    auditor = door.add_tenant("auditor", roles=["audit"])
+
+    async def ask(key: str) -> None:
+        async with client(door, key) as api:
+            await api.chat.completions.create(model="scripted", messages=CHAT, max_tokens=1)
+
+    with pytest.raises(openai.AuthenticationError, match="unknown or revoked API key"):
+        await ask(door.key[:-1] + ("0" if door.key[-1] != "0" else "1"))
+    with pytest.raises(openai.PermissionDeniedError, match="auditor lacks the role `generate`"):
+        await ask(auditor)
+    await ask(limited)
+    with pytest.raises(openai.RateLimitError, match=r"may send 0\.1 requests per second") as error:
+        await ask(limited)
+    headers = error.value.response.headers
+    assert 8 <= int(headers["retry-after"]) <= 10 and 8000 < int(headers["retry-after-ms"]) < 10001
+    door.worker.faults.healthy = False
+    await asyncio.sleep(0.3)
+    with pytest.raises(openai.InternalServerError) as unavailable:
+        await ask(door.key)
+    assert unavailable.value.status_code == 503 and "no worker is ready" in str(unavailable.value)
+    async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {door.key}"}) as http:
+        async with http.get(f"{door.http_url}/v1/other") as answer:
+            assert answer.status == 404 and (await answer.json())["error"]["code"] == "http_error"
+        async with http.post(f"{door.http_url}/v1/completions", data="{") as answer:
+            assert answer.status == 400
+            assert (await answer.json())["error"]["message"].startswith("the body is not JSON")
+    async with aiohttp.ClientSession() as http, http.get(f"{door.http_url}/v1/models") as answer:
+        assert answer.status == 401 and "no API key" in (await answer.json())["error"]["message"]
+
+
+async def test_a_client_waits_as_long_as_it_is_told(door: Running) -> None:
+    """OpenAI's own retries read the header."""
+    key = door.add_tenant("bob", limits={"requests_per_second": 2.5})
+    api = AsyncOpenAI(base_url=f"{door.http_url}/v1", api_key=key, max_retries=2)
+    async with api:
+        for _ in range(5):
+            await api.completions.create(model="scripted", prompt="a", max_tokens=1)
+
+
+async def test_a_worker_lost_mid_stream_ends_the_stream_with_an_error(door: Running) -> None:
+    door.worker.faults.cut_after_tokens = 3
+    door.worker.token_seconds = 0.01
+    async with client(door) as api:
+        stream = await api.chat.completions.create(
+            model="scripted", messages=CHAT, max_tokens=20, stream=True
+        )
+        seen = 0
+        with pytest.raises(openai.APIError, match="was lost while it answered"):
+            async for chunk in stream:
+                seen += len((chunk.choices[0].delta.content or "").split())
+    assert seen == 3
+    record = await door.client.get_record(chunk.id.removeprefix("chatcmpl-"))
+    assert record.status == "failed"
+
+
+async def test_leaving_aborts_in_the_worker(door: Running) -> None:
+    door.worker.token_seconds = 0.02
+    async with client(door) as api:
+        stream = await api.chat.completions.create(
+            model="scripted", messages=CHAT, max_tokens=4000, stream=True
+        )
+        chunk = await anext(aiter(stream))
+        await stream.close()
+        assert await door.worker.wait_for_abort() == chunk.id.removeprefix("chatcmpl-")
+        assert (await record_of(door, door.worker.aborted[0])).status == "aborted"
+        waiting = asyncio.create_task(
+            api.chat.completions.create(model="scripted", messages=CHAT, max_tokens=4000)
+        )
+        await asyncio.sleep(0.3)
+        waiting.cancel()
+        await door.worker.wait_for_abort_of(2)
+
+
+async def test_a_client_that_does_not_read_is_given_up(tmp_path: Path) -> None:
+    section = {"client_stall_seconds": 0.5}
+    async with run_gateway(tmp_path, http={"port": 0}, grpc=section) as door:
+        door.worker.padding = 30_000
+        body = {"model": "scripted", "prompt": "a", "max_tokens": 2000, "stream": True}
+        headers = {"Authorization": f"Bearer {door.key}"}
+        async with (
+            aiohttp.ClientSession(headers=headers, read_bufsize=2**16) as http,
+            http.post(f"{door.http_url}/v1/completions", json=body) as answer,
+        ):
+            await door.worker.wait_for_abort(20)
+            record = await record_of(door, answer.headers["x-request-id"])
+        assert record.status == "aborted" and door.worker.tokens_written < 500
+
+
+async def test_draining_ends_running_streams_well_and_refuses_new_ones(tmp_path: Path) -> None:
+    async with run_gateway(tmp_path, http={"port": 0}, drain_seconds=10) as door:
+        door.worker.token_seconds = 0.02
+        async with client(door) as api:
+            stream = await api.chat.completions.create(
+                model="scripted", messages=CHAT, max_tokens=50, stream=True
+            )
+            stopping = asyncio.create_task(door.gateway.stop())
+            await asyncio.sleep(0.3)
+            with pytest.raises(openai.InternalServerError, match="shutting down"):
+                await api.models.retrieve("scripted")
+            chunks = [chunk async for chunk in stream]
+            assert chunks[-1].choices[0].finish_reason == "length"
+        await stopping
+
+
+async def test_the_door_has_the_same_tls(tmp_path: Path) -> None:
+    cert, key = certificate(tmp_path)
+    trusting = Tls(root_certificates=cert.read_bytes())
+    config = {"certificate": cert, "key": key}
+    async with run_gateway(tmp_path, client_tls=trusting, tls=config, http={"port": 0}) as door:
+        context = ssl.create_default_context(cafile=str(cert))
+        url = f"https://127.0.0.1:{door.gateway.http_port}/v1/models"
+        headers = {"Authorization": f"Bearer {door.key}"}
+        async with aiohttp.ClientSession(headers=headers) as http:
+            async with http.get(url, ssl=context) as answer:
+                assert json.loads(await answer.text())["data"][0]["id"] == "scripted"
+            with pytest.raises(aiohttp.ClientError):
+                await http.get(url.replace("https", "http"))
+
+
+async def test_a_certificate_is_a_credential_at_the_door_too(tmp_path: Path) -> None:
+    cert, key = certificate(tmp_path)
+    config = {"certificate": cert, "key": key, "client_ca": cert}
+    known = Tls(cert.read_bytes(), cert.read_bytes(), key.read_bytes())
+    async with run_gateway(tmp_path, client_tls=known, tls=config, http={"port": 0}) as door:
+        url = f"https://127.0.0.1:{door.gateway.http_port}/v1/models"
+        stranger = ssl.create_default_context(cafile=str(cert))
+        context = ssl.create_default_context(cafile=str(cert))
+        context.load_cert_chain(cert, key)
+        async with aiohttp.ClientSession() as http:
+            async with http.get(url, ssl=context) as answer:
+                assert answer.status == 401 and "CN=127.0.0.1" in await answer.text()
+            door.add_tenant("carol", certificate_subjects=["CN=127.0.0.1"])
+            async with http.get(url, ssl=context) as answer:
+                assert answer.status == 200
+            with pytest.raises(aiohttp.ClientError):
+                await http.get(url, ssl=stranger)
+
+
+async def test_without_a_port_there_is_no_door(running: Running) -> None:
+    assert running.gateway.http_port is None

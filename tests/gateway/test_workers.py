@@ -1,0 +1,297 @@
+"""Several workers: who gets a request, and what happens when one fails at any moment."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import socket
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.gateway.running import Running, run_gateway
+from tests.gateway.scripted_worker import ScriptedWorker
+from vase_sgl.client import Unavailable
+from vase_sgl.gateway.breaker import BreakerState, CircuitBreaker
+from vase_sgl.gateway.config import BreakerSection
+from vase_sgl.gateway.discovery import discover, resolve
+from vase_sgl.gateway.worker_http import HttpWorker
+
+
+@dataclasses.dataclass
+class Fleet:
+    running: Running
+    one: ScriptedWorker
+    two: ScriptedWorker
+
+    def states(self) -> dict[str, BreakerState]:
+        return {status.name: status.breaker for status in self.running.gateway._router.statuses()}
+
+
+@asynccontextmanager
+async def fleet(folder: Path, **worker: Any) -> AsyncIterator[Fleet]:
+    """Two workers behind a gateway, both ready."""
+    async with ScriptedWorker() as one, ScriptedWorker() as two:
+        section = {"urls": [one.url, two.url], "health_interval_seconds": 5, **worker}
+        async with run_gateway(folder, worker=section) as running:
+            async with asyncio.timeout(5):
+                while len(running.gateway._router.ready()) < 2:
+                    await asyncio.sleep(0.01)
+            yield Fleet(running, one, two)
+
+
+@pytest.mark.parametrize("fault", [{"refuse_status": 500}, {"cut_after_tokens": 0}])
+async def test_a_failure_before_the_first_token_goes_to_the_other_worker(
+    tmp_path: Path, fault: dict[str, Any]
+) -> None:
+    """With the same id, seeds and budget: the answer is the one the first would have given."""
+    async with fleet(tmp_path) as f:
+        options: dict[str, Any] = {"max_new_tokens": 60, "budget": 32, "window": 8, "seed": 7}
+        expected = await f.running.client.generate_once("tell me", **options)
+        for name, value in fault.items():
+            setattr(f.one.faults, name, value)
+        f.one.bodies.clear()
+        f.two.bodies.clear()
+        for _ in range(2):
+            answer = await f.running.client.generate_once("tell me", **options)
+            assert answer.token_ids == expected.token_ids
+            assert answer.result.round_digests == expected.result.round_digests
+        assert len(f.one.bodies) == 1 and len(f.two.bodies) == 2
+        (body,) = f.one.bodies
+        assert body in f.two.bodies
+        record = await f.running.client.get_record(body["rid"])
+        assert record.status == "completed"
+        assert len([r async for r in f.running.client.list_records()]) == 3
+
+
+async def test_a_retry_carries_the_seeds_that_the_record_names(tmp_path: Path) -> None:
+    """Seeds derived from the request's own id: a second derivation would give others."""
+    async with fleet(tmp_path) as f:
+        f.one.faults.refuse_status = 500
+        async with asyncio.timeout(5):
+            while not f.one.bodies:
+                answer = await f.running.client.generate_once(
+                    "tell me", max_new_tokens=60, budget=32, window=8
+                )
+        record = await f.running.client.get_record(answer.request_id)
+        seeds = record.seeds
+        for worker in (f.one, f.two):
+            sampling = worker.bodies[-1]["sampling_params"]
+            assert worker.bodies[-1]["rid"] == record.record_id
+            assert sampling["sampling_seed"] == seeds.sampling
+            assert sampling["custom_params"]["vase"]["seed"] == seeds.eviction
+
+
+async def test_after_the_first_token_there_is_no_retry(tmp_path: Path) -> None:
+    async with fleet(tmp_path) as f:
+        f.one.faults.cut_after_tokens = f.two.faults.cut_after_tokens = 3
+        stream = f.running.client.generate("tell me", max_new_tokens=10)
+        sent: list[int] = []
+        with pytest.raises(Unavailable, match=r"was lost while it answered; try again later"):
+            async for chunk in stream:
+                sent += chunk.token_ids
+        assert len(sent) == 3 and len(f.one.bodies) + len(f.two.bodies) == 1
+        record = await f.running.client.get_record(stream.request_id)
+        assert record.status == "failed" and list(record.output_token_ids) == sent
+
+
+async def test_a_worker_killed_mid_stream(tmp_path: Path) -> None:
+    """What was sent stays, the call ends with UNAVAILABLE, the next requests go elsewhere."""
+    async with fleet(tmp_path) as f:
+        for worker in (f.one, f.two):
+            worker.token_seconds = 0.01
+        stream = f.running.client.generate("tell me", max_new_tokens=4000)
+        sent: list[int] = []
+        with pytest.raises(Unavailable):
+            async for chunk in stream:
+                sent += chunk.token_ids
+                if len(sent) == 10:
+                    dying, living = (f.one, f.two) if f.one.running else (f.two, f.one)
+                    await dying.kill()
+        assert len(sent) >= 10
+        record = await f.running.client.get_record(stream.request_id)
+        assert record.status == "failed" and "was lost" in record.failure
+        assert list(record.output_token_ids[: len(sent)]) == sent
+        for _ in range(4):
+            await f.running.client.generate_once("tell me", max_new_tokens=2)
+        assert len(living.bodies) == 4
+
+
+async def test_without_retries_the_first_failure_is_the_last(tmp_path: Path) -> None:
+    async with fleet(tmp_path, retries=0) as f:
+        f.one.faults.refuse_status = f.two.faults.refuse_status = 500
+        with pytest.raises(Unavailable, match="status 500"):
+            await f.running.client.generate_once("tell me", max_new_tokens=2)
+        assert len(f.one.bodies) + len(f.two.bodies) == 1
+
+
+async def test_both_fail(tmp_path: Path) -> None:
+    async with fleet(tmp_path) as f:
+        f.one.faults.refuse_status = f.two.faults.refuse_status = 500
+        stream = f.running.client.generate("tell me", max_new_tokens=2)
+        with pytest.raises(Unavailable, match="status 500"):
+            _ = [chunk async for chunk in stream]
+        assert len(f.one.bodies) == len(f.two.bodies) == 1
+        assert (await f.running.client.get_record(stream.request_id)).status == "failed"
+
+
+async def test_the_breaker_opens_tries_and_closes(tmp_path: Path) -> None:
+    breaker = {"failures": 3, "open_seconds": 0.5, "successes": 2}
+    async with fleet(tmp_path, breaker=breaker) as f:
+        f.one.faults.refuse_status = 500
+
+        async def requests(count: int) -> None:
+            for _ in range(count):
+                await f.running.client.generate_once("tell me", max_new_tokens=2)
+
+        await requests(6)
+        assert len(f.one.bodies) == 3 and f.states()[f.one.url] is BreakerState.OPEN
+        await requests(6)
+        assert len(f.one.bodies) == 3
+        await asyncio.sleep(0.6)
+        assert f.states()[f.one.url] is BreakerState.HALF_OPEN
+        await requests(4)  # the one that is let through fails, and it opens again
+        assert len(f.one.bodies) == 4 and f.states()[f.one.url] is BreakerState.OPEN
+        f.one.faults.refuse_status = None
+        await asyncio.sleep(0.6)
+        await requests(4)
+        assert f.states()[f.one.url] is BreakerState.CLOSED
+        assert f.states()[f.two.url] is BreakerState.CLOSED
+
+
+async def test_when_every_breaker_is_open_the_client_is_told_when_to_come_back(
+    tmp_path: Path,
+) -> None:
+    async with fleet(tmp_path, breaker={"failures": 1, "open_seconds": 20}) as f:
+        f.one.faults.refuse_status = f.two.faults.refuse_status = 500
+        with pytest.raises(Unavailable):
+            await f.running.client.generate_once("tell me", max_new_tokens=2)
+        with pytest.raises(Unavailable, match=r"every worker failed too often .* in 20 s"):
+            await f.running.client.generate_once("tell me", max_new_tokens=2)
+
+
+def test_old_failures_and_results_of_older_requests_do_not_count() -> None:
+    now = 0.0
+    settings = BreakerSection(failures=2, window_seconds=10, open_seconds=5, successes=1)
+    breaker = CircuitBreaker(settings, lambda: now)
+    old = breaker.enter()
+    breaker.leave(breaker.enter(), False)
+    now = 11
+    breaker.leave(breaker.enter(), False)
+    assert breaker.state is BreakerState.CLOSED
+    now = 12
+    breaker.leave(breaker.enter(), False)
+    assert breaker.state is BreakerState.OPEN and breaker.open_seconds == 5
+    now = 17
+    assert breaker.state is BreakerState.HALF_OPEN and breaker.allows
+    trial = breaker.enter()
+    assert trial and not breaker.allows
+    breaker.leave(old, True)
+    assert breaker.state is BreakerState.HALF_OPEN and not breaker.allows
+    breaker.leave(trial, None)
+    assert breaker.allows
+    breaker.leave(breaker.enter(), True)
+    assert breaker.state is BreakerState.CLOSED
+
+
+async def test_the_least_reserved_worker_comes_first(tmp_path: Path) -> None:
+    async with fleet(tmp_path) as f:
+        f.one.token_seconds = f.two.token_seconds = 0.01
+        long = {"max_new_tokens": 4000, "budget": 2000, "window": 64}
+        stream = f.running.client.generate("tell me", **long)  # type: ignore[arg-type]
+        await stream.started()
+        for _ in range(4):
+            await f.running.client.generate_once("tell me", max_new_tokens=1)
+        assert sorted((len(f.one.bodies), len(f.two.bodies))) == [1, 4]
+        stream.cancel()
+
+
+async def test_equal_prefixes_go_to_the_same_worker_while_it_has_room(tmp_path: Path) -> None:
+    async with fleet(tmp_path, affinity_tokens=4, max_in_flight=1) as f:
+        homes = set()
+        for topic in "abcdefgh":
+            before = len(f.one.bodies)
+            for tail in ("x", "y", "z"):
+                await f.running.client.generate_once(f"{topic} 1 2 3 {tail}", max_new_tokens=1)
+            at_one = len(f.one.bodies) - before
+            assert at_one in (0, 3)
+            homes.add(at_one)
+        assert homes == {0, 3}
+        f.one.token_seconds = f.two.token_seconds = 0.01
+        stream = f.running.client.generate("a 1 2 3 x", max_new_tokens=4000)
+        await stream.started()
+        await asyncio.sleep(0.05)
+        busy, idle = (f.one, f.two) if f.one.running else (f.two, f.one)
+        count = len(idle.bodies)
+        await f.running.client.generate_once("a 1 2 3 x", max_new_tokens=1)
+        assert len(idle.bodies) == count + 1 and busy.running
+        stream.cancel()
+
+
+async def test_workers_are_found_by_name_and_let_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workers on one port of two loopback addresses; the name is answered by the test."""
+    addresses = ["127.0.0.1"]
+
+    async def answer(host: str) -> Sequence[str]:
+        assert host == "workers.test"
+        if not addresses:
+            raise socket.gaierror("no DNS")
+        return list(addresses)
+
+    monkeypatch.setattr("vase_sgl.gateway.server.resolve", answer)
+    async with ScriptedWorker() as one:
+        port = int(one.url.rpartition(":")[2])
+        async with ScriptedWorker(port, host="127.0.0.2") as two:
+            section = {
+                "urls": [],
+                "dns": [f"http://workers.test:{port}"],
+                "dns_interval_seconds": 0.1,
+            }
+            async with run_gateway(tmp_path, worker=section) as running:
+                router = running.gateway._router
+                assert [s.name for s in router.statuses()] == [one.url]
+                addresses.append("127.0.0.2")
+                await asyncio.sleep(0.3)
+                for _ in range(4):
+                    await running.client.generate_once("tell me", max_new_tokens=1)
+                assert len(one.bodies) == len(two.bodies) == 2
+                one.token_seconds = two.token_seconds = 0.01
+                streams = [running.client.generate("a", max_new_tokens=60) for _ in range(2)]
+                for stream in streams:
+                    await stream.started()
+                addresses.remove("127.0.0.1")
+                await asyncio.sleep(0.3)
+                assert [s.name for s in router.statuses()] == [two.url]
+                for stream in streams:  # the one on the worker that is gone runs on
+                    assert sum([len(c.token_ids) async for c in stream]) == 60
+                addresses.clear()  # a DNS outage takes nothing away
+                await asyncio.sleep(0.3)
+                await running.client.generate_once("tell me", max_new_tokens=1)
+                assert (len(one.bodies), len(two.bodies)) == (3, 4)
+
+
+async def test_a_real_name_is_resolved() -> None:
+    assert "127.0.0.1" in await resolve("localhost")
+    with pytest.raises(OSError):
+        await resolve("name.invalid")
+
+
+async def test_a_worker_is_made_once_per_address() -> None:
+    made: list[str] = []
+
+    def connect(url: str) -> HttpWorker:
+        made.append(url)
+        return HttpWorker(url, stall_seconds=1)
+
+    async def answer(host: str) -> Sequence[str]:
+        return ["10.0.0.1", "::1"]
+
+    found = discover(["http://x:1"], interval_seconds=0.01, connect=connect, resolve=answer)
+    first, second = await anext(found), await anext(found)
+    assert [w.name for w in first] == ["http://10.0.0.1:1", "http://[::1]:1"] == made
+    assert all(a is b for a, b in zip(first, second, strict=True))

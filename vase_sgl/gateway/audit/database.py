@@ -1,0 +1,150 @@
+"""The connection to the store's database: SQLite in a file, or PostgreSQL."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, event, text
+from sqlalchemy.engine import make_url
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from vase_sgl.gateway.audit import schema
+from vase_sgl.gateway.audit.errors import AuditError
+
+#: Seconds one statement, or the wait for another process's lock, may take.
+_PATIENCE_SECONDS = 10.0
+#: The drivers that are known to work, with what each is told about patience.
+_CONNECT_ARGS: dict[str, dict[str, Any]] = {
+    "sqlite+aiosqlite": {},
+    "postgresql+asyncpg": {
+        "timeout": _PATIENCE_SECONDS,
+        "command_timeout": 3 * _PATIENCE_SECONDS,
+    },
+}
+
+
+async def connect(url: str, *, migrate: bool | None, create: bool = True) -> AsyncEngine:
+    """An engine on a store with the newest schema. Raises `AuditError`.
+
+    migrate: bring an older or empty database to the newest schema; None: if it is SQLite, whose
+        file belongs to this process alone.
+    create: make a SQLite file that is not there.
+    """
+    engine = _engine(url, create)
+    if migrate is None:
+        migrate = engine.dialect.name == "sqlite" and create
+    try:
+        if migrate:
+            async with writing(engine) as connection:
+                await connection.run_sync(schema.upgrade)
+        async with engine.connect() as connection:
+            await connection.run_sync(_check)
+    except BaseException as error:
+        await engine.dispose()
+        if isinstance(error, (SQLAlchemyError, OSError, TimeoutError)):
+            raise AuditError(
+                f"cannot open the audit store {engine.url.render_as_string()}: {error}; check "
+                "audit.url, and that its database can be reached and written"
+            ) from error
+        raise
+    return engine
+
+
+@asynccontextmanager
+async def writing(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    """A transaction that will write; committed on leaving, rolled back by an exception."""
+    async with engine.connect() as connection:
+        await connection.execution_options(vase_writes=True)
+        async with connection.begin():
+            if engine.dialect.name == "postgresql":
+                # A gateway that is stopped or cut off here would keep its locks for good.
+                milliseconds = int(_PATIENCE_SECONDS * 1000)
+                limit = f"SET LOCAL idle_in_transaction_session_timeout = {milliseconds}"
+                await connection.execute(text(limit))
+            yield connection
+
+
+def _engine(url: str, create: bool) -> AsyncEngine:
+    example = "an example is sqlite+aiosqlite:///audit.sqlite3"
+    try:
+        driver = make_url(url).drivername
+        if driver not in _CONNECT_ARGS:
+            raise AuditError(
+                f"audit.url cannot be used: {driver} is not one of {', '.join(_CONNECT_ARGS)}; "
+                f"{example}"
+            )
+        engine = create_async_engine(
+            url,
+            # Whoever waited for a chain's end reads what the others have written.
+            **({} if driver.startswith("sqlite") else {"isolation_level": "READ COMMITTED"}),
+            hide_parameters=True,  # prompts and seeds must not reach a log with an error
+            pool_pre_ping=True,  # a connection the server has closed is replaced, not reported
+            connect_args=_CONNECT_ARGS[driver],
+        )
+    except (ArgumentError, ImportError) as error:
+        raise AuditError(f"audit.url cannot be used: {error}; {example}") from error
+    if engine.dialect.name == "sqlite":
+        _prepare_sqlite(engine, create)
+    return engine
+
+
+def _check(connection: Connection) -> None:
+    found, wanted = schema.current(connection), schema.newest()
+    if found != wanted:
+        state = "is empty" if found is None else f"has schema revision {found}, not {wanted}"
+        raise AuditError(
+            f"the audit store {connection.engine.url.render_as_string()} {state}; run "
+            "`vase-sgl audit migrate`, or set audit.migrate_on_start"
+        )
+    if connection.dialect.name == "postgresql":
+        confirmed = connection.scalar(text("SHOW synchronous_commit"))
+        if confirmed == "off":
+            raise AuditError(
+                "this PostgreSQL confirms commits that a crash would lose (synchronous_commit is "
+                "off); run ALTER ROLE ... SET synchronous_commit = on for the gateway's role"
+            )
+
+
+def _find_file(file: Path, create: bool) -> None:
+    if file.exists():
+        return
+    if not create:
+        raise AuditError(f"there is no audit store {file}; name the gateway's audit.url with --url")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # It will hold prompts. SQLite gives its journal files the same mode.
+        file.touch(mode=0o600)
+    except OSError as error:
+        raise AuditError(f"cannot open the audit store {file}: {error}") from error
+
+
+def _prepare_sqlite(engine: AsyncEngine, create: bool) -> None:
+    name = engine.url.database
+    if name not in (None, "", ":memory:"):
+        _find_file(Path(str(name)), create)
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def configure(connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:
+        # Python's driver would begin transactions itself, and late: see `begin`.
+        connection.isolation_level = None
+        cursor = connection.cursor()
+        # Readers do not block the writer, nor the writer them, and a commit is one write of one
+        # file. FULL syncs that file in each commit: NORMAL would lose the last ones with the power.
+        cursor.execute("PRAGMA journal_mode=WAL")
+        cursor.execute("PRAGMA synchronous=FULL")
+        # Another process, such as `audit prune`, may hold the write lock for a moment.
+        cursor.execute(f"PRAGMA busy_timeout={int(_PATIENCE_SECONDS * 1000)}")
+        cursor.close()
+
+    @event.listens_for(engine.sync_engine, "begin")
+    def begin(connection: Connection) -> None:
+        # The write lock is taken at once: a transaction that reads the end of a chain and then
+        # finds that another process has written would fail without waiting.
+        writes = connection.get_execution_options().get("vase_writes")
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")

@@ -1,0 +1,140 @@
+"""Removing old records so that what is left can still be verified."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+from sqlalchemy import delete, func, insert, select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from vase_sgl.gateway.audit import database, reading
+from vase_sgl.gateway.audit.entries import GENESIS, canonical, hash_of
+from vase_sgl.gateway.audit.errors import AuditError
+from vase_sgl.gateway.audit.tables import checkpoints, records
+
+#: Records removed in one transaction, so that appending gateways never wait long.
+_CHUNK = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Pruned:
+    """What a prune removed, or would remove. last_sequence: 0 if nothing."""
+
+    tenant: str
+    records: int
+    last_sequence: int
+
+
+async def due(connection: AsyncConnection, tenant: str, before_unix_micros: int) -> Pruned:
+    """What a prune would remove: the records before the first that arrived at the time or later.
+
+    A chain loses its beginning only, so an old record behind a newer one stays for now.
+    """
+    first_kept = await connection.scalar(
+        select(func.min(records.c.sequence)).where(
+            records.c.tenant == tenant, records.c.created_unix_micros >= before_unix_micros
+        )
+    )
+    query = select(func.count(), func.max(records.c.sequence)).where(records.c.tenant == tenant)
+    if first_kept is not None:
+        query = query.where(records.c.sequence < first_kept)
+    count, last = (await connection.execute(query)).one()
+    return Pruned(tenant, count, last or 0)
+
+
+async def prune(
+    engine: AsyncEngine, tenant: str, *, before_unix_micros: int, by: str, force: bool = False
+) -> Pruned:
+    """Note a checkpoint in the tenant's chain, then remove the records up to it.
+
+    The checkpoint is durable first: it is what the database's triggers let records go for. Cut
+    short, the next prune removes the rest. force: prune a broken chain as well; the checkpoint
+    then says so. Raises `AuditError` for a broken chain, or if another prune is under way.
+    """
+    async with reading.snapshot(engine) as connection:
+        end = (await reading.ends(connection))[tenant]
+        _, problem = await reading.verify(connection, tenant, end)
+    if problem is not None and not force:
+        raise AuditError(
+            f"the chain of {tenant} is broken, and pruning could remove what shows it: {problem}; "
+            "look into it, or prune with --force"
+        )
+    try:
+        pruned, through = await _note(engine, tenant, before_unix_micros, by, problem is None)
+    except IntegrityError as error:
+        raise AuditError(f"another prune of {tenant}'s chain is under way; try again") from error
+    await _remove(engine, tenant, through)
+    return pruned
+
+
+async def _note(
+    engine: AsyncEngine, tenant: str, before_unix_micros: int, by: str, whole: bool
+) -> tuple[Pruned, int]:
+    """Store the checkpoint if there is something to prune; up to where records may go now.
+
+    It takes no lock, for which the role that prunes would need more rights: of two prunes at the
+    same time one finds the checkpoint's number taken.
+    """
+    async with database.writing(engine) as connection:
+        pruned = await due(connection, tenant, before_unix_micros)
+        last_checkpoint = (
+            await connection.execute(
+                select(checkpoints)
+                .where(checkpoints.c.tenant == tenant)
+                .order_by(checkpoints.c.number.desc())
+                .limit(1)
+            )
+        ).first()
+        reached = 0 if last_checkpoint is None else last_checkpoint.last_sequence
+        if pruned.last_sequence > reached:
+            last_hash = await connection.scalar(
+                select(records.c.hash).where(
+                    records.c.tenant == tenant, records.c.sequence == pruned.last_sequence
+                )
+            )
+            number = 1 if last_checkpoint is None else last_checkpoint.number + 1
+            entry = canonical(
+                {
+                    "format": 1,
+                    "tenant": tenant,
+                    "number": number,
+                    "previous_hash": GENESIS if last_checkpoint is None else last_checkpoint.hash,
+                    "last_sequence": pruned.last_sequence,
+                    "last_hash": last_hash,
+                    "records": pruned.last_sequence - reached,
+                    "before_unix_micros": before_unix_micros,
+                    "pruned_unix_micros": time.time_ns() // 1000,
+                    "by": by,
+                    "chain_was_whole": whole,
+                }
+            )
+            await connection.execute(
+                insert(checkpoints).values(
+                    tenant=tenant,
+                    number=number,
+                    last_sequence=pruned.last_sequence,
+                    entry=entry,
+                    hash=hash_of(entry),
+                )
+            )
+            reached = pruned.last_sequence
+    return pruned, reached
+
+
+async def _remove(engine: AsyncEngine, tenant: str, through: int) -> None:
+    while True:
+        async with database.writing(engine) as connection:
+            first = await connection.scalar(
+                select(func.min(records.c.sequence)).where(records.c.tenant == tenant)
+            )
+            if first is None or first > through:
+                return
+            await connection.execute(
+                delete(records).where(
+                    records.c.tenant == tenant,
+                    records.c.sequence < first + _CHUNK,
+                    records.c.sequence <= through,
+                )
+            )

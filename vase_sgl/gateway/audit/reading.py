@@ -1,0 +1,101 @@
+"""Reading whole chains in order, page by page, so that memory does not grow with them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+
+from sqlalchemy import select, union
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from vase_sgl.gateway.audit import database
+from vase_sgl.gateway.audit.chain import ChainCheck, Checkpoint, Problem
+from vase_sgl.gateway.audit.entries import GENESIS, Row
+from vase_sgl.gateway.audit.errors import AuditError
+from vase_sgl.gateway.audit.tables import chains, checkpoints, records
+
+#: Records read at once. With an answer of 32k tokens each they take some 60 MiB.
+_PAGE = 100
+
+
+@asynccontextmanager
+async def opened(url: str) -> AsyncIterator[AsyncEngine]:
+    """An engine on a store that exists, for a command. Raises `AuditError`."""
+    engine = await database.connect(url, migrate=False, create=False)
+    try:
+        yield engine
+    except (SQLAlchemyError, OSError, TimeoutError) as error:
+        raise AuditError(f"the audit store failed: {error}") from error
+    finally:
+        await engine.dispose()
+
+
+@asynccontextmanager
+async def snapshot(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    """One state of the store, whatever gateways append meanwhile."""
+    async with engine.connect() as connection:
+        if engine.dialect.name == "postgresql":
+            await connection.execution_options(isolation_level="REPEATABLE READ")
+        async with connection.begin():
+            yield connection
+
+
+async def ends(connection: AsyncConnection) -> dict[str, tuple[int, str]]:
+    """Sequence and hash at the noted end of every tenant's chain, by name in order."""
+    named = union(*(select(table.c.tenant) for table in (chains, records, checkpoints)))
+    tenants = sorted((await connection.execute(named)).scalars())
+    rows = (await connection.execute(select(chains))).all()
+    noted = {row.tenant: (row.sequence, row.hash) for row in rows}
+    return {tenant: noted.get(tenant, (0, GENESIS)) for tenant in tenants}
+
+
+async def checkpoints_of(connection: AsyncConnection, tenant: str) -> list[Checkpoint]:
+    """The tenant's checkpoints, oldest first."""
+    query = select(checkpoints).where(checkpoints.c.tenant == tenant).order_by(checkpoints.c.number)
+    rows = (await connection.execute(query)).mappings().all()
+    return [Checkpoint(**row) for row in rows]
+
+
+async def rows_of(
+    connection: AsyncConnection, tenant: str, *, after: int
+) -> AsyncGenerator[Row, None]:
+    """The tenant's records with sequences above `after`, oldest first."""
+    while True:
+        query = (
+            select(records)
+            .where(records.c.tenant == tenant, records.c.sequence > after)
+            .order_by(records.c.sequence)
+            .limit(_PAGE)
+        )
+        rows = (await connection.execute(query)).mappings().all()
+        if not rows:
+            return
+        for row in rows:
+            payload = row["payload"]
+            # A damaged SQLite row may hold text where bytes belong.
+            yield Row(**{**row, "payload": payload.encode() if type(payload) is str else payload})
+        after = rows[-1]["sequence"]
+
+
+async def verify(
+    connection: AsyncConnection,
+    tenant: str,
+    end: tuple[int, str],
+    known: tuple[int, str] | None = None,
+) -> tuple[ChainCheck, Problem | None]:
+    """Check the tenant's chain, which `ends` said ends at `end`; `known` as in `ChainCheck`.
+
+    Leftovers of a prune that was cut short lie before the last checkpoint and are not looked at.
+    """
+    check = ChainCheck(tenant, known=known)
+    for stored in await checkpoints_of(connection, tenant):
+        problem = check.checkpoint(stored)
+        if problem is not None:
+            return check, problem
+    async with aclosing(rows_of(connection, tenant, after=check.sequence)) as rows:
+        async for row in rows:
+            problem = check.record(row)
+            if problem is not None:
+                return check, problem
+    return check, check.end(*end)

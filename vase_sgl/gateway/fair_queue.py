@@ -1,0 +1,170 @@
+"""A fair, bounded line in front of the workers.
+
+Tenants take turns, one request each, whatever the length of their own lines; within a tenant the
+first comes first. A request at the head that no worker has room for waits without being overtaken
+by its own tenant's later ones; other tenants go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Generic, Protocol, TypeVar
+
+from vase_sgl.gateway.errors import LimitExceeded
+
+#: Past grants that tell how fast the line moves.
+_REMEMBERED_GRANTS = 64
+
+
+class Releasable(Protocol):
+    """What the queue hands out."""
+
+    def release(self) -> None:
+        """Give it back."""
+
+
+T = TypeVar("T", bound=Releasable)
+
+
+class _Waiter(Generic[T]):
+    def __init__(self, tenant: str, take: Callable[[], T | None]) -> None:
+        self.tenant = tenant
+        self.take = take
+        self.granted: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+
+
+class Place(Generic[T]):
+    """A place in the queue, held from a request's arrival on."""
+
+    def __init__(self, queue: FairQueue[T], tenant: str) -> None:
+        self._queue = queue
+        self._tenant = tenant
+
+    async def wait(self, take: Callable[[], T | None]) -> T:
+        """What `take` returned, once it is this request's turn and `take` returns something.
+
+        Raises what `take` raises, and `LimitExceeded` after the longest wait.
+        """
+        return await self._queue._wait(self._tenant, take)
+
+
+class FairQueue(Generic[T]):
+    """The line. `dispatch` is to be called whenever something got free."""
+
+    def __init__(self, *, max_waiting: int, max_waiting_per_tenant: int, max_wait_seconds: float):
+        self._max = max_waiting
+        self._max_per_tenant = max_waiting_per_tenant
+        self._max_wait = max_wait_seconds
+        #: Requests between arrival and grant, by tenant.
+        self._waiting: collections.Counter[str] = collections.Counter()
+        #: Those that ask for a grant, by tenant; the tenant whose turn it is comes first.
+        self._lines: collections.OrderedDict[str, collections.deque[_Waiter[T]]] = (
+            collections.OrderedDict()
+        )
+        self._grants: collections.deque[float] = collections.deque(maxlen=_REMEMBERED_GRANTS)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have arrived and were granted nothing yet."""
+        return self._waiting.total()
+
+    @contextmanager
+    def place(self, tenant: str) -> Iterator[Place[T]]:
+        """A place for one request. Raises `LimitExceeded` if the queue is full."""
+        if self._waiting[tenant] >= self._max_per_tenant:
+            raise self._full(
+                f"tenant {tenant} has {self._max_per_tenant} requests waiting, which is as many "
+                "as may wait",
+                "queue_tenant",
+                self._waiting[tenant],
+            )
+        if self.waiting >= self._max:
+            raise self._full(
+                f"{self._max} requests are waiting at this gateway, which is as many as may wait",
+                "queue_total",
+                self.waiting,
+            )
+        self._waiting[tenant] += 1
+        try:
+            yield Place(self, tenant)
+        finally:
+            self._waiting[tenant] -= 1
+            if not self._waiting[tenant]:
+                del self._waiting[tenant]
+
+    def dispatch(self) -> None:
+        """Grant whatever can be granted, in turn."""
+        granted = True
+        while granted:
+            granted = False
+            for tenant in list(self._lines):
+                granted |= self._serve(tenant)
+
+    def _serve(self, tenant: str) -> bool:
+        """Serve the head of one line; whether it was granted something."""
+        line = self._lines[tenant]
+        waiter = line[0]
+        if waiter.granted.done():  # given up, and not yet gone from the line
+            self._leave(waiter)
+            return True
+        try:
+            taken = waiter.take()
+        except Exception as error:
+            waiter.granted.set_exception(error)
+        else:
+            if taken is None:
+                return False
+            self._grants.append(time.monotonic())
+            waiter.granted.set_result(taken)
+        self._leave(waiter)
+        if tenant in self._lines:
+            self._lines.move_to_end(tenant)
+        return True
+
+    async def _wait(self, tenant: str, take: Callable[[], T | None]) -> T:
+        waiter = _Waiter(tenant, take)
+        self._lines.setdefault(tenant, collections.deque()).append(waiter)
+        self.dispatch()
+        if waiter.granted.done():
+            return waiter.granted.result()
+        try:
+            async with asyncio.timeout(self._max_wait):
+                return await waiter.granted
+        except BaseException as error:
+            granted = waiter.granted
+            if not granted.done():
+                self._leave(waiter)
+            elif not granted.cancelled() and granted.exception() is None:
+                granted.result().release()  # granted in the moment it was given up
+            else:
+                self._leave(waiter)
+            if isinstance(error, TimeoutError):
+                raise self._full(
+                    f"no worker had room within {self._max_wait:g} s", "queue_time", self.waiting
+                ) from error
+            raise
+
+    def _leave(self, waiter: _Waiter[T]) -> None:
+        line = self._lines.get(waiter.tenant)
+        if line is not None and waiter in line:
+            line.remove(waiter)
+            if not line:
+                del self._lines[waiter.tenant]
+
+    def _full(self, what: str, reason: str, ahead: int) -> LimitExceeded:
+        seconds = self._drain_seconds(ahead)
+        return LimitExceeded(
+            f"{what}; come back in {seconds:.0f} s", reason=reason, retry_seconds=seconds
+        )
+
+    def _drain_seconds(self, ahead: int) -> float:
+        """How long the line took lately for so many requests, from 1 s to the longest wait."""
+        longest = max(self._max_wait, 1.0)
+        if len(self._grants) < 2:
+            return 1.0
+        per_request = (time.monotonic() - self._grants[0]) / len(self._grants)
+        return min(max(ahead * per_request, 1.0), longest)

@@ -1,0 +1,1 @@
+"""What a tenant may use over time: counted in this process, or in Redis for all gateways."""

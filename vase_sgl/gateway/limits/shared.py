@@ -1,0 +1,203 @@
+"""Usage counted in Redis: one account per tenant for all gateways.
+
+Each step is one Lua script, so it is atomic, and it uses Redis's clock, so the gateways' own need
+not agree. A request that runs holds a lease, renewed while its gateway lives: what a gateway that
+dies held is free again after `LEASE_SECONDS`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import Any, Literal
+
+import redis.asyncio
+from redis.exceptions import RedisError
+
+from vase_sgl.gateway.errors import LimitsUnavailable
+from vase_sgl.gateway.limits.usage import (
+    UsageLimits,
+    over_concurrency,
+    over_requests,
+    over_tokens,
+)
+
+logger = logging.getLogger(__name__)
+
+LEASE_SECONDS = 30.0
+#: Seconds one command may take before Redis counts as away.
+TIMEOUT_SECONDS = 1.0
+
+OnFailure = Literal["refuse", "allow"]
+
+# KEYS: hash of levels, sorted set of leases (score: when it ends, in seconds).
+# ARGV: request id, requests/s, burst, tokens/min, concurrent (0: unlimited each), lease seconds,
+#       tokens to charge.
+_COMMON = """
+local time = redis.call('TIME')
+local now = tonumber(time[1]) + tonumber(time[2]) / 1e6
+local function level(name, rate, capacity)
+  local old = redis.call('HMGET', KEYS[1], name, name .. '_at')
+  if not old[1] then return capacity end
+  return math.min(capacity, tonumber(old[1]) + math.max(0, now - tonumber(old[2])) * rate)
+end
+local function store(name, value, rate, capacity)
+  redis.call('HSET', KEYS[1], name, string.format('%.6f', value),
+             name .. '_at', string.format('%.6f', now))
+  local full = math.ceil((capacity - value) / rate) + 60
+  if redis.call('TTL', KEYS[1]) < full then redis.call('EXPIRE', KEYS[1], full) end
+end
+local rps, burst, tpm = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
+local concurrent, lease = tonumber(ARGV[5]), tonumber(ARGV[6])
+"""
+
+_ENTER = (
+    _COMMON
+    + """
+if concurrent > 0 then
+  redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now)
+  if redis.call('ZCARD', KEYS[2]) >= concurrent then return {'concurrency', '0'} end
+end
+if tpm > 0 then
+  local left = level('tokens', tpm / 60, tpm)
+  if left < 1 then return {'tokens', tostring((1 - left) * 60 / tpm)} end
+end
+if rps > 0 then
+  local left = level('requests', rps, burst)
+  if left < 1 then return {'requests', tostring((1 - left) / rps)} end
+  store('requests', left - 1, rps, burst)
+end
+if concurrent > 0 then
+  redis.call('ZADD', KEYS[2], now + lease, ARGV[1])
+  redis.call('EXPIRE', KEYS[2], math.ceil(lease) + 60)
+end
+return {'', '0'}
+"""
+)
+
+_LEAVE = (
+    _COMMON
+    + """
+redis.call('ZREM', KEYS[2], ARGV[1])
+if tpm > 0 then
+  store('tokens', level('tokens', tpm / 60, tpm) - tonumber(ARGV[7]), tpm / 60, tpm)
+end
+return 0
+"""
+)
+
+_RENEW = """
+local time = redis.call('TIME')
+local ends = tonumber(time[1]) + tonumber(ARGV[1])
+for i = 2, #ARGV do redis.call('ZADD', KEYS[1], 'XX', ends, ARGV[i]) end
+redis.call('EXPIRE', KEYS[1], math.ceil(tonumber(ARGV[1])) + 60)
+return 0
+"""
+
+
+class SharedUsageError(Exception):
+    """Redis cannot be used at start-up. The text says what to do."""
+
+
+class SharedUsage:
+    """`Usage` in Redis. Made by `connect`."""
+
+    def __init__(self, client: redis.asyncio.Redis, *, prefix: str, on_failure: OnFailure) -> None:
+        self._client = client
+        self._prefix = prefix
+        self._on_failure = on_failure
+        self._enter = client.register_script(_ENTER)
+        self._leave = client.register_script(_LEAVE)
+        self._renew = client.register_script(_RENEW)
+        #: Lease ids held here, by tenant.
+        self._held: dict[str, set[str]] = {}
+        self._renewing = asyncio.create_task(self._renew_forever(), name="vase-leases")
+
+    @classmethod
+    async def connect(cls, url: str, *, prefix: str, on_failure: OnFailure) -> SharedUsage:
+        """Raises `SharedUsageError` if Redis does not answer."""
+        try:
+            client = redis.asyncio.from_url(
+                url, socket_timeout=TIMEOUT_SECONDS, socket_connect_timeout=TIMEOUT_SECONDS
+            )
+        except ValueError as error:
+            raise SharedUsageError(
+                f"limits.redis_url cannot be used: {error}; one looks like redis://host:6379/0"
+            ) from error
+        try:
+            await client.ping()
+        except (RedisError, OSError) as error:
+            await client.aclose()
+            raise SharedUsageError(
+                f"limits.redis_url is set, but Redis does not answer: {error}; start it, or leave "
+                "limits.redis_url out to count in each gateway alone"
+            ) from error
+        return cls(client, prefix=prefix, on_failure=on_failure)
+
+    async def enter(self, tenant: str, limits: UsageLimits, request_id: str) -> None:
+        try:
+            answer = await self._run(self._enter, tenant, limits, request_id, 0)
+        except (RedisError, OSError) as error:
+            if self._on_failure == "allow":
+                logger.error("limits of tenant %s are not checked: %s", tenant, error)
+                return
+            logger.error("a request of tenant %s is refused: %s", tenant, error)
+            raise LimitsUnavailable(
+                "the limits cannot be checked just now; try again in a moment",
+                retry_seconds=TIMEOUT_SECONDS,
+            ) from error
+        reason, seconds = (part.decode() for part in answer)
+        match reason:
+            case "":
+                if limits.concurrent is not None:
+                    self._held.setdefault(tenant, set()).add(request_id)
+            case "concurrency":
+                raise over_concurrency(tenant, limits)
+            case "tokens":
+                raise over_tokens(tenant, limits, float(seconds))
+            case _:
+                raise over_requests(tenant, limits, float(seconds))
+
+    async def leave(self, tenant: str, limits: UsageLimits, request_id: str, tokens: int) -> None:
+        held = self._held.get(tenant)
+        if held is not None:
+            held.discard(request_id)
+            if not held:
+                del self._held[tenant]
+        try:
+            await self._run(self._leave, tenant, limits, request_id, tokens)
+        except (RedisError, OSError) as error:
+            logger.error("%d tokens of tenant %s are not charged: %s", tokens, tenant, error)
+
+    async def close(self) -> None:
+        self._renewing.cancel()
+        await asyncio.gather(self._renewing, return_exceptions=True)
+        await self._client.aclose()
+
+    async def _run(
+        self, script: Any, tenant: str, limits: UsageLimits, request_id: str, tokens: int
+    ) -> Any:
+        return await script(
+            keys=self._keys(tenant),
+            args=[
+                request_id,
+                limits.requests_per_second or 0,
+                limits.burst,
+                limits.tokens_per_minute or 0,
+                limits.concurrent or 0,
+                LEASE_SECONDS,
+                tokens,
+            ],
+        )
+
+    def _keys(self, tenant: str) -> list[str]:
+        # The braces keep a tenant's keys on one node of a Redis cluster.
+        return [f"{self._prefix}:{{{tenant}}}:levels", f"{self._prefix}:{{{tenant}}}:leases"]
+
+    async def _renew_forever(self) -> None:
+        while True:
+            await asyncio.sleep(LEASE_SECONDS / 3)
+            for tenant, held in list(self._held.items()):
+                with contextlib.suppress(RedisError, OSError):  # the next request reports it
+                    await self._renew(keys=[self._keys(tenant)[1]], args=[LEASE_SECONDS, *held])

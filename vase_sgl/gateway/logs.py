@@ -1,0 +1,65 @@
+"""Logs, as text or as one JSON object a line. They never hold keys, seeds, prompts or output."""
+
+from __future__ import annotations
+
+import contextvars
+import datetime
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any, Literal
+
+from vase_sgl.gateway import telemetry
+
+_fields: contextvars.ContextVar[Mapping[str, Any]] = contextvars.ContextVar(
+    "vase_log", default=MappingProxyType({})
+)
+
+#: Libraries whose logs quote what passes through them, or are noise below warnings.
+_TALKATIVE = ("aiosqlite", "sqlalchemy", "aiohttp", "asyncio", "grpc", "redis", "asyncpg")
+
+
+@contextmanager
+def fields(**values: str) -> Iterator[None]:
+    """Add these fields to every JSON line of the body."""
+    token = _fields.set({**_fields.get(), **values})
+    try:
+        yield
+    finally:
+        _fields.reset(token)
+
+
+class JsonFormatter(logging.Formatter):
+    """time, level, logger, message; tenant, request_id, trace_id where there is one; error."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
+        line: dict[str, Any] = {
+            "time": time.isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **_fields.get(),
+            **getattr(record, "vase", {}),
+        }
+        trace_id = telemetry.trace_id()
+        if trace_id is not None:
+            line["trace_id"] = trace_id
+        if record.exc_info:
+            line["error"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
+def set_up(level: str, format: Literal["text", "json"]) -> None:
+    """Log to standard error from now on."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        JsonFormatter()
+        if format == "json"
+        else logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    )
+    logging.basicConfig(level=level.upper(), handlers=[handler])
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))

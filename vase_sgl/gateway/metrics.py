@@ -1,0 +1,160 @@
+"""What the gateway counts and measures, as OpenTelemetry instruments.
+
+Names follow the GenAI semantic conventions where these have one. The label `vase.tenant` only ever
+holds names from the tenants file: who is not known has no tenant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation
+
+from vase_sgl.gateway.breaker import BreakerState
+from vase_sgl.gateway.telemetry import PROVIDER
+
+if TYPE_CHECKING:
+    from vase_sgl.gateway.audit import Record
+    from vase_sgl.gateway.router import WorkerStatus
+
+_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600)
+_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576)
+
+
+class Metrics:
+    """The instruments. Calls are cheap, and go nowhere without a reader."""
+
+    def __init__(self, provider: MeterProvider) -> None:
+        meter = self._meter = provider.get_meter("vase_sgl.gateway")
+        self._requests = meter.create_counter(
+            "vase.requests", description="Requests that ended, by tenant, operation and outcome."
+        )
+        self._rejections = meter.create_counter(
+            "vase.rejections", description="Requests refused before they ran, by reason."
+        )
+        self._retries = meter.create_counter(
+            "vase.worker.retries", description="Requests that went on to another worker."
+        )
+        self._rounds = meter.create_counter(
+            "vase.eviction.rounds", description="Eviction rounds of requests that ended."
+        )
+        self._evicted = meter.create_counter(
+            "vase.eviction.tokens",
+            unit="{token}",
+            description="Tokens evicted, per layer and KV head.",
+        )
+        self._queue = meter.create_histogram(
+            "vase.queue.duration",
+            unit="s",
+            description="Wait for a worker with room.",
+            explicit_bucket_boundaries_advisory=_SECONDS,
+        )
+        self._duration = meter.create_histogram(
+            "gen_ai.server.request.duration",
+            unit="s",
+            description="Arrival of a request to its end.",
+            explicit_bucket_boundaries_advisory=_SECONDS,
+        )
+        self._ttft = meter.create_histogram(
+            "gen_ai.server.time_to_first_token",
+            unit="s",
+            description="Arrival of a request to its first output token.",
+            explicit_bucket_boundaries_advisory=_SECONDS,
+        )
+        self._tpot = meter.create_histogram(
+            "gen_ai.server.time_per_output_token",
+            unit="s",
+            description="Time per output token after the first.",
+            explicit_bucket_boundaries_advisory=_TOKEN_SECONDS,
+        )
+        self._tokens = meter.create_histogram(
+            "gen_ai.client.token.usage",
+            unit="{token}",
+            description="Prompt (input) and output tokens of a request.",
+            explicit_bucket_boundaries_advisory=_TOKENS,
+        )
+        self.open_requests = 0
+        meter.create_observable_gauge(
+            "vase.requests.open",
+            [lambda _: [Observation(self.open_requests)]],
+            description="Requests at the gateway now, waiting or running.",
+        )
+
+    def watch(
+        self, workers: Callable[[], Iterable[WorkerStatus]], waiting: Callable[[], int]
+    ) -> None:
+        """Observe the workers and the queue from now on."""
+
+        def gauge(name: str, value: Callable[[WorkerStatus], int], description: str) -> None:
+            def observe(_: CallbackOptions) -> list[Observation]:
+                return [Observation(value(w), {"vase.worker": w.name}) for w in workers()]
+
+            self._meter.create_observable_gauge(name, [observe], description=description)
+
+        gauge("vase.worker.ready", lambda w: int(w.ready), "Whether the worker answers.")
+        gauge("vase.worker.in_flight", lambda w: w.in_flight, "Requests this gateway gave it.")
+        gauge("vase.worker.reserved_slots", lambda w: w.reserved_slots, "Reserved KV slots.")
+
+        def breakers(_: CallbackOptions) -> list[Observation]:
+            return [
+                Observation(
+                    int(worker.breaker is state),
+                    {"vase.worker": worker.name, "vase.breaker.state": state.value},
+                )
+                for worker in workers()
+                for state in BreakerState
+            ]
+
+        self._meter.create_observable_gauge(
+            "vase.worker.breaker",
+            [breakers],
+            description="1 for its state, else 0.",
+        )
+        self._meter.create_observable_gauge(
+            "vase.queue.waiting",
+            [lambda _: [Observation(waiting())]],
+            description="Requests that wait for a worker.",
+        )
+
+    def ended(self, tenant: str, operation: str, outcome: str) -> None:
+        """A request that was let in has ended; `outcome` is the name of its gRPC status."""
+        labels = {"vase.tenant": tenant, "vase.operation": operation, "vase.outcome": outcome}
+        self._requests.add(1, labels)
+
+    def rejected(self, reason: str, tenant: str = "") -> None:
+        """A request was refused before it ran. Without a tenant: nobody knows whose it was."""
+        self._rejections.add(1, {"vase.tenant": tenant, "vase.reason": reason})
+
+    def retried(self) -> None:
+        """A request goes on to another worker."""
+        self._retries.add(1)
+
+    def waited(self, tenant: str, seconds: float) -> None:
+        """A request was given a worker."""
+        self._queue.record(seconds, {"vase.tenant": tenant})
+
+    def generated(self, record: Record, operation: str, error: str | None) -> None:
+        """A generation ended. `error`: the name of its gRPC status, unless it completed."""
+        timings, output = record.timings, len(record.output_token_ids)
+        labels = {
+            "gen_ai.operation.name": operation,
+            "gen_ai.provider.name": PROVIDER,
+            "gen_ai.request.model": record.fingerprint.get("model", ""),
+            "vase.tenant": record.tenant,
+        }
+        failed = {} if error is None else {"error.type": error}
+        self._duration.record(timings.total_seconds, labels | failed)
+        if timings.ttft_seconds is not None:
+            self._ttft.record(timings.ttft_seconds, labels)
+            if output > 1:
+                rest = timings.total_seconds - timings.ttft_seconds
+                self._tpot.record(rest / (output - 1), labels)
+        prompt = len(record.prompt_token_ids)
+        self._tokens.record(prompt, labels | {"gen_ai.token.type": "input"})
+        self._tokens.record(output, labels | {"gen_ai.token.type": "output"})
+        if record.cache is not None and record.eviction is not None:
+            evicted = {"vase.tenant": record.tenant, "vase.policy": str(record.eviction["policy"])}
+            self._rounds.add(record.cache.rounds, evicted)
+            self._evicted.add(record.cache.evicted_tokens, evicted)

@@ -1,0 +1,83 @@
+"""Where spans and metrics go: an OTLP collector, a page for Prometheus, both or nowhere."""
+
+from __future__ import annotations
+
+import asyncio
+
+from aiohttp import web
+from opentelemetry import metrics, trace
+from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+from opentelemetry.exporter.prometheus import PrometheusMetricReader
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetricReader
+from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+
+from vase_sgl import __version__
+from vase_sgl.gateway import telemetry
+from vase_sgl.gateway.config import TelemetrySection
+
+
+class Observability:
+    """The providers of one gateway."""
+
+    def __init__(self, settings: TelemetrySection) -> None:
+        resource = Resource.create(
+            {SERVICE_NAME: settings.service_name, SERVICE_VERSION: __version__}
+        )
+        self._registry = CollectorRegistry()
+        self._page: web.AppRunner | None = None
+        self._tracers: TracerProvider | None = None
+        readers: list[MetricReader] = []
+        if settings.metrics_port is not None:
+            readers.append(PrometheusMetricReader(registry=self._registry))
+        if settings.otlp_endpoint is not None:
+            insecure = settings.otlp_endpoint.startswith("http://")
+            readers.append(
+                PeriodicExportingMetricReader(
+                    OTLPMetricExporter(endpoint=settings.otlp_endpoint, insecure=insecure),
+                    export_interval_millis=settings.export_interval_seconds * 1000,
+                )
+            )
+            self._tracers = TracerProvider(resource=resource)
+            self._tracers.add_span_processor(
+                BatchSpanProcessor(
+                    OTLPSpanExporter(endpoint=settings.otlp_endpoint, insecure=insecure),
+                    schedule_delay_millis=settings.export_interval_seconds * 1000,
+                )
+            )
+            telemetry.use(self._tracers)
+        self._meters = MeterProvider(readers, resource) if readers else None
+
+    @property
+    def meters(self) -> metrics.MeterProvider:
+        """Where the gateway's instruments come from."""
+        return self._meters or metrics.NoOpMeterProvider()
+
+    async def open_page(self, host: str, port: int) -> int:
+        """Serve /metrics for Prometheus; the port that was taken. Raises `OSError`."""
+        app = web.Application()
+        app.router.add_get("/metrics", self._answer)
+        self._page = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
+        await self._page.setup()
+        await web.TCPSite(self._page, host, port).start()
+        return int(self._page.addresses[0][1])
+
+    async def close(self) -> None:
+        """Send what is left, and stop."""
+        if self._page is not None:
+            await self._page.cleanup()
+        if self._tracers is not None:
+            telemetry.use(trace.NoOpTracerProvider())
+            await asyncio.to_thread(self._tracers.shutdown)
+        if self._meters is not None:
+            await asyncio.to_thread(self._meters.shutdown)
+
+    async def _answer(self, request: web.Request) -> web.Response:
+        # Encoded in the event loop's own thread: the gauges read what the loop changes.
+        encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+        return web.Response(body=encode(self._registry), headers={"Content-Type": content_type})

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible HTTP door: the same tenants, limits, records and replay as over gRPC."""

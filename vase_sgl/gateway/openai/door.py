@@ -1,0 +1,320 @@
+"""The HTTP server: OpenAI's paths in front of the same generations as gRPC's."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import ssl
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from aiohttp import web
+from cryptography import x509
+
+from vase_sgl.gateway import telemetry
+from vase_sgl.gateway.admission import Admissions
+from vase_sgl.gateway.audit import Record
+from vase_sgl.gateway.auth import Authenticator, Credential, bearer, require_role
+from vase_sgl.gateway.errors import (
+    ClientGone,
+    ClientStalled,
+    GatewayError,
+    InvalidRequest,
+    LimitExceeded,
+    NotFound,
+    WorkerUnavailable,
+)
+from vase_sgl.gateway.generation import Generations
+from vase_sgl.gateway.openai import answers
+from vase_sgl.gateway.openai.answers import Answer, Kind
+from vase_sgl.gateway.openai.requests import Call, chat_call, completion_call
+from vase_sgl.gateway.router import WorkerRouter
+from vase_sgl.gateway.tenants import Role, Tenant
+from vase_sgl.rpc.v1 import gateway_pb2 as pb
+
+logger = logging.getLogger(__name__)
+
+_TENANT = web.RequestKey("tenant", Tenant)
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class OpenAIDoor:
+    """Serves /v1/chat/completions, /v1/completions and /v1/models between `open` and `close`."""
+
+    def __init__(
+        self,
+        authenticator: Authenticator,
+        admissions: Admissions,
+        generations: Generations,
+        router: WorkerRouter,
+        *,
+        default_max_tokens: int,
+        client_stall_seconds: float,
+        max_body_bytes: int,
+        max_concurrent: int,
+    ) -> None:
+        self._authenticator = authenticator
+        self._admissions = admissions
+        self._generations = generations
+        self._router = router
+        self._default_max_tokens = default_max_tokens
+        self._client_stall = client_stall_seconds
+        self._max_concurrent = max_concurrent
+        self._running = 0
+        self._draining = False
+        app = web.Application(
+            client_max_size=max_body_bytes, middlewares=[self._answer_errors, self._authenticate]
+        )
+        app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_post("/v1/completions", self._completion)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/v1/models/{model}", self._model)
+        # A client that leaves cancels its handler, which frees the request's slots at once.
+        self._runner = web.AppRunner(
+            app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0
+        )
+
+    async def open(self, host: str, port: int, tls: ssl.SSLContext | None) -> int:
+        """Listen; the port that was taken. Raises `OSError`."""
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, host, port, ssl_context=tls)
+        await site.start()
+        addresses: list[tuple[Any, ...]] = self._runner.addresses
+        return int(addresses[0][1])
+
+    async def drain(self, seconds: float) -> None:
+        """Refuse new requests with 503; running ones may finish for so long."""
+        self._draining = True
+        end = time.monotonic() + seconds
+        while self._running and time.monotonic() < end:
+            await asyncio.sleep(0.05)
+
+    async def close(self) -> None:
+        """End what still runs, and stop listening."""
+        self._draining = True
+        await self._runner.cleanup()
+
+    # -- the calls -------------------------------------------------------------------------------
+
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
+        return await self._generate(
+            request, "chat", chat_call(await _json(request), self._default_max_tokens)
+        )
+
+    async def _completion(self, request: web.Request) -> web.StreamResponse:
+        return await self._generate(request, "completion", completion_call(await _json(request)))
+
+    async def _models(self, request: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": [_model(n) for n in self._names()]})
+
+    async def _model(self, request: web.Request) -> web.Response:
+        return web.json_response(_model(self._known(request.match_info["model"])))
+
+    def _names(self) -> list[str]:
+        return sorted({info.fingerprint["model"] for _, info in self._router.ready()})
+
+    def _known(self, model: str) -> str:
+        names = self._names()
+        if model not in names:
+            raise NotFound(f"model: {model!r} is not served here; choose {' or '.join(names)}")
+        return model
+
+    async def _generate(self, request: web.Request, kind: Kind, call: Call) -> web.StreamResponse:
+        require_role(request[_TENANT], Role.GENERATE)
+        self._known(call.model)
+        run = _Samples(self, request, kind, call)
+        return await (run.streamed() if call.stream else run.whole())
+
+    # -- around every call -----------------------------------------------------------------------
+
+    @web.middleware
+    async def _answer_errors(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        self._running += 1
+        try:
+            self._check_room()
+            with telemetry.caller(request.headers.items()):
+                return await handler(request)
+        except GatewayError as error:
+            status, headers, body = answers.error(error)
+            return _failure(status, body, headers)
+        except UnicodeEncodeError as error:
+            # JSON can name half of a surrogate pair, which is no text.
+            refused = InvalidRequest(f"the body holds a character that is none: {error.reason}")
+            return _failure(400, answers.error(refused)[2])
+        except web.HTTPException as error:
+            text = f"{request.method} {request.path}: {error.reason}"
+            return _failure(
+                error.status, answers.error_body(text, "invalid_request_error", "http_error")
+            )
+        except ClientGone:
+            logger.info("%s: the client left", request.path)
+            raise ConnectionResetError from None
+        except (ConnectionError, asyncio.CancelledError):
+            raise
+        except Exception:
+            logger.exception("%s failed", request.path)
+            text = f"{request.path} failed inside the gateway; its log has the reason"
+            return _failure(500, answers.error_body(text, "api_error", "internal"))
+        finally:
+            self._running -= 1
+
+    def _check_room(self) -> None:
+        if self._draining:
+            raise WorkerUnavailable("this gateway is shutting down; try again", retry_seconds=1.0)
+        if self._running > self._max_concurrent:
+            raise LimitExceeded(
+                f"{self._max_concurrent} requests run already, which is as many as may; try again",
+                reason="calls",
+                retry_seconds=1.0,
+            )
+
+    @web.middleware
+    async def _authenticate(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        header = request.headers.get("Authorization")
+        credential = Credential(None if header is None else bearer(header), _subject(request))
+        request[_TENANT] = await self._authenticator.tenant_of(credential)
+        return await handler(request)
+
+
+class _Samples:
+    """The samples of one request, which run side by side, each with a record of its own."""
+
+    def __init__(self, door: OpenAIDoor, request: web.Request, kind: Kind, call: Call) -> None:
+        self._door = door
+        self._request = request
+        self._kind: Kind = kind
+        self._call = call
+        self._created = int(time.time())
+        self._response: web.StreamResponse | None = None
+        self._answer: Answer | None = None
+        self._opening = asyncio.Lock()
+
+    async def whole(self) -> web.Response:
+        async def ignore(index: int, message: pb.GenerateResponse) -> None:
+            """The records have it all."""
+
+        records = await self._run(ignore)
+        answer = self._answer_for(records[0].record_id)
+        return web.json_response(answer.whole(records), headers=_id_header(records[0].record_id))
+
+    async def streamed(self) -> web.StreamResponse:
+        try:
+            records = await self._run(self._send, self._send_finish)
+        except GatewayError as error:
+            if self._response is None:
+                raise
+            # The status has gone out; OpenAI's clients raise for an error among the events.
+            await self._write(answers.error(error)[2])
+            return self._response
+        assert self._response is not None and self._answer is not None
+        if self._call.include_usage:
+            await self._write(self._answer.usage(records))
+        await self._write("[DONE]")
+        return self._response
+
+    async def _run(
+        self,
+        send: Callable[[int, pb.GenerateResponse], Awaitable[None]],
+        finish: Callable[[int, Record], Awaitable[None]] | None = None,
+    ) -> list[Record]:
+        door, tenant = self._door, self._request[_TENANT]
+
+        async def one(index: int) -> Record:
+            async with door._admissions.admit(tenant, "generate") as passage:
+                record = await door._generations.run(
+                    passage, self._call.sample(index), lambda message: send(index, message)
+                )
+            if finish is not None:
+                await finish(index, record)
+            return record
+
+        if self._call.samples == 1:
+            return [await one(0)]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(one(index)) for index in range(self._call.samples)]
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        return [task.result() for task in tasks]
+
+    async def _send(self, index: int, message: pb.GenerateResponse) -> None:
+        if message.HasField("started"):
+            await self._open(message.started.request_id)
+            assert self._answer is not None
+            if self._kind == "chat":
+                await self._write(self._answer.role(index))
+        elif message.chunk.text:
+            assert self._answer is not None
+            await self._write(self._answer.text(index, message.chunk.text))
+
+    async def _send_finish(self, index: int, record: Record) -> None:
+        assert self._answer is not None
+        await self._write(self._answer.finish(index, record))
+
+    async def _open(self, request_id: str) -> None:
+        """Send the headers, once the first sample was accepted; before that, errors have theirs."""
+        async with self._opening:
+            if self._response is None:
+                headers = {
+                    "Content-Type": "text/event-stream",
+                    "Cache-Control": "no-cache",
+                    **_id_header(request_id),
+                }
+                self._answer = self._answer_for(request_id)
+                response = web.StreamResponse(headers=headers)
+                await response.prepare(self._request)
+                self._response = response
+
+    def _answer_for(self, request_id: str) -> Answer:
+        return Answer(self._kind, self._call.model, self._created, request_id)
+
+    async def _write(self, event: object) -> None:
+        """One event; waits while the client does not read. Raises `ClientGone`, `ClientStalled`."""
+        assert self._response is not None
+        text = event if isinstance(event, str) else json.dumps(event, ensure_ascii=False)
+        stall = self._door._client_stall
+        try:
+            async with asyncio.timeout(stall):
+                await self._response.write(f"data: {text}\n\n".encode())
+        except TimeoutError as error:
+            transport = self._request.transport
+            if transport is not None:
+                transport.abort()
+            raise ClientStalled(
+                f"the client did not read for {stall:g} s; the request was aborted"
+            ) from error
+        except ConnectionError as error:
+            raise ClientGone from error
+
+
+async def _json(request: web.Request) -> object:
+    try:
+        return await request.json()
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest("the body is not JSON, or is nested too deeply") from error
+
+
+def _subject(request: web.Request) -> str | None:
+    """The subject of the client certificate, which was verified in the handshake."""
+    connection = request.get_extra_info("ssl_object")
+    certificate = connection.getpeercert(binary_form=True) if connection is not None else None
+    if not certificate:
+        return None
+    return x509.load_der_x509_certificate(certificate).subject.rfc4514_string()
+
+
+def _failure(
+    status: int, body: dict[str, Any], headers: dict[str, str] | None = None
+) -> web.Response:
+    return web.json_response(body, status=status, headers=headers)
+
+
+def _model(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "vase_sgl"}
+
+
+def _id_header(request_id: str) -> dict[str, str]:
+    return {"x-request-id": request_id}

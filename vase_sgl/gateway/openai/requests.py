@@ -1,0 +1,191 @@
+"""From OpenAI's request bodies to the gateway's own requests. What is not supported is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from google.protobuf import json_format
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vase_sgl.gateway.errors import InvalidRequest
+from vase_sgl.rpc.v1 import gateway_pb2 as pb
+
+#: Samples of one request.
+MAX_SAMPLES = 16
+#: OpenAI's own default for /v1/completions.
+COMPLETION_MAX_TOKENS = 16
+
+Int32 = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class _TextPart(_Strict):
+    type: Literal["text"]
+    text: str
+
+
+class _Message(_Strict):
+    role: str
+    content: str | list[_TextPart]
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
+class _StreamOptions(_Strict):
+    include_usage: bool = False
+
+
+class _Common(_Strict):
+    """What both calls take. The second block is not OpenAI's; SGLang's names are kept."""
+
+    model: str
+    max_tokens: Int32 | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    stop: str | list[str] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] = 1
+    stream: bool = False
+    stream_options: _StreamOptions | None = None
+
+    top_k: Int32 | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    stop_token_ids: list[TokenId] | None = None
+    ignore_eos: bool | None = None
+    vase: dict[str, Any] | None = None
+
+
+class _Chat(_Common):
+    messages: Annotated[list[_Message], Field(min_length=1)]
+    max_completion_tokens: Int32 | None = None
+
+
+class _Completion(_Common):
+    prompt: str | list[str] | list[TokenId]
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A checked request: what to generate, how often, and how to answer."""
+
+    model: str
+    request: pb.GenerateRequest
+    samples: int
+    stream: bool
+    include_usage: bool
+
+    def sample(self, index: int) -> pb.GenerateRequest:
+        """The request of one sample; equal seeds give every sample draws of its own."""
+        request = pb.GenerateRequest()
+        request.CopyFrom(self.request)
+        request.sample_index = index
+        return request
+
+
+def chat_call(body: object, default_max_tokens: int) -> Call:
+    """A body of /v1/chat/completions. Raises `InvalidRequest`."""
+    chat = _parse(_Chat, body)
+    if chat.max_tokens is not None and chat.max_completion_tokens is not None:
+        raise InvalidRequest("max_tokens: is the old name of max_completion_tokens; send one")
+    wanted = chat.max_completion_tokens if chat.max_tokens is None else chat.max_tokens
+    conversation = pb.Conversation(
+        messages=[pb.ChatMessage(role=m.role, content=m.text) for m in chat.messages]
+    )
+    request = pb.GenerateRequest(chat=conversation)
+    return _call(chat, request, default_max_tokens if wanted is None else wanted)
+
+
+def completion_call(body: object) -> Call:
+    """A body of /v1/completions. Raises `InvalidRequest`."""
+    completion = _parse(_Completion, body)
+    request, prompt = pb.GenerateRequest(), completion.prompt
+    if isinstance(prompt, str):
+        request.text = prompt
+    elif all(isinstance(part, int) for part in prompt):
+        request.token_ids.SetInParent()
+        request.token_ids.ids.extend(part for part in prompt if isinstance(part, int))
+    elif len(prompt) == 1:
+        request.text = str(prompt[0])
+    else:
+        raise InvalidRequest("prompt: several prompts in one request are not supported; send one")
+    wanted = completion.max_tokens
+    return _call(completion, request, COMPLETION_MAX_TOKENS if wanted is None else wanted)
+
+
+def _call(body: _Common, request: pb.GenerateRequest, max_tokens: int) -> Call:
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequest("stream_options: has a meaning only with stream: true")
+    request.max_new_tokens = max_tokens
+    if body.seed is not None:
+        request.seed = body.seed
+    sampling = {
+        name: value
+        for name in pb.SamplingParams.DESCRIPTOR.fields_by_name
+        if (value := getattr(body, name)) is not None
+    }
+    if isinstance(body.stop, str):
+        sampling["stop"] = [body.stop]
+    request.sampling.CopyFrom(pb.SamplingParams(**sampling))
+    if body.vase is not None:
+        request.eviction.CopyFrom(_eviction(body.vase))
+    options = body.stream_options
+    return Call(
+        body.model, request, body.n, body.stream, options is not None and options.include_usage
+    )
+
+
+def _eviction(fields: Mapping[str, Any]) -> pb.EvictionParams:
+    """The fields of `vase`, named as in `EvictionParams`; the prompt mode is `prompt`."""
+    named = {key: value for key, value in fields.items() if key != "prompt"}
+    if "prompt" in fields:
+        named["prompt_mode"] = f"PROMPT_MODE_{fields['prompt']}".upper()
+    try:
+        return json_format.ParseDict(named, pb.EvictionParams())
+    except json_format.ParseError as error:
+        known = list(pb.EvictionParams.DESCRIPTOR.fields_by_name)
+        known[known.index("prompt_mode")] = "prompt"
+        raise InvalidRequest(f"vase: {error}; known are {', '.join(known)}") from error
+
+
+B = TypeVar("B", bound=_Common)
+
+
+def _parse(kind: type[B], body: object) -> B:
+    if not isinstance(body, dict):
+        raise InvalidRequest("the body must be a JSON object")
+    # null is the same as left out, as in OpenAI's own API.
+    given = {key: value for key, value in body.items() if value is not None}
+    unsupported = sorted(given.keys() - kind.model_fields.keys())
+    if unsupported:
+        raise InvalidRequest(
+            f"{', '.join(unsupported)}: not supported here; leave it out. Supported are "
+            f"{', '.join(kind.model_fields)}"
+        )
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        raise InvalidRequest("; ".join(_problems(error))) from error
+
+
+def _problems(error: ValidationError) -> list[str]:
+    """One text for each field that is wrong; values are left out, they may be prompts."""
+    texts: dict[str, str] = {}
+    for problem in error.errors(include_input=False, include_url=False):
+        location = [str(part) for part in problem["loc"]]
+        texts.setdefault(
+            location[0] if location else "body", f"{'.'.join(location)}: {problem['msg']}"
+        )
+    return list(texts.values())

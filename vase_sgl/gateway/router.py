@@ -1,0 +1,416 @@
+"""Which worker gets a request: health, breaker, room, load and prefix affinity.
+
+Room: a worker has fewer requests of this gateway in flight than it may, its KV slots suffice for
+one more, and so do its query rings if the policy reads queries; an idle worker always has room.
+Among those with room the one with the smallest share of reserved slots wins; equals take turns.
+With affinity the worker that the prompt's first tokens hash to (rendezvous hashing: when a worker
+comes or goes, only its own prompts move) goes first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+import itertools
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from vase_sgl.eviction.params import reserved_slots
+from vase_sgl.eviction.policies import POLICIES
+from vase_sgl.gateway.breaker import BreakerState, CircuitBreaker
+from vase_sgl.gateway.config import WorkerSection
+from vase_sgl.gateway.errors import GatewayError, WorkerUnavailable
+from vase_sgl.gateway.workers import Worker, WorkerChunk, WorkerInfo, WorkerRequest
+
+logger = logging.getLogger(__name__)
+
+#: Requests in flight for a worker that does not report its own maximum.
+DEFAULT_IN_FLIGHT = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """What a request needs of a worker.
+
+    eviction: as in `WorkerRequest`, but None if nothing is ever evicted.
+    reads_queries: its policy needs one of the worker's query rings.
+    """
+
+    prompt_token_ids: tuple[int, ...]
+    max_new_tokens: int
+    eviction: Mapping[str, Any] | None
+    reads_queries: bool
+
+    @classmethod
+    def of(cls, request: WorkerRequest) -> Need:
+        """The need of a request."""
+        eviction, reads_queries = request.eviction, False
+        if eviction is not None:
+            # Of a policy that this version lacks (an old record's) the worker says what is wrong.
+            policy = POLICIES.get(str(eviction["policy"]))
+            if policy is not None:
+                reads_queries = policy.needs_queries
+                eviction = eviction if policy.evicts else None
+        max_new_tokens = int(request.sampling["max_new_tokens"])
+        return cls(request.prompt_token_ids, max_new_tokens, eviction, reads_queries)
+
+    def slots(self, info: WorkerInfo) -> int:
+        """KV slots it surely takes there: what the worker reserves for it.
+
+        Without eviction the prompt's, as how far it grows nobody knows.
+        """
+        return len(self.prompt_token_ids) if self.eviction is None else self.slots_at_most(info)
+
+    def slots_at_most(self, info: WorkerInfo) -> int:
+        """KV slots it may come to own there."""
+        prompt = len(self.prompt_token_ids)
+        if self.eviction is None:
+            return prompt + self.max_new_tokens
+        return reserved_slots(
+            prompt,
+            self.max_new_tokens,
+            budget=int(self.eviction["budget"]),
+            window=int(self.eviction["window"]),
+            prompt=str(self.eviction["prompt"]),
+            prefix_cache=info.prefix_cache,
+            page_size=info.page_size,
+        )
+
+    def fits(self, info: WorkerInfo) -> bool:
+        """Whether the worker's own ceilings allow it at all."""
+        if len(self.prompt_token_ids) + self.max_new_tokens > info.context_length:
+            return False
+        return self.eviction is None or (
+            int(self.eviction["budget"]) <= info.max_budget
+            and int(self.eviction["window"]) <= info.max_window
+        )
+
+
+class Lease:
+    """The right to run one request on `worker`. Ends with `release`."""
+
+    def __init__(self, router: WorkerRouter, entry: _Entry, info: WorkerInfo, need: Need) -> None:
+        self._router = router
+        self._entry: _Entry | None = entry
+        self._need = need
+        self._slots = need.slots(info)
+        self._outcome: bool | None = None
+        self.worker = entry.worker
+        self.info = info
+        entry.in_flight += 1
+        entry.query_readers += need.reads_queries
+        entry.slots += self._slots
+        self._trial = entry.breaker.enter()
+
+    def answered(self, chunk: WorkerChunk) -> None:
+        """The worker has sent output: it works, and says what it still reserves.
+
+        From the first round on that is less, so others may find room.
+        """
+        if self._outcome is None:
+            self._outcome = True
+        if self._entry is None or self._need.eviction is None or chunk.cache is None:
+            return
+        fewer = self._slots - chunk.cache.reserved_slots
+        if fewer:
+            self._slots -= fewer
+            self._entry.slots -= fewer
+        if fewer > 0:
+            self._router._on_room()
+
+    def failed(self) -> None:
+        """The worker was lost or gave an answer that makes no sense."""
+        self._outcome = False
+
+    def release(self) -> None:
+        """The request is over. Further calls do nothing."""
+        entry, self._entry = self._entry, None
+        if entry is not None:
+            entry.in_flight -= 1
+            entry.query_readers -= self._need.reads_queries
+            entry.slots -= self._slots
+            entry.breaker.leave(self._trial, self._outcome)
+            self._router._released(entry, failed=self._outcome is False)
+
+
+class _Entry:
+    """One worker as the router sees it. Slots are in tokens."""
+
+    def __init__(self, worker: Worker, breaker: CircuitBreaker) -> None:
+        self.worker = worker
+        self.breaker = breaker
+        self.info: WorkerInfo | None = None
+        self.failure = f"worker {worker.name} has not answered yet"
+        self.in_flight = 0
+        #: Of these, requests whose policy reads queries.
+        self.query_readers = 0
+        #: Slots of the requests this gateway has in flight, now and at the last check.
+        self.slots = 0
+        self.slots_at_check = 0
+
+    @property
+    def reserved(self) -> int:
+        """Reserved slots: as reported, corrected by what this gateway did since."""
+        assert self.info is not None
+        return max(self.info.reserved_slots + self.slots - self.slots_at_check, self.slots)
+
+    def has_room(self, need: Need, max_in_flight: int | None) -> bool:
+        """Whether one more request with that need may be sent."""
+        assert self.info is not None
+        if self.in_flight == 0:
+            return True
+        most = max_in_flight or self.info.max_running_requests or DEFAULT_IN_FLIGHT
+        readers = self.info.max_query_requests
+        return (
+            self.in_flight < most
+            and not (need.reads_queries and readers and self.query_readers >= readers)
+            and self.reserved + need.slots(self.info) <= self.info.total_slots
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkerStatus:
+    """A worker for metrics."""
+
+    name: str
+    ready: bool
+    breaker: BreakerState
+    in_flight: int
+    reserved_slots: int
+
+
+class WorkerRouter:
+    """Hands out workers and watches their health. The set of workers may change while it runs.
+
+    `on_change(ready)` is awaited whenever the answer to "is any worker ready?" changes; `on_room()`
+    is called whenever a worker may have got room.
+    """
+
+    def __init__(
+        self,
+        workers: Sequence[Worker],
+        settings: WorkerSection,
+        *,
+        on_change: Callable[[bool], Awaitable[None]],
+        on_room: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._settings = settings
+        self._on_change = on_change
+        self._on_room = on_room
+        self._entries: dict[str, _Entry] = {}
+        self._leaving: set[_Entry] = set()
+        self._closing: set[asyncio.Task[None]] = set()
+        self._was_ready = False
+        self._turn = itertools.count()
+        self._look_again = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        for worker in workers:
+            self._add(worker)
+
+    def start(self, discovered: AsyncIterator[Sequence[Worker]] | None = None) -> None:
+        """Begin to watch; `discovered` yields the remote workers there are, again and again."""
+        self._tasks.append(asyncio.create_task(self._watch_forever(), name="vase-worker-health"))
+        if discovered is not None:
+            self._tasks.append(asyncio.create_task(self._follow(discovered), name="vase-discovery"))
+
+    async def close(self) -> None:
+        """Stop watching and close every worker."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        entries = (*self._entries.values(), *self._leaving)
+        await asyncio.gather(*(entry.worker.close() for entry in entries), *self._closing)
+
+    def take(
+        self, need: Need, *, exclude: Collection[str] = (), only: str | None = None
+    ) -> Lease | None:
+        """A lease on a worker, or None while none that could serve has room.
+
+        Raises `WorkerUnavailable` if no worker could serve, however long one waits.
+        """
+        possible = [
+            entry
+            for entry in self._available()
+            if entry.worker.name not in exclude and only in (None, entry.worker.name)
+        ]
+        if only is not None and not possible:
+            raise WorkerUnavailable(f"worker {only} is no longer ready; try again later")
+        if not possible:
+            raise WorkerUnavailable("no other worker is ready; try again later", retry_seconds=1.0)
+        fitting = [entry for entry in possible if entry.info and need.fits(entry.info)]
+        if not fitting:
+            raise WorkerUnavailable(
+                "the workers that are ready allow less than this request needs; try again later, "
+                "or give all workers the same flags"
+            )
+        for entry in self._order(fitting, need.prompt_token_ids):
+            if entry.has_room(need, self._settings.max_in_flight):
+                assert entry.info is not None
+                return Lease(self, entry, entry.info, need)
+        return None
+
+    def ready(self) -> list[tuple[Worker, WorkerInfo]]:
+        """Every worker that takes requests, the next in turn first.
+
+        The states are those of the last health check; lengths, limits and fingerprint hold.
+        Raises `WorkerUnavailable` if there is none.
+        """
+        entries = self._available()
+        first = next(self._turn) % len(entries)
+        return [(e.worker, e.info) for e in entries[first:] + entries[:first] if e.info]
+
+    def has_other(self, exclude: Collection[str]) -> bool:
+        """Whether a worker outside `exclude` takes requests."""
+        try:
+            return any(entry.worker.name not in exclude for entry in self._available())
+        except WorkerUnavailable:
+            return False
+
+    async def current(self) -> list[tuple[Worker, WorkerInfo]]:
+        """As `ready`, but with states fetched now; a worker that does not answer is left out."""
+        ready = self.ready()
+        infos = await asyncio.gather(
+            *(worker.info() for worker, _ in ready), return_exceptions=True
+        )
+        current: list[tuple[Worker, WorkerInfo]] = []
+        for (worker, _), info in zip(ready, infos, strict=True):
+            if isinstance(info, WorkerInfo):
+                current.append((worker, info))
+            elif not isinstance(info, GatewayError):
+                raise info
+        if not current:
+            raise WorkerUnavailable("no worker answers; try again later")
+        return current
+
+    def statuses(self) -> list[WorkerStatus]:
+        """Every worker, for metrics."""
+        return [
+            WorkerStatus(
+                entry.worker.name,
+                entry.info is not None,
+                entry.breaker.state,
+                entry.in_flight,
+                entry.reserved if entry.info else 0,
+            )
+            for entry in tuple(self._entries.values())  # may be called from another thread
+        ]
+
+    async def check_all(self) -> None:
+        """Probe every worker once and report a change of readiness."""
+        await asyncio.gather(*(self._check(entry) for entry in list(self._entries.values())))
+        await self._report()
+
+    async def _report(self) -> None:
+        ready = any(entry.info is not None for entry in self._entries.values())
+        if ready != self._was_ready:
+            self._was_ready = ready
+            await self._on_change(ready)
+        self._on_room()
+
+    def _available(self) -> list[_Entry]:
+        ready = [entry for entry in self._entries.values() if entry.info is not None]
+        if not ready:
+            reasons = "; ".join(entry.failure for entry in self._entries.values())
+            raise WorkerUnavailable(
+                f"no worker is ready: {reasons or 'none was found yet; try again later'}",
+                retry_seconds=1.0,
+            )
+        allowed = [entry for entry in ready if entry.breaker.allows]
+        if not allowed:
+            seconds = max(min(entry.breaker.open_seconds for entry in ready), 1.0)
+            raise WorkerUnavailable(
+                "every worker failed too often lately and is left alone for a while; come back "
+                f"in {seconds:.0f} s",
+                retry_seconds=seconds,
+            )
+        return allowed
+
+    def _order(self, entries: list[_Entry], prompt: tuple[int, ...]) -> list[_Entry]:
+        turn = next(self._turn)
+        rotated = entries[turn % len(entries) :] + entries[: turn % len(entries)]
+        ordered = sorted(rotated, key=_load)  # stable: equals keep their turn
+        width = self._settings.affinity_tokens
+        if width and len(prompt) >= width:
+            prefix = b"".join(token.to_bytes(4, "little") for token in prompt[:width])
+            ordered.sort(key=lambda e: e is not max(entries, key=lambda e: _weight(prefix, e)))
+        return ordered
+
+    def _add(self, worker: Worker) -> None:
+        self._entries[worker.name] = _Entry(worker, CircuitBreaker(self._settings.breaker))
+
+    def _released(self, entry: _Entry, *, failed: bool) -> None:
+        if failed:
+            self._look_again.set()
+        if entry in self._leaving and entry.in_flight == 0:
+            self._dismiss(entry)
+        self._on_room()
+
+    def _dismiss(self, entry: _Entry) -> None:
+        self._leaving.discard(entry)
+        task = asyncio.create_task(entry.worker.close())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    async def _follow(self, discovered: AsyncIterator[Sequence[Worker]]) -> None:
+        """Take in new workers and let go of those that are gone; their requests run on."""
+        fixed = set(self._entries)
+        async for workers in discovered:
+            names = {worker.name for worker in workers}
+            for worker in workers:
+                if worker.name not in self._entries:
+                    logger.info("worker %s was found", worker.name)
+                    self._add(worker)
+                    await self._check(self._entries[worker.name])
+            for name in self._entries.keys() - names - fixed:
+                logger.info("worker %s is gone from its name", name)
+                entry = self._entries.pop(name)
+                self._leaving.add(entry)
+                if entry.in_flight == 0:
+                    self._dismiss(entry)
+            await self._report()
+
+    async def _check(self, entry: _Entry) -> None:
+        worker = entry.worker
+        try:
+            await worker.check_health()
+            info = await worker.info()
+        except GatewayError as error:
+            if entry.info is not None:
+                logger.error("worker %s is lost: %s", worker.name, error)
+            entry.info, entry.failure = None, str(error)
+        else:
+            if entry.info is None:
+                logger.info("worker %s is ready", worker.name)
+            entry.info, entry.slots_at_check = info, entry.slots
+
+    async def _watch_forever(self) -> None:
+        while True:
+            try:
+                await self.check_all()
+            except Exception:
+                # A defect in one probe must not end the watch: health would freeze unnoticed.
+                logger.exception("health check failed")
+            self._look_again.clear()
+            try:
+                async with asyncio.timeout(self._settings.health_interval_seconds):
+                    await self._look_again.wait()
+            except TimeoutError:
+                continue
+            await asyncio.sleep(_RECHECK_SECONDS)
+
+
+#: Seconds between a request that failed and the extra look at its worker.
+_RECHECK_SECONDS = 0.1
+
+
+def _load(entry: _Entry) -> float:
+    """The reserved share of a worker's slots."""
+    assert entry.info is not None
+    return entry.reserved / max(entry.info.total_slots, 1)
+
+
+def _weight(prefix: bytes, entry: _Entry) -> bytes:
+    """Rendezvous weight: the worker with the greatest one is the prefix's own."""
+    return hashlib.blake2b(prefix + entry.worker.name.encode(), digest_size=8).digest()
