@@ -1,7 +1,7 @@
 """Every metric that alerts, dashboard and scaling may name, with its type.
 
-SGLang's are read from its source, as installed. Those of vase_sgl are listed here until the product
-declares them: correct a name here and in k8s/vase-sgl/files (gateway) or where it is used (worker).
+SGLang's are read from its source, as installed. The worker's own are read from the table of
+docs/engine.md, which a test of the engine compares with what it declares; the gateway's are listed.
 """
 
 from __future__ import annotations
@@ -9,25 +9,12 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
+import re
 from pathlib import Path
 
 import yaml
 
 from tests.k8s.chart import CHART
-
-#: Of the worker, beside SGLang's own.
-WORKER = {
-    "vase:reserved_slots": "Gauge",
-    "vase:owned_slots": "Gauge",
-    "vase:available_slots": "Gauge",
-    "vase:physical_to_logical_ratio": "Gauge",
-    "vase:requests_total": "Counter",
-    "vase:budgeted_requests_total": "Counter",
-    "vase:rounds_total": "Counter",
-    "vase:evicted_tokens_total": "Counter",
-    "vase:compaction_seconds_total": "Counter",
-    "vase:integrity_errors_total": "Counter",
-}
 
 #: Of the gateway, by the names of k8s/vase-sgl/files/gateway-metrics.yaml.
 GATEWAY_TYPES = {
@@ -45,9 +32,6 @@ GATEWAY_TYPES = {
     "audit_write_failures": "Counter",
 }
 
-#: Of these, what the gateway does not count yet. `test_monitoring.py` fails when it does.
-FUTURE_GATEWAY = {"audit_write_failures"}
-
 #: Made by the rules themselves.
 RECORDED = {"vase:reserved_slot_ratio": "Gauge"}
 
@@ -55,6 +39,16 @@ RECORDED = {"vase:reserved_slot_ratio": "Gauge"}
 BUILT_IN = {"up": "Gauge"}
 
 _SUFFIXES = {"Histogram": ("_bucket", "_sum", "_count"), "Summary": ("_sum", "_count")}
+
+
+@functools.cache
+def worker() -> dict[str, str]:
+    """Series of the worker beside SGLang's own, with their type."""
+    table = (CHART.parents[1] / "docs" / "engine.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`vase:[^|]*) \| (\w+) \|", table, flags=re.MULTILINE)
+    return {
+        name: kind.capitalize() for names, kind in rows for name in re.findall(r"vase:\w+", names)
+    }
 
 
 @functools.cache
@@ -86,7 +80,7 @@ def sglang() -> dict[str, str]:
 def types() -> dict[str, str]:
     """Metric -> Counter, Gauge, Histogram or Summary."""
     gateway = {name: GATEWAY_TYPES[key] for key, name in gateway_names().items()}
-    return {**sglang(), **WORKER, **gateway, **RECORDED, **BUILT_IN}
+    return {**sglang(), **worker(), **gateway, **RECORDED, **BUILT_IN}
 
 
 @functools.cache
@@ -106,6 +100,7 @@ def declared_instruments(source: str) -> dict[str, str]:
     """
     kinds = {
         "create_counter": "Counter",
+        "create_observable_counter": "Counter",
         "create_histogram": "Histogram",
         "create_observable_gauge": "Gauge",
         "gauge": "Gauge",

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 from tests.k8s.chart import PROFILES, Rendered, Values, render
-from tests.k8s.product import (
-    FUTURE_COMMANDS,
-    FUTURE_CONFIG_KEYS,
-    FUTURE_HEALTH_SERVICES,
-    FUTURE_OPTIONS,
-    FUTURE_VARIABLES,
-)
 from vase_sgl.cli import build_app
 from vase_sgl.cli.serve import serve
 from vase_sgl.gateway.config import ConfigError, GatewayConfig, load_config
@@ -40,27 +31,20 @@ URLS = {
 }
 
 
-def load(
-    rendered: Rendered, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> tuple[GatewayConfig, dict[str, Any]]:
-    """The configuration as the pod's gateway gets it: file and variables. Names that the gateway
-    does not have yet are left out; they come second."""
-    content = rendered.gateway_config()
-    future = {path: value for path in FUTURE_CONFIG_KEYS if (value := _pop(content, path))}
-    if "worker.dns" in future:
-        content["worker"]["urls"] = future["worker.dns"]
+def load(rendered: Rendered, folder: Path, monkeypatch: pytest.MonkeyPatch) -> GatewayConfig:
+    """The configuration as the pod's gateway gets it: file and variables."""
     path = folder / "gateway.yaml"
-    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    path.write_text(yaml.safe_dump(rendered.gateway_config()), encoding="utf-8")
     for variable in rendered.gateway()["env"]:
-        if variable["name"].startswith("VASE_") and variable["name"] not in FUTURE_VARIABLES:
+        if variable["name"].startswith("VASE_"):
             monkeypatch.setenv(variable["name"], URLS[variable["name"]])
-    return load_config(path), future
+    return load_config(path)
 
 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_profile_loads(profile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rendered = render(profile=profile)
-    config, _ = load(rendered, tmp_path, monkeypatch)
+    config = load(rendered, tmp_path, monkeypatch)
     container = rendered.gateway()
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert config.listen.host == "0.0.0.0" and config.listen.port == ports["grpc"]
@@ -118,7 +102,7 @@ def test_eviction_drain_and_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "gateway.defaultEviction": {"budget": 512, "window": 32},
         "gateway.drainSeconds": 90,
     }
-    config, _ = load(render(values), tmp_path, monkeypatch)
+    config = load(render(values), tmp_path, monkeypatch)
     assert config.default_eviction == {"budget": 512, "window": 32}
     assert config.drain_seconds == 90
     assert config.tls is not None
@@ -129,7 +113,7 @@ def test_eviction_drain_and_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_sqlite_is_on_the_state_volume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rendered = render()
-    config, _ = load(rendered, tmp_path, monkeypatch)
+    config = load(rendered, tmp_path, monkeypatch)
     assert config.audit.url == "sqlite+aiosqlite:////var/lib/vase-sgl/audit.sqlite3"
     assert {"name": "state", "mountPath": "/var/lib/vase-sgl"} in rendered.gateway()["volumeMounts"]
 
@@ -137,7 +121,7 @@ def test_sqlite_is_on_the_state_volume(tmp_path: Path, monkeypatch: pytest.Monke
 def test_postgresql_comes_from_the_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rendered = render({"gateway.audit.store": "postgresql"})
     assert "audit" not in rendered.gateway_config()
-    config, _ = load(rendered, tmp_path, monkeypatch)
+    config = load(rendered, tmp_path, monkeypatch)
     assert config.audit.url.startswith("postgresql+asyncpg://")
 
 
@@ -156,7 +140,7 @@ def test_encryption_keys_are_files_of_a_secret() -> None:
 
 def test_own_configuration_is_laid_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = {"gateway.config": {"grpc": {"reflection": False}, "worker": {"stall_seconds": 60}}}
-    config, _ = load(render(values), tmp_path, monkeypatch)
+    config = load(render(values), tmp_path, monkeypatch)
     assert config.grpc.reflection is False and config.worker.stall_seconds == 60
     assert len((*config.worker.urls, *getattr(config.worker, "dns", ()))) == 1
 
@@ -180,43 +164,26 @@ def test_pod_restarts_when_the_configuration_changes() -> None:
     assert checksum(LIST) != checksum({**LIST, "worker.replicas": 2})
 
 
-@pytest.mark.parametrize("name", FUTURE_CONFIG_KEYS)
-def test_future_key_is_not_there_yet(name: str, tmp_path: Path) -> None:
-    content = copy.deepcopy(render().gateway_config())
-    for path in FUTURE_CONFIG_KEYS:
-        _pop(content, path)
-    section = content
-    *parents, key = name.split(".")
-    for parent in parents:
-        section = section.setdefault(parent, {})
-    section[key] = FUTURE_CONFIG_KEYS[name]
-    content["worker"].setdefault("urls", ["http://worker:30000"])
-    path = tmp_path / "gateway.yaml"
-    path.write_text(yaml.safe_dump(content), encoding="utf-8")
-    with pytest.raises(ConfigError, match=key):
-        load_config(path)
-
-
 def test_variables_are_keys_of_the_configuration() -> None:
     rendered = render(
         {"gateway.audit.store": "postgresql", "gateway.redis.urlSecret.name": "redis"}
     )
     given = {v["name"] for v in rendered.gateway()["env"] if v["name"].startswith("VASE_")}
     assert len(given) == 2
-    assert {name for name in given if not _is_key(name)} == FUTURE_VARIABLES
+    assert {name for name in given if not _is_key(name)} == set()
 
 
 def test_probes_ask_for_services_the_gateway_has() -> None:
     container = render().gateway()
     asked = {container[f"{p}Probe"]["grpc"]["service"] for p in ("readiness", "liveness")}
-    assert asked - set(GatewayHealth("service")._server_status) == FUTURE_HEALTH_SERVICES
+    assert asked - set(GatewayHealth("service")._server_status) == set()
 
 
 def test_options_are_those_of_the_command() -> None:
     given = {argument.partition("=")[0] for argument in render().gateway()["args"][1:]}
     known = set(inspect.signature(serve).parameters)
     names = {option: option.removeprefix("--").replace("-", "_") for option in given}
-    assert {option for option, name in names.items() if name not in known} == FUTURE_OPTIONS
+    assert {option for option, name in names.items() if name not in known} == set()
 
 
 def test_migration_is_a_command() -> None:
@@ -227,7 +194,7 @@ def test_migration_is_a_command() -> None:
     assert commands is not None
     names = [c.name or getattr(c.callback, "__name__", "") for c in commands.registered_commands]
     known = {(group, name) for name in names}
-    assert {(group, command)} - known == FUTURE_COMMANDS
+    assert (group, command) in known
 
 
 def _is_key(variable: str) -> bool:
@@ -235,10 +202,3 @@ def _is_key(variable: str) -> bool:
     section, _, key = variable.removeprefix("VASE_").lower().partition("__")
     field = GatewayConfig.model_fields.get(section)
     return field is not None and key in getattr(field.annotation, "model_fields", {})
-
-
-def _pop(content: dict[str, Any], path: str) -> Any:
-    *parents, key = path.split(".")
-    for parent in parents:
-        content = content.get(parent, {})
-    return content.pop(key, None)

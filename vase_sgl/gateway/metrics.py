@@ -118,6 +118,14 @@ class Metrics:
             description="Requests that wait for a worker.",
         )
 
+    def watch_store(self, write_failures: Callable[[], int]) -> None:
+        """Observe the audit store from now on."""
+        self._meter.create_observable_counter(
+            "vase.audit.write_failures",
+            [lambda _: [Observation(write_failures())]],
+            description="Batches of records that could not be written; their answers failed.",
+        )
+
     def ended(self, tenant: str, operation: str, outcome: str) -> None:
         """A request that was let in has ended; `outcome` is the name of its gRPC status."""
         labels = {"vase.tenant": tenant, "vase.operation": operation, "vase.outcome": outcome}

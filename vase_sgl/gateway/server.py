@@ -140,6 +140,7 @@ class Gateway:
             undo.push_async_callback(usage.close)
             store = await _open_store(config.audit)
             undo.push_async_callback(store.close)
+            metrics.watch_store(lambda: store.write_failures)
             gateway = cls(config, server, store, usage, authenticator, observability, metrics, port)
             undo.push_async_callback(gateway._router.close)
             undo.push_async_callback(gateway._door.close)

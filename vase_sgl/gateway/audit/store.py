@@ -45,6 +45,8 @@ class AuditStore:
         self._engine = engine
         self._keys = keys
         self._failed_at: float | None = None
+        #: Batches that could not be written, the retry included.
+        self.write_failures = 0
         self._commits = GroupCommit(
             self._commit,
             retry_alone=lambda error: not isinstance(error, AuditUnavailable),
@@ -141,6 +143,7 @@ class AuditStore:
                     stored = await self._write(batch, again=True)
         except AuditUnavailable:
             self._failed_at = time.monotonic()
+            self.write_failures += 1
             raise
         self._failed_at = None
         return stored
