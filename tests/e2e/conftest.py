@@ -32,3 +32,10 @@ def worker(
     flags = ("--enable-metrics", "--enable-trace", "--otlp-traces-endpoint", endpoint)
     with WorkerProcess(model, folder, *flags) as process:
         yield process
+
+
+@pytest.fixture(scope="session")
+def second_worker(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
+    """Another process with the same model; `test_worker_lost.py`, which runs last, kills it."""
+    with WorkerProcess(model, tmp_path_factory.mktemp("second")) as process:
+        yield process

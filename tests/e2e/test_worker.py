@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -125,8 +124,8 @@ def _outcome(answer: dict[str, Any]) -> tuple[list[int], list[str]]:
     return answer["output_ids"], answer["meta_info"]["vase"]["round_digests"]
 
 
-def test_alone_among_others_and_after_a_restart(
-    worker: WorkerProcess, model: Path, tmp_path: Path
+def test_alone_among_others_and_in_another_process(
+    worker: WorkerProcess, second_worker: WorkerProcess
 ) -> None:
     """At temperature 0.8, past many rounds: same tokens, same digests, in every company."""
 
@@ -150,8 +149,7 @@ def test_alone_among_others_and_after_a_restart(
         assert _outcome(together.result()) == alone
         for other in others:
             other.result()
-    with WorkerProcess(model, tmp_path) as restarted:
-        assert _outcome(target(restarted)) == alone
+    assert _outcome(target(second_worker)) == alone
     other_seed = worker.generate(PROMPT, vase={**BUDGET, "seed": 2}, new=90, **SAMPLED)
     assert set(_outcome(other_seed)[1]).isdisjoint(alone[1])
 

@@ -68,6 +68,11 @@ class WorkerProcess:
         self.http.close()
         self._stop()
 
+    def kill(self) -> None:
+        """End the worker and its children at once, as a lost machine would."""
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
     def _stop(self) -> None:
         self._process.terminate()
         try:

@@ -1,0 +1,97 @@
+"""One gateway, two real workers, one of which is lost in the middle of its streams."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.worker_process import WorkerProcess
+from tests.gateway.running import add_tenant, until_ready
+from vase_sgl.client import NEVER, AsyncClient, Message, Unavailable
+from vase_sgl.gateway.config import load_config
+from vase_sgl.gateway.server import Gateway
+
+pytestmark = pytest.mark.xdist_group("worker")
+
+PROMPT = [Message(role="user", content="Tell me about the sea.")]
+REQUEST = {"budget": 48, "window": 16, "policy": "vase-attnv", "ignore_eos": True}
+
+
+async def test_answers_of_a_lost_worker_fail_clearly_and_are_replayed_by_the_other(
+    worker: WorkerProcess, second_worker: WorkerProcess, tmp_path: Path
+) -> None:
+    tenants_file = tmp_path / "tenants.yaml"
+    key = add_tenant(tenants_file, "alice", roles=["generate", "replay"])
+    config = load_config(
+        overrides={
+            "listen": {"port": 0},
+            "worker": {"urls": [worker.url, second_worker.url], "health_interval_seconds": 0.3},
+            "audit": {"url": f"sqlite+aiosqlite:///{tmp_path / 'audit.sqlite3'}"},
+            "tenants_file": tenants_file,
+        }
+    )
+    gateway = await Gateway.start(config, lambda seconds: None)
+    try:
+        async with AsyncClient(f"127.0.0.1:{gateway.port}", key, retry=NEVER) as client:
+            await until_ready(client)
+            await _lose_one(client, worker, second_worker)
+    finally:
+        await gateway.stop()
+
+
+async def _lose_one(
+    client: AsyncClient, worker: WorkerProcess, second_worker: WorkerProcess
+) -> None:
+    while (await client.capacity()).total_slots < 2 * 4096:
+        await asyncio.sleep(0.1)  # both are known
+    before = [await _rounds(process) for process in (worker, second_worker)]
+    complete = await asyncio.gather(
+        *(
+            client.generate_once(PROMPT, max_new_tokens=90, seed=seed, temperature=0.8, **REQUEST)
+            for seed in range(4)
+        )
+    )
+    after = [await _rounds(process) for process in (worker, second_worker)]
+    assert all(now > then for now, then in zip(after, before, strict=True)), "both served"
+
+    streams = [
+        client.generate(PROMPT, max_new_tokens=400, seed=seed, temperature=0.8, **REQUEST)
+        for seed in range(4)
+    ]
+    tokens: list[list[int]] = [[] for _ in streams]
+    under_way = asyncio.Event()
+
+    async def read(index: int) -> str:
+        try:
+            async for chunk in streams[index]:
+                tokens[index] += chunk.token_ids
+                if all(len(seen) > 20 for seen in tokens):
+                    under_way.set()
+        except Unavailable:
+            return "lost"
+        return "complete"
+
+    reading = [asyncio.create_task(read(index)) for index in range(4)]
+    await asyncio.wait_for(under_way.wait(), 60)
+    second_worker.kill()
+    outcomes = await asyncio.gather(*reading)
+    assert sorted(set(outcomes)) == ["complete", "lost"]
+    for index, outcome in enumerate(outcomes):
+        record = await client.get_record(streams[index].request_id)
+        assert list(record.output_token_ids[: len(tokens[index])]) == tokens[index]
+        assert len(tokens[index]) == 400 if outcome == "complete" else len(tokens[index]) > 20
+        assert record.status == ("completed" if outcome == "complete" else "failed")
+
+    # What the lost worker had answered is replayed by the other one, bit for bit.
+    for answer in complete:
+        verdict = await client.replay(answer.request_id).verdict()
+        assert verdict.outcome == "MATCH" and verdict.tokens_compared == 90
+    again = await client.generate_once(PROMPT, max_new_tokens=5, **REQUEST)
+    assert again.token_ids
+
+
+async def _rounds(process: WorkerProcess) -> int:
+    state = await asyncio.to_thread(process.state)  # the gateway runs in this loop
+    return int(state["rounds"])
