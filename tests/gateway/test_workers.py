@@ -251,6 +251,8 @@ async def test_workers_are_found_by_name_and_let_go(
                 "urls": [],
                 "dns": [f"http://workers.test:{port}"],
                 "dns_interval_seconds": 0.1,
+                # The scripted workers' reserved slots do not follow what runs.
+                "health_interval_seconds": 30,
             }
             async with run_gateway(tmp_path, worker=section) as running:
                 router = running.gateway._router

@@ -2,9 +2,10 @@
 
 Room: a worker has fewer requests of this gateway in flight than it may, its KV slots suffice for
 one more, and so do its query rings if the policy reads queries; an idle worker always has room.
-Among those with room the one with the smallest share of reserved slots wins; equals take turns.
-With affinity the worker that the prompt's first tokens hash to (rendezvous hashing: when a worker
-comes or goes, only its own prompts move) goes first.
+Among those with room the one with the smallest share of reserved slots wins; among equals the one
+with fewer requests in flight; then they take turns. With affinity the worker that the prompt's
+first tokens hash to (rendezvous hashing: when a worker comes or goes, only its own prompts move)
+goes first.
 """
 
 from __future__ import annotations
@@ -405,10 +406,10 @@ class WorkerRouter:
 _RECHECK_SECONDS = 0.1
 
 
-def _load(entry: _Entry) -> float:
-    """The reserved share of a worker's slots."""
+def _load(entry: _Entry) -> tuple[float, int]:
+    """The reserved share of a worker's slots, then requests of this gateway."""
     assert entry.info is not None
-    return entry.reserved / max(entry.info.total_slots, 1)
+    return entry.reserved / max(entry.info.total_slots, 1), entry.in_flight
 
 
 def _weight(prefix: bytes, entry: _Entry) -> bytes:
