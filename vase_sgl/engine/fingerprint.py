@@ -36,6 +36,21 @@ def fingerprint(scheduler: Any) -> dict[str, str]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
         "tp_size": str(args.tp_size),
+        **_prefill_layout(scheduler),
+    }
+
+
+def _prefill_layout(scheduler: Any) -> dict[str, str]:
+    """How prompts are cut and stored, which decides rounding in accelerators' attention kernels.
+
+    Not on our CPU platform, where tests show the same bits for every layout.
+    """
+    if platform_cpu.is_active():
+        return {}
+    return {
+        "chunked_prefill_size": str(scheduler.chunked_prefill_size),
+        "page_size": str(scheduler.tree_cache.page_size),
+        "prefix_cache": "off" if scheduler.tree_cache.disable else "on",
     }
 
 
