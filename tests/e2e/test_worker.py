@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e.otlp_receiver import OtlpReceiver
 from tests.e2e.worker_process import TOTAL_SLOTS, WorkerProcess, body
+from tests.k8s import metrics as documented
 from vase_sgl.demo.model import MODEL_NAME
 
 pytestmark = pytest.mark.xdist_group("worker")  # shares one worker process
@@ -186,7 +187,11 @@ def test_metrics_prove_that_the_budget_acts(worker: WorkerProcess) -> None:
     assert after["vase:reserved_slots", ""] == after["vase:owned_slots", ""] == 0
     assert after["vase:physical_to_logical_ratio", ""] == 1
     assert after["vase:integrity_errors_total", ""] == 0
-    assert "sglang:num_running_reqs" in worker.http.get("/metrics").text
+    page = worker.http.get("/metrics").text
+    assert "sglang:num_running_reqs" in page
+    # What alerts and dashboard of the chart may name is really there.
+    for name, kind in documented.worker().items():
+        assert f"# TYPE {name.removesuffix('_total')}" in page, (name, kind)
 
 
 def test_rounds_are_events_of_the_request_s_trace(
