@@ -50,6 +50,9 @@ MINUTES ?= 10
 .PHONY: soak
 soak: $(READY) ## Random load on the real scheduler for MINUTES=10, every invariant checked
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.engine.soak --minutes $(MINUTES)
+.PHONY: loadtest
+loadtest: model ## Throughput and TTFT of the real CPU model, 1 to 64 users (an idle machine, an hour)
+	@$(BIN)/python benchmarks/loadtest_report.py --model "$$($(BIN)/python -m vase_sgl.demo.model)" $(LOADTEST_ARGS)
 
 .PHONY: lint
 lint: $(READY) ## ruff, mypy --strict, buf lint
