@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -13,6 +13,7 @@ from loadtest.prompts import SYNTHETIC
 from loadtest.scenarios import SCENARIOS, Scenario
 from vase_sgl.client import Capacity
 from vase_sgl.client.messages import Options as CallOptions
+from vase_sgl.client.types import PromptMode
 from vase_sgl.eviction.params import PROMPT_MODES, EvictionLimits, EvictionParams
 from vase_sgl.eviction.policies import POLICIES
 from vase_sgl.eviction.policies.base import ParameterError
@@ -101,17 +102,14 @@ class Settings(BaseModel):
 
     def call_options(self) -> CallOptions:
         """What every generation is called with."""
-        options = CallOptions(
+        return CallOptions(
             budget=self.budget,
             window=self.window,
             policy=self.policy,
+            prompt_mode=cast(PromptMode | None, self.prompt_mode),
             temperature=self.temperature,
             ignore_eos=not self.stop_at_eos,
         )
-        # A client that cannot name a mode serves the one and only mode.
-        if self.prompt_mode is not None and "prompt_mode" in CallOptions.__annotations__:
-            options["prompt_mode"] = self.prompt_mode  # type: ignore[typeddict-unknown-key]
-        return options
 
     def check_against(self, capacity: Capacity, tenant: str) -> None:
         """Raise `BadSetup` for what the gateway would refuse of this tenant anyway."""
@@ -121,7 +119,12 @@ class Settings(BaseModel):
                 f"{', '.join(capacity.policies)}"
             )
         if self.budget is not None or self.policy is not None:
-            wanted = {"budget": self.budget, "window": self.window, "policy": self.policy}
+            wanted = {
+                "budget": self.budget,
+                "window": self.window,
+                "policy": self.policy,
+                "prompt": self.prompt_mode,
+            }
             limits = EvictionLimits(capacity.max_budget, capacity.max_window)
             try:
                 EvictionParams.parse({k: v for k, v in wanted.items() if v is not None}, limits)

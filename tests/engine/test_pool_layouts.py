@@ -19,7 +19,7 @@ _PAGED = (
     f"{_DECODER}[vase-dkv-keep-45-True]",
     f"{_DECODER}[random-evict-12-False]",
     "tests/engine/test_loops_and_prefixes.py::test_same_tokens_and_digests_in_every_mode",
-    "tests/engine/test_schedules.py::test_random_schedules[True-True-120]",
+    "tests/engine/test_schedules.py::test_random_schedules[True-True-60]",
     "tests/engine/test_failures_others_met.py::test_01_the_token_in_flight_has_a_slot_of_its_own",
 )
 _FLOAT8 = (

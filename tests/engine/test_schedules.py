@@ -66,7 +66,7 @@ def test_integrity_check_is_installed() -> None:
 
 @pytest.mark.parametrize(
     ("overlap", "prefix_cache", "examples"),
-    [(False, False, 60), (True, False, 60), (False, True, 60), (True, True, 120)],
+    [(False, False, 30), (True, False, 30), (False, True, 30), (True, True, 60)],
 )
 def test_random_schedules(
     stepped: SteppedScheduler, overlap: bool, prefix_cache: bool, examples: int

@@ -66,7 +66,10 @@ CAPACITY = Capacity(
     [
         ({"scenario": "storm"}, "unknown --scenario 'storm'; choose from steady, ramp"),
         ({"policy": "lru"}, "unknown --policy 'lru'; choose from vase-attnv"),
-        ({"budget": 64, "prompt_mode": "drop"}, "unknown --prompt-mode 'drop'; choose from evict"),
+        (
+            {"budget": 64, "prompt_mode": "drop"},
+            "unknown --prompt-mode 'drop'; choose from evict",
+        ),
         ({"budget": 1}, "--budget: Input should be greater"),
         ({"temperature": -1}, "--temperature: Input should be greater"),
         ({"turns": 3}, "--turns is for agent-loop, not for steady"),
