@@ -16,7 +16,7 @@ def test_cpu_defaults_fill_in_what_the_user_left_out() -> None:
     argv = server.complete_argv(["--model-path", "m", "--max-running-requests=3"], cpu=True)
     assert server.value_of(argv, "--max-running-requests") == "3"
     assert server.value_of(argv, "--attention-backend") == "torch_native"
-    assert argv.count("--disable-cuda-graph") == 1
+    assert argv.count("--disable-cuda-graph") == argv.count("--sleep-on-idle") == 1
 
 
 def test_a_gpu_keeps_sglang_s_defaults() -> None:

@@ -41,7 +41,8 @@ _CPU_DEFAULTS = {
     "--max-total-tokens": "32768",
     "--chunked-prefill-size": "2048",
 }
-_CPU_SWITCHES = ("--disable-cuda-graph",)
+#: The second: an idle scheduler would spin on a core that others need.
+_CPU_SWITCHES = ("--disable-cuda-graph", "--sleep-on-idle")
 
 
 class WorkerError(Exception):
