@@ -165,24 +165,6 @@ def test_full_kv_neighbours_are_retracted_first_and_budgets_never(
         assert len(answer.tokens) == 400 and answer.finish == {"type": "length", "length": 400}
 
 
-def test_a_budgeted_request_is_never_restarted(
-    stepped: SteppedScheduler, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Were one retracted all the same, a new prefill would rebuild another cache: it ends, 503."""
-    from sglang.srt.managers.schedule_batch import ScheduleBatch
-
-    for name in ("first", "second"):
-        stepped.submit(name, PROMPT, max_new_tokens=60, vase=BUDGET)
-    for _ in range(15):
-        stepped.step()
-    checks = iter([False])  # no room once, whatever the pool says
-    monkeypatch.setattr(ScheduleBatch, "check_decode_mem", lambda *_, **__: next(checks, True))
-    stepped.run()
-    finishes = [stepped.answers[name].finish or {} for name in ("first", "second")]
-    assert sorted(finish["type"] for finish in finishes) == ["abort", "length"]
-    assert [f["status_code"] for f in finishes if f["type"] == "abort"] == [503]
-
-
 def test_stock_requests_are_untouched_by_budgeted_neighbours(stepped: SteppedScheduler) -> None:
     alone = _answer(stepped, None, new=60)
     stepped.answers.clear()
