@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.gateway.running import Running
+from tests.gateway.test_audit_store import problems
 from vase_sgl.gateway.audit import AuditStore
 
 ROOT = Path(__file__).parents[2]
@@ -80,8 +81,8 @@ async def recorded(running: Running) -> dict[str, Counter[str]]:
     store = await AuditStore.open(running.audit_url)
     try:
         found: dict[str, Counter[str]] = {}
+        assert set((await problems(running.audit_url)).values()) <= {None}
         for tenant, count in (await store.tenants()).items():
-            assert await store.verify(tenant) is None
             stored = await store.latest(tenant, before=None, count=count + 1)
             assert len({entry.record.record_id for entry in stored}) == count
             found[tenant] = Counter(entry.record.status for entry in stored)
