@@ -66,7 +66,7 @@ def test_integrity_check_is_installed() -> None:
 
 @pytest.mark.parametrize(
     ("overlap", "prefix_cache", "examples"),
-    [(False, False, 30), (True, False, 30), (False, True, 30), (True, True, 60)],
+    [(False, False, 20), (True, False, 20), (False, True, 20), (True, True, 40)],
 )
 def test_random_schedules(
     stepped: SteppedScheduler, overlap: bool, prefix_cache: bool, examples: int
