@@ -9,7 +9,7 @@ import pytest
 from tests.engine.scheduler_harness import SteppedScheduler
 from vase_sgl.engine.server_info import describe
 from vase_sgl.eviction import EvictionParams
-from vase_sgl.gateway.router import Need
+from vase_sgl.gateway.need import Need
 from vase_sgl.gateway.worker_http import worker_info
 from vase_sgl.gateway.workers import WorkerRequest
 

@@ -19,7 +19,7 @@ from vase_sgl.eviction import POLICIES, EvictionParams, ParameterError
 def test_slots_by_prompt_mode(prompt: str, prompt_tokens: int, pinned: int, slots: int) -> None:
     params = EvictionParams.parse({"budget": 32, "window": 8, "prompt": prompt})
     assert params.pinned(prompt_tokens) == pinned
-    assert params.max_slots(prompt_tokens) == slots
+    assert params.first_round_length(prompt_tokens) == slots
     assert EvictionParams.parse(params.to_mapping()) == params
 
 

@@ -13,8 +13,8 @@ import pytest
 from tests.gateway.running import Running, run_gateway
 from vase_sgl.client import Unavailable
 from vase_sgl.gateway.errors import WorkerUnavailable
+from vase_sgl.gateway.need import Need
 from vase_sgl.gateway.replay_gate import ReplayGate
-from vase_sgl.gateway.router import Need
 from vase_sgl.gateway.workers import WorkerInfo, WorkerRequest
 
 IDLE = WorkerInfo({}, None, 4096, 64, 8192, 1000, 1000, 1000, 0, 0, 0, 0)

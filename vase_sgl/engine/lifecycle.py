@@ -12,6 +12,7 @@ from sglang.srt.mem_cache.allocation import alloc_for_decode_default, alloc_toke
 from vase_sgl.engine.pool import BudgetPool
 from vase_sgl.engine.request_cache import RequestCache, cache_of, evicting_cache_of
 from vase_sgl.engine.rounds import DueRequest
+from vase_sgl.engine.transfer import to_device
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -46,9 +47,8 @@ def alloc_for_decode(batch: ScheduleBatch, token_per_req: int) -> torch.Tensor:
     if due:
         pool.compaction.queue(due)
         batch.seq_lens_cpu = torch.tensor(lengths, dtype=batch.seq_lens_cpu.dtype)
-        batch.seq_lens = batch.seq_lens_cpu.to(
-            device=batch.seq_lens.device, dtype=batch.seq_lens.dtype, non_blocking=True
-        )
+        host_lengths = batch.seq_lens_cpu.to(batch.seq_lens.dtype)
+        batch.seq_lens = to_device(host_lengths, batch.seq_lens.device)
     _grow(batch, lengths)
     for free in frees:
         free()
@@ -161,13 +161,13 @@ def _grow(batch: ScheduleBatch, lengths: list[int]) -> None:
     table = batch.req_to_token_pool.req_to_token
     if starting:
         pages = alloc_token_slots(batch.tree_cache, len(starting) * page_size)
-        index = torch.tensor(starting, device=table.device)
+        index = to_device(torch.tensor(starting), table.device)
         batch.req_to_token_pool.write(
             (batch.req_pool_indices[index], batch.seq_lens[index]),
             pages[::page_size].to(torch.int32),
         )
     if within:
-        index = torch.tensor(within, device=table.device)
+        index = to_device(torch.tensor(within), table.device)
         owners, columns = batch.req_pool_indices[index], batch.seq_lens[index]
         batch.req_to_token_pool.write((owners, columns), table[owners, columns - 1] + 1)
     for i in growing:

@@ -10,6 +10,7 @@ import torch
 from vase_kernels.query_ring import store_queries
 
 from vase_sgl.engine.request_cache import cache_of
+from vase_sgl.engine.transfer import to_device
 
 if TYPE_CHECKING:
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
@@ -87,13 +88,9 @@ class QueryRing:
         for row, ring_row in changes.items():
             self._mapped[row] = ring_row
         device = self.row_of_request.device
-        rows = torch.tensor(list(changes), pin_memory=device.type == "cuda")
-        values = torch.tensor(
-            list(changes.values()), dtype=torch.int32, pin_memory=device.type == "cuda"
-        )
-        self.row_of_request[rows.to(device, non_blocking=True)] = values.to(
-            device, non_blocking=True
-        )
+        rows = to_device(torch.tensor(list(changes)), device)
+        values = to_device(torch.tensor(list(changes.values()), dtype=torch.int32), device)
+        self.row_of_request[rows] = values
 
     def write(
         self, layer_id: int, rows: torch.Tensor, positions: torch.Tensor, q: torch.Tensor

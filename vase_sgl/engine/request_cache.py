@@ -61,7 +61,7 @@ class RequestCache:
     @property
     def first_trigger(self) -> int:
         """Physical (and logical) length at which the first round is due."""
-        return self.params.max_slots(self.prompt_tokens)
+        return self.params.first_round_length(self.prompt_tokens)
 
     @property
     def trigger(self) -> int:

@@ -17,6 +17,7 @@ from vase_kernels.requests import pack, table_fields
 from vase_kernels.workspace import Maxima, Workspace
 
 from vase_sgl.engine.config import EngineConfig
+from vase_sgl.engine.transfer import to_device
 
 if TYPE_CHECKING:
     from vase_sgl.engine.pool import BudgetPool
@@ -166,9 +167,8 @@ class TritonRounds:
         rows = torch.zeros(len(batch), maxima.columns, dtype=torch.int32, device=device)
         for row, due in zip(rows, batch, strict=True):
             row[: len(due.slots)] = due.slots
-        table = pack([_table_row(row, due) for row, due in enumerate(batch)], len(batch))
-        if device.type == "cuda":
-            table = table.pin_memory().to(device, non_blocking=True)
+        entries = [_table_row(row, due) for row, due in enumerate(batch)]
+        table = to_device(pack(entries, len(batch)), device)
         queries = pool.query_ring.data if batch[0].cache.params.policy.needs_queries else None
         workspace = Workspace(
             maxima, layers=self._layers, kv_heads=self._heads, device=device, memory=self._memory

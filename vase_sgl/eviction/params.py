@@ -103,9 +103,10 @@ class EvictionParams:
         """Leading columns that are never evicted, scored or written: the prompt, if it is kept."""
         return prompt_tokens if self.prompt == "keep" else 0
 
-    def max_slots(self, prompt_tokens: int) -> int:
-        """KV slots the request ever owns; with that many tokens cached, its first round is due.
+    def first_round_length(self, prompt_tokens: int) -> int:
+        """Cached tokens at which the first round is due: the most the request ever has.
 
+        What is reserved may be more for the moment of that round, see `reserved_slots`.
         `max(prompt, budget) + window` in prompt mode `evict`, `prompt + budget + window` in `keep`.
         """
         return _first_round(prompt_tokens, self.budget, self.window, self.prompt)

@@ -23,7 +23,8 @@ from vase_sgl.gateway.errors import (
     WorkerUnavailable,
 )
 from vase_sgl.gateway.metrics import Metrics
-from vase_sgl.gateway.router import Lease, Need, WorkerRouter
+from vase_sgl.gateway.need import Need
+from vase_sgl.gateway.router import Lease, WorkerRouter
 from vase_sgl.gateway.runs import Background, running
 from vase_sgl.gateway.seeds import Seeds, seeds_for
 from vase_sgl.gateway.tenants import Tenant

@@ -13,8 +13,9 @@ from vase_sgl.gateway.admission import Admissions
 from vase_sgl.gateway.audit import AuditStore, Record, RecordStatus
 from vase_sgl.gateway.errors import FailedPrecondition, NotFound
 from vase_sgl.gateway.generation import raise_if_aborted
+from vase_sgl.gateway.need import Need
 from vase_sgl.gateway.replay_gate import ReplayGate
-from vase_sgl.gateway.router import Lease, Need, WorkerRouter
+from vase_sgl.gateway.router import Lease, WorkerRouter
 from vase_sgl.gateway.runs import Background, running
 from vase_sgl.gateway.seeds import SeedCheck, check_seeds
 from vase_sgl.gateway.tenants import Retention, Tenant

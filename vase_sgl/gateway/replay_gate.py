@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 
 from vase_sgl.gateway.errors import WorkerUnavailable
 from vase_sgl.gateway.fair_queue import Releasable
-from vase_sgl.gateway.router import Need
+from vase_sgl.gateway.need import Need
 from vase_sgl.gateway.workers import WorkerInfo
 
 #: Seconds between looks at a busy worker.

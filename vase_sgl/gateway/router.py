@@ -15,78 +15,18 @@ import dataclasses
 import hashlib
 import itertools
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 
-from vase_sgl.eviction.params import reserved_slots
-from vase_sgl.eviction.policies import POLICIES
 from vase_sgl.gateway.breaker import BreakerState, CircuitBreaker
 from vase_sgl.gateway.config import WorkerSection
 from vase_sgl.gateway.errors import GatewayError, WorkerUnavailable
-from vase_sgl.gateway.workers import Worker, WorkerChunk, WorkerInfo, WorkerRequest
+from vase_sgl.gateway.need import Need
+from vase_sgl.gateway.workers import Worker, WorkerChunk, WorkerInfo
 
 logger = logging.getLogger(__name__)
 
 #: Requests in flight for a worker that does not report its own maximum.
 DEFAULT_IN_FLIGHT = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class Need:
-    """What a request needs of a worker.
-
-    eviction: as in `WorkerRequest`, but None if nothing is ever evicted.
-    reads_queries: its policy needs one of the worker's query rings.
-    """
-
-    prompt_token_ids: tuple[int, ...]
-    max_new_tokens: int
-    eviction: Mapping[str, Any] | None
-    reads_queries: bool
-
-    @classmethod
-    def of(cls, request: WorkerRequest) -> Need:
-        """The need of a request."""
-        eviction, reads_queries = request.eviction, False
-        if eviction is not None:
-            # Of a policy that this version lacks (an old record's) the worker says what is wrong.
-            policy = POLICIES.get(str(eviction["policy"]))
-            if policy is not None:
-                reads_queries = policy.needs_queries
-                eviction = eviction if policy.evicts else None
-        max_new_tokens = int(request.sampling["max_new_tokens"])
-        return cls(request.prompt_token_ids, max_new_tokens, eviction, reads_queries)
-
-    def slots(self, info: WorkerInfo) -> int:
-        """KV slots it surely takes there: what the worker reserves for it.
-
-        Without eviction the prompt's, as how far it grows nobody knows.
-        """
-        return len(self.prompt_token_ids) if self.eviction is None else self.slots_at_most(info)
-
-    def slots_at_most(self, info: WorkerInfo) -> int:
-        """KV slots it may come to own there."""
-        prompt = len(self.prompt_token_ids)
-        if self.eviction is None:
-            return prompt + self.max_new_tokens
-        return reserved_slots(
-            prompt,
-            self.max_new_tokens,
-            budget=int(self.eviction["budget"]),
-            window=int(self.eviction["window"]),
-            prompt=str(self.eviction["prompt"]),
-            prefix_cache=info.prefix_cache,
-            page_size=info.page_size,
-        )
-
-    def fits(self, info: WorkerInfo) -> bool:
-        """Whether the worker's own ceilings allow it at all."""
-        if len(self.prompt_token_ids) + self.max_new_tokens > info.context_length:
-            return False
-        return self.eviction is None or (
-            int(self.eviction["budget"]) <= info.max_budget
-            and int(self.eviction["window"]) <= info.max_window
-        )
 
 
 class Lease:
