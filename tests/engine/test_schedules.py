@@ -66,7 +66,7 @@ def test_integrity_check_is_installed() -> None:
 
 @pytest.mark.parametrize(
     ("overlap", "prefix_cache", "examples"),
-    [(False, False, 20), (True, False, 20), (False, True, 20), (True, True, 40)],
+    [(False, False, 50), (True, False, 50), (False, True, 40), (True, True, 60)],
 )
 def test_random_schedules(
     stepped: SteppedScheduler, overlap: bool, prefix_cache: bool, examples: int
