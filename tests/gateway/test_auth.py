@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import time
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +57,15 @@ async def test_the_scheme_must_be_bearer(running: Running) -> None:
             )
 
 
-async def test_a_second_check_of_a_key_is_fast(running: Running) -> None:
-    await running.client.capacity()
-    start = time.perf_counter()
+async def test_a_second_check_of_a_key_is_fast(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verified = []
+    real = keys.verify
+    monkeypatch.setattr(keys, "verify", lambda *a: verified.append(a[0]) or real(*a))
     for _ in range(20):
         await running.client.capacity()
-    assert (time.perf_counter() - start) / 20 < 0.02
+    assert len(verified) <= 1  # none if another test has used the key within the minute
 
 
 async def test_a_checked_key_is_remembered_for_a_minute_and_never_as_it_is(
