@@ -33,6 +33,40 @@ class TestLinear:
                 part = linear_cpu.in_tiles(linear, x[start : start + rows], tile)
                 assert torch.equal(part, whole[start : start + rows])
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    def test_tiles_at_once_have_the_bits_of_tiles_alone(self, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(2)
+        weight = torch.randn(576, 1536, generator=generator).to(dtype)
+
+        def linear(part: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.linear(part, weight)
+
+        at_once = linear_cpu.tiles_at_once(linear, 1536, dtype, 16)
+        for rows in (1, 16, 17, 48, 64, 150):
+            x = torch.randn(rows, 1536, generator=generator).to(dtype)
+            alone = linear_cpu.in_tiles(linear, x, 16)
+            assert torch.equal(linear_cpu.in_tiles(linear, x, 16, at_once), alone)
+
+    def test_a_product_whose_bits_depend_on_the_height_is_done_tile_by_tile(self) -> None:
+        def same_up_to(most: int) -> linear_cpu.Linear:
+            return lambda part: part * (1 if len(part) <= most else 1 + 2**-20)
+
+        for most, expected in ((16, 1), (32, 2), (64, 4)):
+            linear = same_up_to(most)
+            assert linear_cpu.tiles_at_once(linear, 8, torch.float32, 16) == expected
+
+    @pytest.mark.parametrize("rows", [0, 1, 16, 40, 64, 65, 112, 150])
+    def test_every_row_once_and_in_order(self, rows: int) -> None:
+        heights = []
+
+        def linear(part: torch.Tensor) -> torch.Tensor:
+            heights.append(len(part))
+            return part + 1
+
+        x = torch.arange(rows * 2.0).view(rows, 2)
+        assert torch.equal(linear_cpu.in_tiles(linear, x, 16, 4), x + 1)
+        assert set(heights) <= {0, 16, 32, 64}
+
     def test_an_empty_batch(self) -> None:
         empty = linear_cpu.in_tiles(lambda part: part @ torch.ones(4, 3), torch.ones(0, 4), 16)
         assert empty.shape == (0, 3)

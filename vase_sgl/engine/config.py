@@ -18,6 +18,7 @@ MAX_REQUESTS = "VASE_MAX_REQUESTS"
 DEFAULT_PARAMS = "VASE_DEFAULT"
 CHECK_INTEGRITY = "VASE_CHECK_INTEGRITY"
 KERNELS = "VASE_KERNELS"
+CPU_DECODE = "VASE_CPU_DECODE"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,7 @@ class EngineConfig:
         many as `--max-running-requests`, or as fit the pool with the default budget (or 2048).
     default: eviction parameters of requests that bring none; None leaves them with full KV.
     kernels: `triton`, `reference` (torch), or `auto`: Triton on CUDA, the reference on a CPU.
+    cpu_decode: attention of a decode step on a CPU: `batched`, or upstream's loop (`stock`).
     check_integrity: prove slot ownership and positions after every decode step (slow; for tests).
     """
 
@@ -35,6 +37,7 @@ class EngineConfig:
     max_requests: int | None = None
     default: Mapping[str, Any] | None = None
     kernels: str = "auto"
+    cpu_decode: str = "batched"
     check_integrity: bool = False
 
     @classmethod
@@ -55,13 +58,14 @@ class EngineConfig:
                 EvictionParams.parse(default, limits)
             except ValueError as error:  # ParameterError and JSONDecodeError are both
                 raise ParameterError(f"{DEFAULT_PARAMS} is wrong: {error}") from error
-        check = env.get(CHECK_INTEGRITY, "0")
-        if check not in ("0", "1"):
-            raise ParameterError(f"{CHECK_INTEGRITY} must be 0 or 1, got {check!r}")
-        kernels = env.get(KERNELS, "auto")
-        if kernels not in ("auto", "triton", "reference"):
-            raise ParameterError(f"{KERNELS} must be auto, triton or reference, got {kernels!r}")
-        return cls(limits, max_requests, default, kernels, check_integrity=check == "1")
+        return cls(
+            limits,
+            max_requests,
+            default,
+            _read_choice(env, KERNELS, "auto", "triton", "reference"),
+            _read_choice(env, CPU_DECODE, "batched", "stock"),
+            check_integrity=_read_choice(env, CHECK_INTEGRITY, "0", "1") == "1",
+        )
 
 
 @functools.cache
@@ -86,3 +90,10 @@ def _read_int(env: Mapping[str, str], name: str, default: int | None) -> int | N
         return int(text)
     except ValueError:
         raise ParameterError(f"{name} must be an integer, got {text!r}") from None
+
+
+def _read_choice(env: Mapping[str, str], name: str, default: str, *others: str) -> str:
+    text = env.get(name, default)
+    if text not in (default, *others):
+        raise ParameterError(f"{name} must be {', '.join((default, *others))}, got {text!r}")
+    return text

@@ -2,8 +2,9 @@
 
 A GEMM's rounding depends on its number of rows M, so a request's logits would depend on how many
 others share the batch. With M fixed, a row's result is independent of its place and neighbours
-(`tests/engine/test_linear_cpu.py`). So rows are cut into tiles of a fixed height, the last one
-padded with zeros.
+(`tests/engine/test_cpu_platform.py`). So rows are cut into tiles of a fixed height, the last one
+padded with zeros. Tiles read the weights again and again, so several are multiplied at once where
+a trial shows that this machine's BLAS gives the same bits.
 """
 
 from __future__ import annotations
@@ -16,40 +17,66 @@ import torch
 #: Tile heights: decode batches are small, prefills long. A row is always in the same kind.
 DECODE_TILE = 16
 EXTEND_TILE = 64
+#: Tiles multiplied at once, if the bits are those of one at a time.
+_TILES_AT_ONCE = (4, 2)
+
+Linear = Callable[[torch.Tensor], torch.Tensor]
 
 
-def in_tiles(
-    linear: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, tile: int
-) -> torch.Tensor:
-    """`linear` over x [rows, features], `tile` rows at a time; same value for any batch."""
+def in_tiles(linear: Linear, x: torch.Tensor, tile: int, at_once: int = 1) -> torch.Tensor:
+    """`linear` over x [rows, features] in tiles of `tile` rows; same value for any batch.
+
+    Up to `at_once` (a power of two) tiles go through one call; see `tiles_at_once`.
+    """
     rows = x.shape[0]
-    padded = torch.nn.functional.pad(x, (0, 0, 0, -rows % tile))
-    parts = [linear(part) for part in padded.split(tile)]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts))[:rows]
+    rest = torch.nn.functional.pad(x, (0, 0, 0, -rows % tile))
+    parts = []
+    while True:
+        while at_once > 1 and at_once * tile > len(rest):
+            at_once //= 2
+        parts.append(linear(rest[: at_once * tile]))
+        rest = rest[at_once * tile :]
+        if not len(rest):
+            return (parts[0] if len(parts) == 1 else torch.cat(parts))[:rows]
+
+
+def tiles_at_once(linear: Linear, features: int, dtype: torch.dtype, tile: int) -> int:
+    """How many tiles one call may take with the bits of one tile at a time, from a trial."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(_TILES_AT_ONCE[0] * tile, features, generator=generator).to(dtype)
+    alone = in_tiles(linear, x, tile)
+    for count in _TILES_AT_ONCE:
+        if torch.equal(torch.cat([linear(part) for part in x.split(count * tile)]), alone):
+            return count
+    return 1
 
 
 def tiled_linear_apply(
     original: Callable[..., torch.Tensor],
     method: Any,
-    layer: torch.nn.Module,
+    layer: Any,
     x: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """AROUND `UnquantizedLinearMethod.apply`."""
-    return in_tiles(lambda part: original(method, layer, part, bias), x, _tile_height())
+    return _tiled(lambda part: original(method, layer, part, bias), x, layer.weight, _tile_height())
 
 
 def tiled_lm_head(
     original: Callable[..., torch.Tensor],
     processor: Any,
     hidden_states: torch.Tensor,
+    lm_head: Any,
     *args: Any,
     out: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
     """AROUND `LogitsProcessor._compute_lm_head`. One row a request, so the decode tile serves."""
-    return in_tiles(
-        lambda part: original(processor, part, *args, **kwargs), hidden_states, DECODE_TILE
+    return _tiled(
+        lambda part: original(processor, part, lm_head, *args, **kwargs),
+        hidden_states,
+        lm_head.weight,
+        DECODE_TILE,
     )
 
 
@@ -64,3 +91,14 @@ def note_forward_mode(result: Any, *args: Any, **kwargs: Any) -> None:
 
 def _tile_height() -> int:
     return EXTEND_TILE if _extending else DECODE_TILE
+
+
+def _tiled(linear: Linear, x: torch.Tensor, weight: torch.Tensor, tile: int) -> torch.Tensor:
+    shape = (weight.shape, weight.stride(), weight.dtype, tile)
+    if shape not in _trials:
+        _trials[shape] = tiles_at_once(linear, x.shape[-1], x.dtype, tile)
+    return in_tiles(linear, x, tile, _trials[shape])
+
+
+#: Outcome of the trial for each kind of weight and tile, in this process.
+_trials: dict[tuple[Any, ...], int] = {}

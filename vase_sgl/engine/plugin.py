@@ -23,6 +23,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from vase_sgl.engine import (
     admission,
+    attention_cpu,
     integrity,
     lifecycle,
     limits,
@@ -291,24 +292,30 @@ def _register() -> None:
         HookRegistry.register(hook.path, hook.function, hook.kind)
     for device in ("cuda", "cpu"):
         ALLOC_FOR_DECODE_FUNCS[device] = lifecycle.alloc_for_decode
-    for name in _BACKENDS:
-        factory = recording_backend(
-            ATTENTION_BACKENDS[name], lambda runner: BudgetPool.of_runner(runner).query_ring
-        )
+    factories = {name: ATTENTION_BACKENDS[name] for name in _BACKENDS}
+    if platform_cpu.is_active() and engine_config().cpu_decode == "batched":
+        _check_parameters(*attention_cpu.OVERRIDDEN, "decode attention of a whole batch at once")
+        factories["torch_native"] = attention_cpu.BatchedDecodeBackend
+    for name, create in factories.items():
+        factory = recording_backend(create, lambda runner: BudgetPool.of_runner(runner).query_ring)
         register_attention_backend(name)(factory)
 
 
 def check_signature(hook: Hook) -> None:
     """Raise RuntimeError unless the upstream target still has the parameters we rely on."""
-    owner_path, _, name = hook.path.rpartition(".")
+    _check_parameters(hook.path, hook.parameters, hook.reason)
+
+
+def _check_parameters(path: str, expected: tuple[str, ...], reason: str) -> None:
+    owner_path, _, name = path.rpartition(".")
     owner = pkgutil.resolve_name(owner_path)
     target = inspect.getattr_static(owner, name)
     function = getattr(target, "__func__", target)
     found = tuple(inspect.signature(inspect.unwrap(function)).parameters)
-    if found != hook.parameters:
+    if found != expected:
         raise RuntimeError(
-            f"{hook.path} now takes {found}, expected {hook.parameters} "
-            f"(needed to: {hook.reason}); see docs/upgrading-sglang.md"
+            f"{path} now takes {found}, expected {expected} "
+            f"(needed to: {reason}); see docs/upgrading-sglang.md"
         )
 
 

@@ -92,7 +92,7 @@ class BudgetPool:
         Token positions are not copied: before a request's first round they follow from columns.
         """
         for buffer in (*self.k_buffers, *self.v_buffers):
-            rows = buffer.flatten(1).view(torch.uint8)  # float8 has no index_copy_
+            rows = buffer.flatten(1).view(torch.int64)  # float8 has no index_copy_
             rows.index_copy_(0, target, rows.index_select(0, source))
 
     @classmethod

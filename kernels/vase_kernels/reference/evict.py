@@ -186,7 +186,9 @@ class _PoolRows:
 def _move(buffers: Sequence[Tensor], row_ids: Tensor, dst: Tensor, src: Tensor) -> None:
     """Copy row src[n, l, h, i] over row dst[n, l, h, i] in every layer's buffer."""
     for layer, buffer in enumerate(buffers):
-        rows = buffer.view(-1, buffer.shape[-1]).view(torch.uint8)  # float8 has no index_copy_
+        rows = buffer.view(-1, buffer.shape[-1]).view(
+            torch.int64
+        )  # words: float8 has no index_copy_
         to = row_ids.gather(-1, dst[:, layer]).flatten()
         source = row_ids.gather(-1, src[:, layer]).flatten()
         rows.index_copy_(0, to, rows.index_select(0, source))
