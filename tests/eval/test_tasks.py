@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -87,9 +89,25 @@ def test_what_cannot_be_opened(spec: str, text: str) -> None:
 
 
 def test_a_data_set_of_the_hub_needs_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(TaskError, match="pip install datasets"):
         open_task("gsm8k:hf:openai/gsm8k:test?config=main")
+
+
+def test_rows_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    # In place of the library, which would download; called the way its documentation says.
+    asked = []
+
+    def load_dataset(name: str, config: str | None, *, split: str) -> list[dict[str, str]]:
+        asked.append((name, config, split))
+        return [{"question": "1 + 1?", "answer": "#### 2"}, {"question": "?", "answer": "#### 3"}]
+
+    library = types.SimpleNamespace(load_dataset=load_dataset)
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    items = open_task("gsm8k:hf:openai/gsm8k?config=main").items(None, 0)
+    assert [(item.item_id, item.answer) for item in items] == [("1", "2"), ("2", "3")]
+    open_task("gsm8k:hf:openai/gsm8k:train")
+    assert asked == [("openai/gsm8k", "main", "test"), ("openai/gsm8k", None, "train")]
 
 
 @pytest.mark.parametrize(
@@ -161,6 +179,10 @@ def test_an_answer_that_never_ends() -> None:
         assert answers.compare("2", "2") == "equal"
         assert answers.compare("2", "9^{9^{9^{9}}}") == "timeout"
         assert answers.compare("2", "3") == "different"
+        assert answers._process is not None
+        answers._process.kill()
+        answers._process.wait()
+        assert answers.compare("2", "2") == "equal"
     finally:
         answers.close()
 

@@ -46,7 +46,8 @@ class MathAnswers:
         """
         with self._lock:
             line = json.dumps([reference, answer]).encode() + b"\n"
-            if self._process is None:
+            if self._process is None or self._process.poll() is not None:
+                self._stop()
                 self._process = self._start()
             process = self._process
             assert process.stdin and process.stdout
@@ -88,8 +89,8 @@ class MathAnswers:
 
     def _stop(self) -> None:
         if self._process is not None:
-            with self._process as process:
-                process.kill()
+            self._process.kill()
+            self._process.communicate()
             self._process = None
 
 
