@@ -249,6 +249,8 @@ def test_passkey() -> None:
     assert item.answer in item.messages[0]["content"]
     assert task.grade(item, steps + right).reason == "passkey right; 3 of 3 steps written"
     assert task.grade(item, f"{steps}The passkey is: **{item.answer}**").correct
+    thousands = f"{int(item.answer):,}"
+    assert task.grade(item, f"{steps}The passkey, as told, was {thousands}, not 999.").correct
     early = task.grade(item, right + "\n" + steps)
     assert (early.correct, early.extracted) == (False, None)
     wrong = task.grade(item, f"{steps}{right} No. The passkey is 11111.")

@@ -61,7 +61,8 @@ class Limits:
     """What a program may use. Sizes are bytes; per process except `wall_seconds`, `processes`,
     `output_bytes` and, with namespaces, `folder_bytes`."""
 
-    wall_seconds: float = 10.0
+    #: Above `cpu_seconds`, so that a busy machine does not fail a program that would pass.
+    wall_seconds: float = 30.0
     cpu_seconds: int = 10
     address_space: int = 1 << 30
     file_bytes: int = 16 << 20
