@@ -13,9 +13,9 @@ vary here and there; they have no period.
 Neither sees a loop that counts (`12. Luna`, `13. Luna`), which cannot be told from a list, nor one
 that the text has left again. The thresholds favour precision: a loop that is missed early is found
 later, because it does not end. They were set on 76 labelled texts and then measured on 24 others
-(`tests/eval/data/loops.jsonl`: answers of a real model of at most 320 tokens, and tables, code, logs
-and songs): precision 14/14 and 9/9, recall 14/21 and 9/11. Every miss is a loop in its first copies
-or one just left.
+(`tests/eval/data/loops.jsonl`: answers of a real model of at most 320 tokens, and tables, code,
+logs and songs): precision 14/14 and 9/9, recall 14/21 and 9/11. Every miss is a loop in its first
+copies or one just left.
 """
 
 from __future__ import annotations
