@@ -1,0 +1,1 @@
+"""Measuring what eviction costs: tasks, graders, detectors of bad output, statistics."""

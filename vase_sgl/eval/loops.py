@@ -1,0 +1,121 @@
+"""Has a model fallen into a repetition loop?
+
+Two rules over any sequence of hashable units: token ids, or the words of a text.
+
+**Exact suffix repeat.** The sequence *ends* in copies of one block, the last of which may be cut
+off: at least `MIN_COPIES` copies and `MIN_LENGTH` units, or `MANY_COPIES` copies and `MANY_LENGTH`
+units. The loop's start and period are known exactly.
+
+**N-gram repetition.** Of the n-grams (n = `NGRAM`) in the last `TAIL` units, more than
+`MAX_REPETITION` occurred before in that tail; judged from `TAIL / 2` units on. It sees loops that
+vary here and there; they have no period.
+
+Neither sees a loop that counts (`12. Luna`, `13. Luna`), which cannot be told from a list, nor one
+that the text has left again. The thresholds favour precision: a loop that is missed early is found
+later, because it does not end. They were set on 76 labelled texts and then measured on 24 others
+(`tests/eval/data/loops.jsonl`: answers of a real model of at most 320 tokens, and tables, code,
+logs and songs): precision 14/14 and 9/9, recall 14/21 and 9/11. Every miss is a loop in its first
+copies or one just left.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Hashable, Sequence
+
+MIN_COPIES, MIN_LENGTH = 3, 80
+MANY_COPIES, MANY_LENGTH = 10, 30
+
+NGRAM = 6
+TAIL = 200
+MAX_REPETITION = 0.75
+
+#: A ruled line of one punctuation mark is a single unit, unless it has no end.
+_WORD = re.compile(r"[^\W_]+|([^\w\s]|_)\1{0,79}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """Where a sequence started to repeat itself. Positions count units from 0."""
+
+    #: First unit of the first copy; for a loop found by its n-grams, the first repeated n-gram of
+    #: the tail.
+    start: int
+    #: Units of one copy; None for a loop with variations.
+    period: int | None
+    #: Whole copies at the end of the sequence; None for a loop with variations.
+    copies: int | None
+
+
+def words(text: str) -> list[str]:
+    """The units of a text in lower case: words, and runs of up to 80 equal punctuation marks."""
+    return [match[0] for match in _WORD.finditer(text.casefold())]
+
+
+def detect_loop(units: Sequence[Hashable]) -> Loop | None:
+    """The loop that `units` ends in, or None.
+
+    Of several periods the one whose repetition reaches back furthest is reported, the shortest of
+    equals. Linear in the number of units.
+    """
+    return _suffix_repeat(units) or _varied_repeat(units)
+
+
+def repetition(units: Sequence[Hashable]) -> float:
+    """Share of the n-grams in the last TAIL units that occurred before in them, 0 to 1."""
+    grams = _tail_ngrams(units)
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _suffix_repeat(units: Sequence[Hashable]) -> Loop | None:
+    best: tuple[int, int] | None = None
+    matches = _matches_with_own_end(units)
+    for period in range(1, len(units) // MIN_COPIES + 1):
+        length = period + matches[period]
+        if _is_loop(period, length) and (best is None or length > best[0]):
+            best = (length, period)
+    if best is None:
+        return None
+    length, period = best
+    return Loop(start=len(units) - length, period=period, copies=length // period)
+
+
+def _is_loop(period: int, length: int) -> bool:
+    return length >= max(MIN_COPIES * period, MIN_LENGTH) or length >= max(
+        MANY_COPIES * period, MANY_LENGTH
+    )
+
+
+def _matches_with_own_end(units: Sequence[Hashable]) -> list[int]:
+    """For every shift, how many of the last units equal those that many places before them.
+
+    The Z function of the reversed sequence (Gusfield, Algorithms on Strings, 1997, section 1.4).
+    """
+    reverse = list(reversed(units))
+    n = len(reverse)
+    matches = [0] * n
+    left = right = 0
+    for shift in range(1, n):
+        length = min(right - shift, matches[shift - left]) if shift < right else 0
+        while shift + length < n and reverse[length] == reverse[shift + length]:
+            length += 1
+        matches[shift] = length
+        if shift + length > right:
+            left, right = shift, shift + length
+    return matches
+
+
+def _varied_repeat(units: Sequence[Hashable]) -> Loop | None:
+    if len(units) < TAIL // 2 or repetition(units) <= MAX_REPETITION:
+        return None
+    grams = _tail_ngrams(units)
+    counts = Counter(grams)
+    first = next(place for place, gram in enumerate(grams) if counts[gram] > 1)
+    return Loop(start=max(0, len(units) - TAIL) + first, period=None, copies=None)
+
+
+def _tail_ngrams(units: Sequence[Hashable]) -> list[tuple[Hashable, ...]]:
+    tail = units[-TAIL:]
+    return [tuple(tail[place : place + NGRAM]) for place in range(len(tail) - NGRAM + 1)]
