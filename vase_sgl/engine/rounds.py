@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
+from threading import Barrier
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -57,40 +59,69 @@ class Rounds(Protocol):
 
 
 class ReferenceRounds:
-    """The torch reference: requests of one shape in one call. Needs no scratch of its own."""
+    """The torch reference: requests of one shape in one call. Needs no scratch of its own.
+
+    A round is thousands of products of small matrices. Threads inside of each would wait for one
+    another most of the time (and for a busy neighbour's, which is far worse), so every thread of
+    torch takes requests of its own, and works alone. Results do not depend on their number.
+    """
 
     nbytes = 0
 
+    def __init__(self) -> None:
+        self._threads = torch.get_num_threads()
+        ready = Barrier(self._threads + 1)
+        self._workers = ThreadPoolExecutor(
+            self._threads, "vase-rounds", initializer=_work_alone, initargs=(ready,)
+        )
+        for _ in range(self._threads):
+            self._workers.submit(int)  # a thread starts with the first task that finds none idle
+        ready.wait()
+        torch.set_num_threads(self._threads)  # what threads of others will start with
+
     def run(self, pool: BudgetPool, due: Sequence[DueRequest]) -> None:
         ordered = sorted(due, key=_shape)
-        for _, group in groupby(ordered, key=_shape):
-            self._run_group(pool, list(group))
+        shards = [
+            requests[start :: self._threads]
+            for requests in (list(group) for _, group in groupby(ordered, key=_shape))
+            for start in range(min(self._threads, len(requests)))
+        ]
+        for done in [self._workers.submit(_run_alike, pool, shard) for shard in shards]:
+            done.result()
 
-    def _run_group(self, pool: BudgetPool, group: list[DueRequest]) -> None:
-        params = group[0].cache.params
-        device = pool.token_positions.device
-        queries = None
-        if params.policy.needs_queries:
-            last = pool.query_ring.last
-            queries = torch.stack(
-                [last(due.cache.ring_row, due.logical_length, params.window) for due in group]
-            )
-        result = evict_reference(
-            params.policy.name,
-            pool.k_buffers,
-            pool.v_buffers,
-            pool.token_positions,
-            torch.stack([due.slots for due in group]),
-            queries,
-            budget=params.budget,
-            window=params.window,
-            seeds=torch.tensor([due.cache.params.seed for due in group], device=device),
-            rounds=torch.tensor([due.round for due in group], device=device),
-            logical_lengths=torch.tensor([due.logical_length for due in group], device=device),
-            first_head=pool.first_head,
-            **params.policy.fields(),
+
+def _work_alone(ready: Barrier) -> None:
+    torch.set_num_threads(1)
+    ready.wait()
+
+
+@torch.inference_mode()
+def _run_alike(pool: BudgetPool, due: list[DueRequest]) -> None:
+    """Rounds of requests of one shape. Requests own what is written, so threads do not meet."""
+    params = due[0].cache.params
+    device = pool.token_positions.device
+    queries = None
+    if params.policy.needs_queries:
+        last = pool.query_ring.last
+        queries = torch.stack(
+            [last(one.cache.ring_row, one.logical_length, params.window) for one in due]
         )
-        _report(group, result.round_sums)
+    result = evict_reference(
+        params.policy.name,
+        pool.k_buffers,
+        pool.v_buffers,
+        pool.token_positions,
+        torch.stack([one.slots for one in due]),
+        queries,
+        budget=params.budget,
+        window=params.window,
+        seeds=torch.tensor([one.cache.params.seed for one in due], device=device),
+        rounds=torch.tensor([one.round for one in due], device=device),
+        logical_lengths=torch.tensor([one.logical_length for one in due], device=device),
+        first_head=pool.first_head,
+        **params.policy.fields(),
+    )
+    _report(due, result.round_sums)
 
 
 def _shape(due: DueRequest) -> str:
