@@ -3,7 +3,8 @@
     python -m benchmarks.determinism [--replays 1000] [--requests 20]
 
 Mismatches: every request is answered alone first; then replays in batches of random size, order and
-company. Tokens, log probabilities (bit for bit) and round digests must be the same.
+company. Tokens, log probabilities (bit for bit) and round digests must be the same. Exit status 1
+if a replay differs.
 
 Cost: on a CPU, SGLang with the plugin against stock SGLang, both with stock decode attention and a
 full KV cache: batch-invariant linear layers, hooks. On a GPU, the plugin with and without
@@ -44,15 +45,16 @@ def main(argv: list[str] | None = None) -> int:
             specs = {arm.name: arm.spec for arm in arms} | {"replay": replay}
             return options.dry_run("determinism", chosen, model, specs, markdown)
         report = results.new_report("determinism", options.settings(chosen, model))
-        if chosen.replays:
-            with running([replay], model.path, dummy=model.dummy, gpu=chosen.gpu) as workers:
-                report["replays"] = asyncio.run(replays(workers[replay].url, chosen, model))
-        if chosen.rounds:
-            report["samples"], _ = serving.measure(arms, _as_serving(chosen), model)
+        with results.until_cut(report):
+            if chosen.replays:
+                with running([replay], model.path, dummy=model.dummy, gpu=chosen.gpu) as workers:
+                    asyncio.run(replays(report, workers[replay].url, chosen, model))
+            if chosen.rounds:
+                serving.measure(report, arms, _as_serving(chosen), model)
     summarize(report)
     results.write(report, chosen.output, chosen.name, markdown=markdown)
     print(markdown(report))
-    return 0
+    return 1 if report["summary"]["mismatches"] else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -134,13 +136,22 @@ def the_requests(chosen: argparse.Namespace, vocabulary: int) -> list[load.Reque
     return made
 
 
-async def replays(url: str, chosen: argparse.Namespace, model: Model) -> dict[str, Any]:
+async def replays(report: Report, url: str, chosen: argparse.Namespace, model: Model) -> None:
+    """Fill `replays`: counts by batch size, and every mismatch."""
     requests = the_requests(chosen, model.shape.vocabulary)
     rng = random.Random(0)
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)) as http:
         expected = [outcome(await load.answer(http, url, request)) for request in requests]
+        rounds = sum(len(one["digests"]) for one in expected)
+        if not rounds:
+            raise SystemExit("no round happened: nothing is tested; raise --tokens")
         by_size: dict[int, dict[str, int]] = {}
         mismatches: list[dict[str, Any]] = []
+        report["replays"] = {
+            "rounds_per_pass": rounds,
+            "by_batch_size": by_size,
+            "mismatches": mismatches,
+        }
         done = 0
         while done < chosen.replays:
             size = min(rng.choice(chosen.batches), chosen.replays - done)
@@ -158,15 +169,6 @@ async def replays(url: str, chosen: argparse.Namespace, model: Model) -> dict[st
                     )
             done += size
             print(f"{done} replays, {len(mismatches)} differ", file=sys.stderr, flush=True)
-    rounds = sum(len(one["digests"]) for one in expected)
-    if not rounds:
-        raise SystemExit("no round happened: nothing was tested; raise --tokens")
-    return {
-        "replays": done,
-        "mismatches": mismatches,
-        "by_batch_size": by_size,
-        "rounds_per_pass": rounds,
-    }
 
 
 def outcome(answer: dict[str, Any]) -> dict[str, Any]:
@@ -193,6 +195,8 @@ def differences(expected: dict[str, Any], found: dict[str, Any]) -> dict[str, in
 
 
 def summarize(report: Report) -> None:
+    """Totals of the replays; medians of the rates."""
+    replayed = report.get("replays", {})
     rates = {
         arm: median(
             one["tokens_per_second"] for one in report.get("samples", []) if one["arm"] == arm
@@ -201,8 +205,8 @@ def summarize(report: Report) -> None:
     }
     found = ratio(rates["deterministic"], rates["free"])
     report["summary"] = {
-        "replays": report.get("replays", {}).get("replays", 0),
-        "mismatches": len(report.get("replays", {}).get("mismatches", [])),
+        "replays": sum(count["replays"] for count in replayed.get("by_batch_size", {}).values()),
+        "mismatches": len(replayed.get("mismatches", [])),
         "tokens_per_second": rates,
         "ratio": found,
     }

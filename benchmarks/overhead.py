@@ -50,8 +50,12 @@ def main(argv: list[str] | None = None) -> int:
             return options.dry_run("overhead", chosen, model, {"timed": spec}, markdown)
         report = results.new_report("overhead", options.settings(chosen, model))
         report["copy_bytes_per_second"] = bandwidth()
-        with running([spec], model.path, dummy=model.dummy, gpu=chosen.gpu) as workers:
-            report["samples"] = asyncio.run(measure(workers[spec], chosen, model))
+        report["samples"] = []
+        with (
+            results.until_cut(report),
+            running([spec], model.path, dummy=model.dummy, gpu=chosen.gpu) as workers,
+        ):
+            asyncio.run(measure(report["samples"], workers[spec], chosen, model))
             if chosen.gpu:
                 report["kernels"] = asyncio.run(trace(workers[spec], chosen, model, Path(folder)))
     summarize(report, model)
@@ -94,8 +98,10 @@ def bandwidth() -> float:
     return copy_bandwidth(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-async def measure(worker: Worker, chosen: argparse.Namespace, model: Model) -> list[dict[str, Any]]:
-    samples = []
+async def measure(
+    samples: list[dict[str, Any]], worker: Worker, chosen: argparse.Namespace, model: Model
+) -> None:
+    """Append the samples."""
     await _run(worker, chosen, model, min(chosen.windows), "budget", turn=-1)  # warms up
     for turn in range(chosen.rounds):
         for window in chosen.windows:
@@ -105,7 +111,6 @@ async def measure(worker: Worker, chosen: argparse.Namespace, model: Model) -> l
                 per_token = number(1e3 * (median(sample["tpot"]) or 0))
                 line = f"round {turn} window {window} {arm}: {per_token} ms per token"
                 print(line, file=sys.stderr, flush=True)
-    return samples
 
 
 async def _run(
@@ -175,6 +180,8 @@ def summarize(report: Report, model: Model) -> None:
             arm: [s for s in report["samples"] if (s["window"], s["arm"]) == (window, arm)]
             for arm in ("full", "budget")
         }
+        if not mine["budget"]:
+            continue  # cut before
         tpot = {arm: median(t for s in mine[arm] for t in s["tpot"]) for arm in mine}
         parts = [shares(sample["timers"]) for sample in mine["budget"]]
         names = dict.fromkeys(name for part in parts for name in part)

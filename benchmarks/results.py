@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,27 @@ def new_report(benchmark: str, settings: dict[str, Any], *, dry_run: bool = Fals
         "environment": describe(),
         "settings": settings,
     }
+
+
+@contextmanager
+def until_cut(report: Report) -> Iterator[None]:
+    """Measure within. SIGTERM or Ctrl-C ends that, not the program: what there is gets written.
+
+    `report["cut"]` says that it happened.
+    """
+
+    def cut(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, cut)
+    report["cut"] = False
+    try:
+        yield
+    except KeyboardInterrupt:
+        report["cut"] = True
+        print("cut: writing what was measured", file=sys.stderr, flush=True)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def write(

@@ -70,7 +70,8 @@ def main(argv: list[str] | None = None) -> int:
             specs = {arm.name: arm.spec for arm in arms}
             return options.dry_run("serving", chosen, model, specs, markdown)
         report = results.new_report("serving", options.settings(chosen, model))
-        report["samples"], report["workers"] = measure(arms, chosen, model)
+        with results.until_cut(report):
+            measure(report, arms, chosen, model)
     summarize(report)
     results.write(report, chosen.output, chosen.name, markdown=markdown, plot=plots.serving)
     print(markdown(report))
@@ -144,12 +145,10 @@ def all_arms(chosen: argparse.Namespace) -> Iterator[Arm]:
     yield Arm("budget-stock-decode", unbatched, vase)
 
 
-def measure(
-    arms: list[Arm], chosen: argparse.Namespace, model: Model
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Samples in the order of their runs, and what each plugin worker said about itself."""
-    samples: list[dict[str, Any]] = []
-    said: dict[str, Any] = {}
+def measure(report: Report, arms: list[Arm], chosen: argparse.Namespace, model: Model) -> None:
+    """Fill `samples`, in the order of the runs, and `workers`, what each says about itself."""
+    samples = report["samples"] = []
+    said = report["workers"] = {}
 
     def run(arm: Arm, cell: Cell, turn: int, url: str) -> None:
         sample = asyncio.run(one_run(arm, cell, turn, url, chosen, model))
@@ -168,7 +167,7 @@ def measure(
                 for cell in chosen.cells:
                     for arm in arms:
                         run(arm, cell, turn, workers[arm.spec].url)
-        return samples, said
+        return
     for turn in range(chosen.rounds):
         for spec in dict.fromkeys(arm.spec for arm in arms):
             with running([spec], model.path, dummy=model.dummy, gpu=chosen.gpu) as workers:
@@ -178,7 +177,6 @@ def measure(
                 for cell in chosen.cells:
                     for arm in mine:
                         run(arm, cell, turn, workers[spec].url)
-    return samples, said
 
 
 async def _about(arm: Arm, url: str) -> dict[str, Any]:
@@ -243,10 +241,9 @@ async def one_run(
 def summarize(report: Report) -> None:
     """Medians over rounds, per cell and arm, with ratios to stock SGLang."""
     samples = report["samples"]
+    runs = dict.fromkeys((sample["cell"], sample["arm"]) for sample in samples)
     report["summary"] = [
-        _summary(cell, arm, samples) | {"fit": _fit(report, cell, arm)}
-        for cell in dict.fromkeys(sample["cell"] for sample in samples)
-        for arm in dict.fromkeys(sample["arm"] for sample in samples)
+        _summary(cell, arm, samples) | {"fit": _fit(report, cell, arm)} for cell, arm in runs
     ]
     for line in report["summary"]:
         base: dict[str, Any] = next(
