@@ -1,4 +1,4 @@
-"""The benchmarks of workers on real ones, with a tiny model. Only with VASE_TEST_SLOW=1: minutes."""
+"""The benchmarks of workers on real ones, with a tiny model: minutes, only with VASE_TEST_SLOW."""
 
 from __future__ import annotations
 
