@@ -220,7 +220,7 @@ def markdown(report: Report) -> str:
             ),
             [_row(line) for line in report["summary"]],
         ),
-        "Parts of eviction, % of decode time:",
+        "Parts of eviction, % of decode time (seconds of all threads that work on it):",
         "",
         _parts_table(report),
     ]

@@ -19,6 +19,7 @@ Within `run_batch` of a prefill all names begin with "prefill.".
 from __future__ import annotations
 
 import functools
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -27,16 +28,19 @@ Function = Callable[..., Any]
 
 
 class Timers:
-    """For one thread; nested calls are told apart."""
+    """Nested calls of a thread are told apart. Threads add up: parts may take longer than a whole
+    that waits for them.
+    """
 
     def __init__(self) -> None:
         self.totals: dict[str, list[float]] = {}
         self.prefix = ""  # of what is being timed now, such as "prefill."
-        self._inner: list[float] = []
+        self._threads = threading.local()
+        self._lock = threading.Lock()
         self._stock: dict[Function, Function] = {}
 
     def call(self, name: str, function: Function, *args: Any, **kwargs: Any) -> Any:
-        self._inner.append(0.0)
+        self._stack().append(0.0)
         started = time.perf_counter()
         try:
             return function(*args, **kwargs)
@@ -47,7 +51,7 @@ class Timers:
         self, name: Callable[[Any], str], function: Function, *args: Any, **kwargs: Any
     ) -> Any:
         """As `call`, for a name that the result decides."""
-        self._inner.append(0.0)
+        self._stack().append(0.0)
         started = time.perf_counter()
         result = function(*args, **kwargs)
         self._add(name(result), time.perf_counter() - started)
@@ -82,13 +86,23 @@ class Timers:
         self.totals.setdefault(name, [0, 0.0, 0.0])[0] += number
 
     def _add(self, name: str, seconds: float) -> None:
-        inner = self._inner.pop()
-        if self._inner:
-            self._inner[-1] += seconds
-        total = self.totals.setdefault(self.prefix + name, [0, 0.0, 0.0])
-        total[0] += 1
-        total[1] += seconds
-        total[2] += seconds - inner
+        stack = self._stack()
+        inner = stack.pop()
+        if stack:
+            stack[-1] += seconds
+        with self._lock:
+            total = self.totals.setdefault(self.prefix + name, [0, 0.0, 0.0])
+            total[0] += 1
+            total[1] += seconds
+            total[2] += seconds - inner
+
+    def _stack(self) -> list[float]:
+        """Of this thread: per call that is running, the seconds of timed callees."""
+        try:
+            stack: list[float] = self._threads.stack
+        except AttributeError:
+            stack = self._threads.stack = []
+        return stack
 
 
 Totals = dict[str, list[float]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -58,6 +59,20 @@ def test_a_method_is_replaced_in_place_and_must_exist() -> None:
     assert timers.totals["prefill.work"][0] == 1
     with pytest.raises(AttributeError):
         timers.method("gone", owner, "gone")
+
+
+def test_threads_do_not_meet() -> None:
+    timers = Timers()
+    part = timers.wrap("part", _wait)
+
+    def whole() -> None:
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(part, [0.02] * 6))
+
+    timers.wrap("whole", whole)()
+    calls, inside, own = timers.totals["part"]
+    assert calls == 6 and inside == own >= 0.12
+    assert timers.totals["whole"][2] == timers.totals["whole"][1]
 
 
 def test_a_difference_counts_what_came_in_between() -> None:
