@@ -54,6 +54,10 @@ soak: $(READY) ## Random load on the real scheduler for MINUTES=10, every invari
 loadtest: model ## Throughput and TTFT of the real CPU model, 1 to 64 users (an idle machine, an hour)
 	@$(BIN)/python benchmarks/loadtest_report.py --model "$$($(BIN)/python -m vase_sgl.demo.model)" $(LOADTEST_ARGS)
 
+.PHONY: bench-quick
+bench-quick: model ## Ratios of every part against the committed baseline (an idle machine, 5 minutes)
+	@$(BIN)/python -m benchmarks.quick $(QUICK_ARGS)
+
 .PHONY: lint
 lint: $(READY) ## ruff, mypy --strict, buf lint
 	@$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """Time of one eviction round: the kernels, the torch reference, and a gather of the whole cache.
 
-    python benchmarks/kernels.py --check [--policies rkv knorm] [--json results.json]
-    python benchmarks/kernels.py --flashinfer [--json results.json]
+    python -m benchmarks.kernels --check [--policies rkv knorm] [--json results.json]
+    python -m benchmarks.kernels --flashinfer [--json results.json]
 
 Shapes are Qwen3-14B's: 40 layers, 8 KV heads, groups of 5, head_dim 128, bfloat16, window 64. A
 round is in steady state: budget + window rows become budget rows. `floor` is the time in which
@@ -28,7 +28,6 @@ import dataclasses
 import importlib.util
 import itertools
 import json
-import platform
 import statistics
 import sys
 import time
@@ -45,6 +44,8 @@ from vase_kernels.requests import DueRequest, pack, table_fields
 from vase_kernels.scoring import SCORING, Round
 from vase_kernels.workspace import Maxima, Workspace
 
+from benchmarks.environment import machine_line
+from benchmarks.results import Report, new_report, number, table
 from vase_sgl.eviction import POLICIES as POLICY_CLASSES
 
 #: The interpreter counts as a device for the kernels, to try this file on tiny shapes.
@@ -318,19 +319,6 @@ def shapes(args: argparse.Namespace) -> Iterator[Shape]:
         yield shape
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
-    return {
-        "command": " ".join(sys.argv),
-        "device": name or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "triton": triton.__version__,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     gpu = torch.cuda.is_available()
@@ -351,13 +339,13 @@ def main() -> None:
     torch.manual_seed(0)
     if args.flashinfer:
         require_flashinfer()
-        selections = [
-            compare_with_flashinfer(shape, args.repeats, device) for shape in shapes(args)
-        ]
-        for row in selections:
+        report = new_report("flashinfer", {"threads": torch.get_num_threads()}) | {"results": []}
+        for shape in shapes(args):
+            row = compare_with_flashinfer(shape, args.repeats, device)
             numbers = (f"{k} {x:.3g}" for k, x in row.items() if isinstance(x, float))
-            print(f"select      B {row['budget']:5} due {row['requests']:3}", *numbers)
-        write(args.json, {**machine(device), "selections": selections})
+            print(f"select      B {row['budget']:5} due {row['requests']:3}", *numbers, flush=True)
+            report["results"].append(row)
+            write(args.json, report)
         return
     if not gpu:
         print("no GPU: times below are the torch reference's on this CPU, not the kernels'")
@@ -365,13 +353,14 @@ def main() -> None:
         check(args.policies, device)
     bandwidth = copy_bandwidth(device)
     print(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s")
-    results = []
-    for policy, shape in itertools.product(args.policies, shapes(args)):
+    report = new_report("kernels", {"threads": torch.get_num_threads()})
+    report |= {"copy_bytes_per_s": bandwidth, "results": []}
+    for policy, shape in itertools.product(args.policies, list(shapes(args))):
         row = measure(Case(shape, policy, device), args.repeats, bandwidth)
-        results.append(row)
+        report["results"].append(row)
+        write(args.json, report)
         numbers = (f"{k} {x:.3g}" for k, x in row.items() if isinstance(x, float))
         print(f"{policy:20} B {shape.budget:5} due {shape.requests:3}", *numbers, flush=True)
-    write(args.json, {**machine(device), "copy_bytes_per_s": bandwidth, "results": results})
 
 
 def require_flashinfer() -> None:
@@ -388,7 +377,36 @@ def require_flashinfer() -> None:
         )
 
 
-def write(path: Path | None, report: dict[str, Any]) -> None:
+def markdown(report: Report) -> str:
+    """The table of a report of either kind; columns that a run has not are left out."""
+    columns = {
+        "kernels_ms": "kernels ms",
+        "reference_ms": "torch reference ms",
+        "gather_all_ms": "gather all ms",
+        "floor_ms": "floor ms",
+        "share_of_floor": "share of copy bandwidth",
+        "select_ms": "select ms",
+        "flashinfer_over_select": "flashinfer over select",
+        "flashinfer_any_tie_over_select": "flashinfer, any tie, over select",
+    }
+    rows = report["results"]
+    found = {key: head for key, head in columns.items() if any(key in row for row in rows)}
+    bandwidth = report.get("copy_bytes_per_s")
+    said = f"Copy bandwidth {bandwidth / 1e9:.0f} GB/s. " if bandwidth else ""
+    return f"{said}{machine_line(report['environment'])}.\n\n" + table(
+        ("policy", "layers", "budget", "requests due", *found.values()),
+        [
+            (
+                *(row.get("policy", "select alone"), row["layers"]),
+                *(f"{row['budget']:,}", row["requests"]),
+                *(number(row.get(key)) for key in found),
+            )
+            for row in rows
+        ],
+    )
+
+
+def write(path: Path | None, report: Report) -> None:
     if path:
         path.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -1,0 +1,207 @@
+"""Everything that needs a GPU, as one command: tests first, then every benchmark.
+
+    python -m benchmarks.gpu                     # about an hour and a half on an H100
+    python -m benchmarks.gpu --only kernels paper
+    python -m benchmarks.gpu --dry-run           # anywhere: commands, configurations, result files
+
+Needs an environment with SGLang for CUDA, `pip install -e '.[gpu,bench]'`, and no weights: models
+are shapes with random weights. Every stage is a command of its own with a limit of ten minutes;
+what it wrote stays if it is cut. A stage that succeeded is not run again (`--again` does), so that
+an interrupted run goes on where it was. Results: benchmarks/results/gpu/, its state in state.json.
+
+If a test fails, nothing is measured: fast wrong answers say nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.environment import ROOT, describe, on_gpu
+from benchmarks.results import FOLDER
+
+_MINUTES = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """arguments: of `python -m`. must_pass: later stages need it. takes_dry_run: a benchmark of a
+    worker, which can be tried without a GPU."""
+
+    name: str
+    arguments: tuple[str, ...]
+    env: tuple[tuple[str, str], ...] = ()
+    must_pass: bool = False
+    takes_dry_run: bool = False
+
+
+def _benchmark(name: str, module: str, *arguments: str, must_pass: bool = False) -> Stage:
+    given = (f"benchmarks.{module}", "--gpu", "--name", name, *arguments)
+    return Stage(name, given, must_pass=must_pass, takes_dry_run=True)
+
+
+def stages(model_config: str) -> tuple[Stage, ...]:
+    """In order: correctness, kernels, engine."""
+    model = ("--model-config", model_config)
+    return (
+        # Philox, selection, scores, ring, dirty buffers, CUDA graph replay, every policy and dtype.
+        Stage(
+            "kernel_tests",
+            ("pytest", "-q", "tests/triton"),
+            env=(("VASE_TEST_GPU", "1"),),
+            must_pass=True,
+        ),
+        Stage(
+            "kernels",
+            ("benchmarks.kernels", "--check", "--json", "{output}/kernels.json"),
+            must_pass=True,
+        ),
+        Stage(
+            "flashinfer",
+            ("benchmarks.kernels", "--flashinfer", "--json", "{output}/flashinfer.json"),
+        ),
+        # On the engine: 200 replays in batches of every size, before anything is timed.
+        _benchmark(
+            "replays",
+            *("determinism", "--model-config", "qwen3-0.6b", "--rounds", "0", "--replays", "200"),
+            must_pass=True,
+        ),
+        _benchmark(
+            "determinism", "determinism", *model, "--cost-cell", "32x512", "--replays", "1000"
+        ),
+        _benchmark("overhead", "overhead", *model),
+        _benchmark("serving", "serving", *model, "--seconds", "120"),
+        _benchmark("saturation", "saturation", *model),
+        _benchmark("paper_16384", "paper", *model, "--outputs", "16384"),
+        _benchmark("paper_32768", "paper", *model, "--outputs", "32768"),
+        _benchmark(
+            "paper_dkv",
+            *("paper", *model, "--outputs", "16384", "--policy", "vase-dkv"),
+            *("--budgets", "2048", "4096", "6144"),
+        ),
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model-config", default="qwen3-14b", help="shape of the engine's model")
+    parser.add_argument("--only", nargs="+", help="these stages")
+    parser.add_argument("--again", action="store_true", help="also what has succeeded before")
+    parser.add_argument("--minutes", type=float, default=_MINUTES, help="limit of a stage")
+    parser.add_argument("--output", type=Path, default=FOLDER / "gpu")
+    parser.add_argument("--dry-run", action="store_true", help="measure nothing")
+    chosen = parser.parse_args(argv)
+    known = stages(chosen.model_config)
+    names = [stage.name for stage in known]
+    if unknown := set(chosen.only or ()) - set(names):
+        parser.error(f"no stage {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    if not chosen.dry_run and not on_gpu():
+        raise SystemExit("benchmarks.gpu needs a GPU that torch can use; --dry-run works anywhere")
+    picked = [stage for stage in known if not chosen.only or stage.name in chosen.only]
+    return run(picked, chosen)
+
+
+def run(picked: list[Stage], chosen: argparse.Namespace) -> int:
+    """Run the stages. Returns 1 if one failed."""
+    chosen.output.mkdir(parents=True, exist_ok=True)
+    state = State(chosen.output / ("dry_run.json" if chosen.dry_run else "state.json"))
+    for index, stage in enumerate(picked, start=1):
+        label = f"[{index}/{len(picked)}] {stage.name}"
+        if state.succeeded(stage.name) and not chosen.again and not chosen.dry_run:
+            print(f"{label}: done before")
+            continue
+        command = command_of(stage, chosen)
+        print(f"{label}: {' '.join(command[1:])}", flush=True)
+        if chosen.dry_run and not stage.takes_dry_run:
+            state.note(stage.name, "dry run: not tried", 0.0, command)
+            continue
+        started = time.monotonic()
+        status = _execute(command, stage, chosen)
+        state.note(stage.name, status, time.monotonic() - started, command)
+        print(f"{label}: {status} after {time.monotonic() - started:.0f} s", flush=True)
+        if status != "ok" and stage.must_pass:
+            print("stopped: nothing is measured on top of a failed check", file=sys.stderr)
+            return 1
+    problems = state.problems()
+    for name, status in problems.items():
+        print(f"{name}: {status}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+def command_of(stage: Stage, chosen: argparse.Namespace) -> list[str]:
+    arguments = [part.replace("{output}", str(chosen.output)) for part in stage.arguments]
+    if stage.takes_dry_run:
+        arguments += ["--output", str(chosen.output)]
+        arguments += ["--dry-run"] if chosen.dry_run else []
+    return [sys.executable, "-m", *arguments]
+
+
+def _execute(command: list[str], stage: Stage, chosen: argparse.Namespace) -> str:
+    """ok, or what went wrong. The stage and all its children end with its time."""
+    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | dict(stage.env)
+    log = chosen.output / f"{stage.name}.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=output, stderr=output, start_new_session=True
+        )
+        try:
+            status = process.wait(60 * chosen.minutes)
+        except subprocess.TimeoutExpired:
+            # SIGTERM lets a benchmark stop its workers; they are in process groups of their own.
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(90)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            return f"cut after {chosen.minutes:g} minutes"
+    if status:
+        last = log.read_text(errors="replace").strip().splitlines()[-1:]
+        return f"exit status {status}: {' '.join(last)[:300]}"
+    return "ok"
+
+
+class State:
+    """What ran, in a file that is written after every stage."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stages: dict[str, dict[str, Any]] = {}
+        if path.exists():
+            self._stages = json.loads(path.read_text())["stages"]
+
+    def succeeded(self, name: str) -> bool:
+        return bool(self._stages.get(name, {}).get("status") == "ok")
+
+    def note(self, name: str, status: str, seconds: float, command: list[str]) -> None:
+        arguments = [Path(part).name if part.startswith("/") else part for part in command[1:]]
+        self._stages[name] = {
+            "status": status,
+            "seconds": round(seconds, 1),
+            "command": " ".join(["python", *arguments]),
+            "environment": describe(),
+        }
+        self._path.write_text(json.dumps({"stages": self._stages}, indent=1) + "\n")
+
+    def problems(self) -> dict[str, str]:
+        fine = ("ok", "dry run: not tried")
+        return {
+            name: stage["status"]
+            for name, stage in self._stages.items()
+            if stage["status"] not in fine
+        }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

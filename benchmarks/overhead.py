@@ -1,0 +1,266 @@
+"""What eviction costs when memory is no constraint, per window, and where the time goes.
+
+    python -m benchmarks.overhead [--windows 16 32 64 128 256] [--rounds 2]
+
+One worker with timers (`benchmarks.timers`) and room for everything. For each window R, in turn:
+
+    full      prompts of `--budget` tokens, R decode steps, full KV cache, several times over
+    budget    the same prompts with that budget: a round every R steps
+
+So both see the same context lengths, budget to budget + R, and the ratio of their times per output
+token is eviction with all that comes with it. Prefill is in neither. The parts are host times; on
+a GPU kernels run behind them, so there the parts come from a trace of SGLang's profiler.
+
+`floor` is the time in which the weights and the cached K and V of a step could be copied at the
+copy bandwidth measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks import load, options, plots, results, traces
+from benchmarks.environment import machine_line
+from benchmarks.options import Model
+from benchmarks.results import Report, median, number, ratio
+from benchmarks.timers import Totals, decode_seconds, difference, shares
+from benchmarks.workers import Worker, WorkerSpec, running
+from vase_sgl.eviction.policies import POLICIES
+
+#: Decode steps that a trace covers; a round of the usual window lies in it.
+_TRACED_STEPS = 160
+
+
+def main(argv: list[str] | None = None) -> int:
+    chosen = _parser().parse_args(argv)
+    options.check(chosen)
+    chosen.batch = chosen.batch or (16 if chosen.gpu else 8)
+    chosen.budget = chosen.budget or (2048 if chosen.gpu else 320)
+    if max(chosen.windows) >= chosen.budget:
+        raise SystemExit(f"--windows: must be below the budget of {chosen.budget}")
+    with tempfile.TemporaryDirectory() as folder:
+        model = options.the_model(chosen, Path(folder))
+        spec = _spec(chosen)
+        if chosen.dry_run:
+            return options.dry_run("overhead", chosen, model, {"timed": spec}, markdown)
+        report = results.new_report("overhead", options.settings(chosen, model))
+        report["copy_bytes_per_second"] = bandwidth()
+        report["samples"] = []
+        with (
+            results.until_cut(report),
+            running([spec], model.path, dummy=model.dummy, gpu=chosen.gpu) as workers,
+        ):
+            asyncio.run(measure(report["samples"], workers[spec], chosen, model))
+            if chosen.gpu:
+                report["kernels"] = asyncio.run(trace(workers[spec], chosen, model, Path(folder)))
+    summarize(report, model)
+    results.write(report, chosen.output, chosen.name, markdown=markdown, plot=plots.overhead)
+    print(markdown(report))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    made = options.parser(__doc__ or "", name="overhead")
+    add = made.add_argument
+    add("--windows", type=int, nargs="+", default=[16, 32, 64, 128, 256])
+    add("--budget", type=int, default=None, help="320; on a GPU 2048")
+    add("--batch", type=int, default=None, help="requests at once: 8; on a GPU 16")
+    add("--steps", type=int, default=256, help="decode steps of a run, about")
+    add("--rounds", type=int, default=2, help="turns of all arms")
+    add("--policy", choices=POLICIES, default="vase-attnv")
+    return made
+
+
+def _spec(chosen: argparse.Namespace) -> WorkerSpec:
+    slots = chosen.batch * (chosen.budget + max(chosen.windows) + 8) + 64
+    prefill = chosen.batch * chosen.budget
+    flags = (
+        *("--vase-max-budget", str(chosen.budget), "--vase-max-window", str(max(chosen.windows))),
+        *("--max-total-tokens", str(slots), "--max-running-requests", str(chosen.batch)),
+        # One prefill for all prompts, or the first answers would wait for the last prompts.
+        *("--chunked-prefill-size", str(prefill), "--max-prefill-tokens", str(prefill)),
+        *("--disable-radix-cache", *chosen.worker_arg),
+    )
+    return WorkerSpec("timed", flags, (("VASE_CPU_DECODE", "batched"),))
+
+
+def bandwidth() -> float:
+    """Bytes read and written per second by a large copy on this device."""
+    import torch
+
+    from benchmarks.kernels import copy_bandwidth
+
+    return copy_bandwidth(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+async def measure(
+    samples: list[dict[str, Any]], worker: Worker, chosen: argparse.Namespace, model: Model
+) -> None:
+    """Append the samples."""
+    await _run(worker, chosen, model, min(chosen.windows), "budget", turn=-1)  # warms up
+    for turn in range(chosen.rounds):
+        for window in chosen.windows:
+            for arm in ("full", "budget"):
+                sample = await _run(worker, chosen, model, window, arm, turn)
+                samples.append(sample)
+                per_token = number(1e3 * (median(sample["tpot"]) or 0))
+                line = f"round {turn} window {window} {arm}: {per_token} ms per token"
+                print(line, file=sys.stderr, flush=True)
+
+
+async def _run(
+    worker: Worker, chosen: argparse.Namespace, model: Model, window: int, arm: str, turn: int
+) -> dict[str, Any]:
+    """One sample: times per token of its requests, and what the timers counted."""
+    cycles = max(1, chosen.steps // window)
+    # The first token comes from the prefill, and a round is carried out by the step after R.
+    full = arm == "full"
+    tokens, repeats = (window + 1, min(cycles, 4)) if full else (cycles * window + 2, 1)
+    before = await _timers(worker)
+    per_token: list[float | None] = []
+    for repeat in range(repeats):
+        ids = load.prompts(
+            chosen.batch, chosen.budget, model.shape.vocabulary, seed=1000 * turn + repeat
+        )
+        burst = await load.burst(
+            worker.url,
+            [
+                load.Request(prompt, tokens, None if full else _vase(chosen, window, seed))
+                for seed, prompt in enumerate(ids)
+            ],
+        )
+        per_token += [one.per_token() for one in burst.arrivals]
+    return {
+        "round": turn,
+        "window": window,
+        "arm": arm,
+        "tokens": tokens,
+        "tpot": per_token,
+        "timers": difference(await _timers(worker), before),
+    }
+
+
+def _vase(chosen: argparse.Namespace, window: int, seed: int) -> dict[str, Any]:
+    return {"policy": chosen.policy, "budget": chosen.budget, "window": window, "seed": seed}
+
+
+async def _timers(worker: Worker) -> Totals:
+    vase = (await load.state(worker.url))["vase"]
+    return dict(vase["timers"])
+
+
+async def trace(
+    worker: Worker, chosen: argparse.Namespace, model: Model, folder: Path
+) -> dict[str, float]:
+    """Seconds of GPU kernels by group, over `_TRACED_STEPS` steps at window 64 or the nearest."""
+    window = min(chosen.windows, key=lambda size: abs(size - 64))
+    ids = load.prompts(chosen.batch, chosen.budget, model.shape.vocabulary, seed=-2)
+    requests = [
+        load.Request(prompt, 3 * _TRACED_STEPS, _vase(chosen, window, seed))
+        for seed, prompt in enumerate(ids)
+    ]
+    decoding = asyncio.create_task(load.burst(worker.url, requests))
+    await asyncio.sleep(1)  # past the prefill
+    path = await traces.record(worker.url, folder / "traces", steps=_TRACED_STEPS)
+    await decoding
+    return traces.kernel_seconds(path)
+
+
+def summarize(report: Report, model: Model) -> None:
+    """Medians over rounds and requests, per window."""
+    chosen = report["settings"]
+    report["summary"] = []
+    for window in chosen["windows"]:
+        mine = {
+            arm: [s for s in report["samples"] if (s["window"], s["arm"]) == (window, arm)]
+            for arm in ("full", "budget")
+        }
+        if not mine["budget"]:
+            continue  # cut before
+        tpot = {arm: median(t for s in mine[arm] for t in s["tpot"]) for arm in mine}
+        parts = [shares(sample["timers"]) for sample in mine["budget"]]
+        names = dict.fromkeys(name for part in parts for name in part)
+        steps = [s["timers"]["step.run"][0] for s in mine["budget"]]
+        seconds = [decode_seconds(sample["timers"]) for sample in mine["budget"]]
+        floor = model.shape.floor_seconds(
+            chosen["batch"], chosen["budget"] + window / 2, report["copy_bytes_per_second"]
+        )
+        report["summary"].append(
+            {
+                "window": window,
+                "tpot_full": tpot["full"],
+                "tpot_budget": tpot["budget"],
+                "overhead": None
+                if (over := ratio(tpot["budget"], tpot["full"])) is None
+                else over - 1,
+                "step_seconds": sum(seconds) / sum(steps),
+                "floor_seconds": floor,
+                "shares": {name: median(part.get(name, 0.0) for part in parts) for name in names},
+            }
+        )
+
+
+def markdown(report: Report) -> str:
+    chosen = report["settings"]
+    lines = [
+        f"{chosen['model']}. Batch {chosen['batch']}, budget {chosen['budget']}, policy "
+        f"{chosen['policy']}, {chosen['rounds']} round(s). Copy bandwidth "
+        f"{report['copy_bytes_per_second'] / 1e9:.1f} GB/s. {machine_line(report['environment'])}. "
+        "Columns from `eviction` on: % of decode time.",
+        "",
+        results.table(
+            (
+                *("window", "TPOT full ms", "TPOT budget ms", "overhead %", "step ms", "floor ms"),
+                *(f"{name} %" for name in _PARTS),
+            ),
+            [_row(line) for line in report["summary"]],
+        ),
+        "Parts of eviction, % of decode time (seconds of all threads that work on it):",
+        "",
+        _parts_table(report),
+    ]
+    if "kernels" in report:
+        whole = sum(report["kernels"].values())
+        rows = [(name, number(100 * s / whole)) for name, s in report["kernels"].items()]
+        lines += ["GPU kernels in a trace:", "", results.table(("group", "% of kernel time"), rows)]
+    return "\n".join(lines)
+
+
+_PARTS = ("eviction", "query ring", "scheduler", "attention", "linear", "sampling")
+
+
+def _row(line: dict[str, Any]) -> tuple[str, ...]:
+    def milliseconds(value: float | None) -> str:
+        return number(None if value is None else 1e3 * value)
+
+    return (
+        str(line["window"]),
+        milliseconds(line["tpot_full"]),
+        milliseconds(line["tpot_budget"]),
+        number(None if line["overhead"] is None else 100 * line["overhead"]),
+        milliseconds(line["step_seconds"]),
+        milliseconds(line["floor_seconds"]),
+        *(number(100 * line["shares"].get(name, 0.0)) for name in _PARTS),
+    )
+
+
+def _parts_table(report: Report) -> str:
+    prefix = "eviction: "
+    found = [name for line in report["summary"] for name in line["shares"]]
+    names = [name for name in dict.fromkeys(found) if name.startswith(prefix)]
+    return results.table(
+        ("window", *(name.removeprefix(prefix) for name in names)),
+        [
+            (str(line["window"]), *(number(100 * line["shares"].get(n, 0.0)) for n in names))
+            for line in report["summary"]
+        ],
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

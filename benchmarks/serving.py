@@ -1,0 +1,350 @@
+"""Stock SGLang against vase_sgl: same model, same flags, same KV memory, the same requests.
+
+    python -m benchmarks.serving                                     # 64 answers of 1,000 tokens
+    python -m benchmarks.serving --cells 4x200 16x200 64x200 --seconds 30 --rounds 2 \\
+        --name serving_sweep
+
+A cell is CONCURRENCYxTOKENS: so many requests, all submitted at once, each with its own random
+prompt and exactly so many output tokens. Arms:
+
+    stock    SGLang as published, none of our hooks (see `benchmarks.stock_worker`)
+    full     the plugin, full KV cache: on a CPU our batched decode attention
+    budget   the plugin, a fixed budget per request
+
+The KV pool holds `--kv-slots` tokens in every arm; by default what the largest cell takes with the
+budget, (budget + window) per request. Arms take turns in every round, and every round has new
+prompts. On a CPU the workers stay up (an idle one sleeps); on a GPU one after the other has it.
+
+A run is measured for `--seconds` from the submission, the same for all arms, then cut; the budget
+arm goes on to its end, so that "no retraction" is seen over whole answers. In that time stock
+SGLang sees its short contexts only, which favours it. `tail` is the last third of the window.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks import load, options, plots, results
+from benchmarks.environment import machine_line
+from benchmarks.options import Model
+from benchmarks.results import Report, median, number, percentile, ratio
+from benchmarks.workers import WorkerSpec, running
+from vase_sgl.eviction.policies import POLICIES
+
+BASE = "stock"
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """vase: eviction parameters of its requests, or None for a full KV cache."""
+
+    name: str
+    spec: WorkerSpec
+    vase: dict[str, Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    concurrency: int
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.concurrency}x{self.tokens}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    chosen = _parser().parse_args(argv)
+    options.check(chosen)
+    with tempfile.TemporaryDirectory() as folder:
+        model = options.the_model(chosen, Path(folder))
+        complete(chosen)
+        arms = [arm for arm in all_arms(chosen) if arm.name in chosen.arms]
+        if chosen.dry_run:
+            specs = {arm.name: arm.spec for arm in arms}
+            return options.dry_run("serving", chosen, model, specs, markdown)
+        report = results.new_report("serving", options.settings(chosen, model))
+        with results.until_cut(report):
+            measure(report, arms, chosen, model)
+    summarize(report)
+    results.write(report, chosen.output, chosen.name, markdown=markdown, plot=plots.serving)
+    print(markdown(report))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    made = options.parser(__doc__ or "", name="serving")
+    add = made.add_argument
+    add("--cells", nargs="+", type=_cell, default=None, help="CONCURRENCYxTOKENS ...")
+    add("--arms", nargs="+", choices=ARMS, default=list(DEFAULT_ARMS))
+    add("--rounds", type=int, default=1)
+    add("--seconds", type=float, default=None, help="window of a run (240; on a GPU 120)")
+    add("--cut", action="store_true", help="cut the budget arm's runs too")
+    add("--whole", action="store_true", help="no window: every arm runs to its end")
+    add("--prompt-tokens", type=int, default=32)
+    add("--budget", type=int, default=None, help="128; on a GPU 2048")
+    add("--window", type=int, default=64)
+    add("--policy", choices=POLICIES, default="vase-attnv")
+    add("--kv-slots", type=int, default=None, help="tokens the KV pool holds; 0: what fits")
+    add("--resident", action=argparse.BooleanOptionalAction, default=None, help="workers stay up")
+    return made
+
+
+#: By name: what `--arms` takes.
+ARMS = ("stock", "full", "full-stock-decode", "budget", "budget-stock-decode")
+DEFAULT_ARMS = ("stock", "full", "budget")
+
+
+def _cell(text: str) -> Cell:
+    concurrency, _, tokens = text.partition("x")
+    if not (concurrency.isdecimal() and tokens.isdecimal() and int(concurrency) and int(tokens)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not CONCURRENCYxTOKENS, as in 64x1000")
+    return Cell(int(concurrency), int(tokens))
+
+
+def complete(chosen: argparse.Namespace) -> None:
+    """Fill the defaults that depend on the machine and on other options."""
+    gpu = chosen.gpu
+    chosen.cells = chosen.cells or [Cell(256, 16384) if gpu else Cell(64, 1000)]
+    chosen.seconds = None if chosen.whole else chosen.seconds or (120.0 if gpu else 240.0)
+    chosen.budget = chosen.budget or (2048 if gpu else 128)
+    chosen.resident = (not gpu) if chosen.resident is None else chosen.resident
+    if gpu and chosen.resident:
+        raise SystemExit("--resident: two workers do not share a GPU's memory")
+    most = max(cell.concurrency for cell in chosen.cells)
+    slots = max(chosen.prompt_tokens, chosen.budget) + chosen.window
+    # SGLang's admission wants a slot more than it fills.
+    if chosen.kv_slots is None:
+        chosen.kv_slots = most * slots + 64
+
+
+def all_arms(chosen: argparse.Namespace) -> Iterator[Arm]:
+    most = max(cell.concurrency for cell in chosen.cells)
+    flags: tuple[str, ...] = ("--max-running-requests", str(most), "--disable-radix-cache")
+    if chosen.kv_slots:
+        flags += ("--max-total-tokens", str(chosen.kv_slots))
+    if chosen.gpu:
+        flags += ("--mem-fraction-static", "0.88")
+    flags += tuple(chosen.worker_arg)
+    vase = {"policy": chosen.policy, "budget": chosen.budget, "window": chosen.window}
+    ceilings = (
+        *("--vase-max-budget", str(chosen.budget), "--vase-max-window", str(chosen.window)),
+    )
+    plugin = WorkerSpec("vase", (*ceilings, *flags), (("VASE_CPU_DECODE", "batched"),))
+    unbatched = WorkerSpec("vase", (*ceilings, *flags), (("VASE_CPU_DECODE", "stock"),))
+    yield Arm("stock", WorkerSpec("stock", flags))
+    yield Arm("full", plugin)
+    yield Arm("full-stock-decode", unbatched)
+    yield Arm("budget", plugin, vase)
+    yield Arm("budget-stock-decode", unbatched, vase)
+
+
+def measure(report: Report, arms: list[Arm], chosen: argparse.Namespace, model: Model) -> None:
+    """Fill `samples`, in the order of the runs, and `workers`, what each says about itself."""
+    samples = report["samples"] = []
+    said = report["workers"] = {}
+
+    def run(arm: Arm, cell: Cell, turn: int, url: str) -> None:
+        sample = asyncio.run(one_run(arm, cell, turn, url, chosen, model))
+        samples.append(sample)
+        rate = number(sample["tokens_per_second"])
+        print(f"round {turn} {cell} {arm.name}: {rate} tokens/s", file=sys.stderr, flush=True)
+        if arm.name not in said:
+            said[arm.name] = asyncio.run(_about(arm, url))
+
+    if chosen.resident:
+        specs = [arm.spec for arm in arms]
+        with running(specs, model.path, dummy=model.dummy, gpu=chosen.gpu) as workers:
+            for arm in arms:
+                asyncio.run(warm_up(workers[arm.spec].url, arm, chosen, model))
+            for turn in range(chosen.rounds):
+                for cell in chosen.cells:
+                    for arm in arms:
+                        run(arm, cell, turn, workers[arm.spec].url)
+        return
+    for turn in range(chosen.rounds):
+        for spec in dict.fromkeys(arm.spec for arm in arms):
+            with running([spec], model.path, dummy=model.dummy, gpu=chosen.gpu) as workers:
+                mine = [arm for arm in arms if arm.spec == spec]
+                for arm in mine:
+                    asyncio.run(warm_up(workers[spec].url, arm, chosen, model))
+                for cell in chosen.cells:
+                    for arm in mine:
+                        run(arm, cell, turn, workers[spec].url)
+
+
+async def _about(arm: Arm, url: str) -> dict[str, Any]:
+    """Slots of the pool; of the plugin also its fingerprint and buffers."""
+    state = await load.state(url)
+    vase = state.get("vase", {})
+    if (arm.spec.kind == "stock") == bool(vase):
+        raise SystemExit(f"arm {arm.name} is not what it says: plugin state {vase}")
+    return {"slots": state["memory_usage"]["token_capacity"]} | {
+        key: vase[key] for key in ("fingerprint", "buffers_mib") if key in vase
+    }
+
+
+async def warm_up(url: str, arm: Arm, chosen: argparse.Namespace, model: Model) -> None:
+    """First calls are slower than others: a few short answers, and a round where there are any."""
+    tokens = 2 * chosen.window if arm.vase is not None else 8
+    # A prompt as long as the budget, so that a round is due after `window` tokens.
+    length = chosen.budget if arm.vase is not None else chosen.prompt_tokens
+    ids = load.prompts(2, length, model.shape.vocabulary, seed=-1)
+    await load.burst(url, [load.Request(prompt, tokens, arm.vase) for prompt in ids])
+
+
+async def one_run(
+    arm: Arm, cell: Cell, turn: int, url: str, chosen: argparse.Namespace, model: Model
+) -> dict[str, Any]:
+    ids = load.prompts(cell.concurrency, chosen.prompt_tokens, model.shape.vocabulary, seed=turn)
+    requests = [
+        load.Request(
+            prompt,
+            cell.tokens,
+            None if arm.vase is None else arm.vase | {"seed": index},
+        )
+        for index, prompt in enumerate(ids)
+    ]
+    to_end = chosen.whole or (arm.vase is not None and not chosen.cut)
+    burst = await load.burst(url, requests, seconds=None if to_end else chosen.seconds)
+    window = min(chosen.seconds or burst.seconds, burst.seconds)
+    seen = [one.before(window) for one in burst.arrivals]
+    tokens = burst.tokens_between(-1, window)
+    return {
+        "round": turn,
+        "arm": arm.name,
+        "cell": str(cell),
+        "seconds": window,
+        "tokens": tokens,
+        "tokens_per_second": tokens / window,
+        "tail_tokens_per_second": burst.tokens_between(window * 2 / 3, window) / (window / 3),
+        "started": sum(one.first is not None for one in seen),
+        "finished": sum(one.finish is not None for one in seen),
+        "ttft": [one.first for one in seen],
+        "tpot": [one.per_token() for one in seen],
+        "run_to_end": burst.complete,
+        "run_seconds": burst.seconds,
+        "run_tokens_per_second": burst.tokens_between(-1, burst.seconds) / burst.seconds,
+        "peak_running": burst.peak_running,
+        "retractions": burst.retractions,
+        "tokens_by_second": burst.tokens_by_second(),
+        "gauges": burst.gauges,
+    }
+
+
+def summarize(report: Report) -> None:
+    """Medians over rounds, per cell and arm, with ratios to stock SGLang."""
+    samples = report["samples"]
+    runs = dict.fromkeys((sample["cell"], sample["arm"]) for sample in samples)
+    report["summary"] = [
+        _summary(cell, arm, samples) | {"fit": _fit(report, cell, arm)} for cell, arm in runs
+    ]
+    for line in report["summary"]:
+        base: dict[str, Any] = next(
+            (one for one in report["summary"] if (one["cell"], one["arm"]) == (line["cell"], BASE)),
+            {},
+        )
+        for name in ("tokens_per_second", "tail_tokens_per_second"):
+            line[f"{name}_over_stock"] = ratio(line[name], base.get(name))
+
+
+def _fit(report: Report, cell: str, arm: str) -> int:
+    """How many of the cell's whole answers the pool holds at once."""
+    chosen = report["settings"]
+    prompt, tokens = chosen["prompt_tokens"], _cell(cell).tokens
+    whole = prompt + tokens
+    if arm.startswith("budget"):
+        whole = min(whole, max(prompt, chosen["budget"]) + chosen["window"])
+    return int(report["workers"][arm]["slots"] // whole)
+
+
+def _summary(cell: str, arm: str, samples: list[dict[str, Any]]) -> dict[str, Any]:
+    mine = [one for one in samples if (one["cell"], one["arm"]) == (cell, arm)]
+    # A request without a first token in the window has waited longer than all others.
+    waits = [float("inf") if t is None else t for one in mine for t in one["ttft"]]
+    tpots = [t for one in mine for t in one["tpot"] if t is not None]
+    ttft = {f"ttft_p{p}": percentile(waits, p / 100) for p in (50, 95)}
+    return {
+        "cell": cell,
+        "arm": arm,
+        "tokens_per_second": median(one["tokens_per_second"] for one in mine),
+        "tail_tokens_per_second": median(one["tail_tokens_per_second"] for one in mine),
+        "peak_running": max(one["peak_running"] for one in mine),
+        "retractions": sum(one["retractions"] for one in mine),
+        "run_to_end": all(one["run_to_end"] for one in mine),
+        "tpot_p50": percentile(tpots, 0.5),
+        # JSON has no infinity: null, more than the window.
+        **{name: None if t == float("inf") else t for name, t in ttft.items()},
+    }
+
+
+_HEAD = (
+    *("concurrency x tokens, arm", "tokens/s", "over stock", "tail tokens/s", "over stock"),
+    *("peak running", "whole answers that fit", "retractions"),
+    *("TTFT p50 s", "TTFT p95 s", "TPOT p50 ms"),
+)
+
+
+def markdown(report: Report) -> str:
+    chosen = report["settings"]
+    window = (
+        "every run to its end"
+        if chosen["seconds"] is None
+        else f"the first {chosen['seconds']:g} s after all requests were submitted"
+    )
+    pools = [said["slots"] for said in report["workers"].values()]
+    pool = f"{min(pools):,}" if len(set(pools)) == 1 else f"{min(pools):,} to {max(pools):,}"
+    mib = max(pools) * chosen["kv_bytes_per_slot"] / 2**20
+    buffers = next(
+        (
+            "; the plugin's own buffers beside it: "
+            + ", ".join(f"{name} {value:.0f} MiB" for name, value in said["buffers_mib"].items())
+            for said in report["workers"].values()
+            if "buffers_mib" in said
+        ),
+        "",
+    )
+    lines = [
+        f"{chosen['model']}. KV pool of {pool} slots in every arm ({mib:,.0f} MiB{buffers}); "
+        f"budget {chosen['budget']}, window {chosen['window']}, policy {chosen['policy']}, prompts "
+        f"of {chosen['prompt_tokens']} tokens. Measured: {window}; {chosen['rounds']} round(s). "
+        f"{machine_line(report['environment'])}.",
+        "",
+        results.table(
+            _HEAD,
+            [_row(line, chosen["seconds"]) for line in report["summary"]],
+        ),
+        "`tail`: the last third of the time. Retractions: of the run to its end where the arm has "
+        "a `*`, else of the measured time.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _row(line: dict[str, Any], seconds: float | None) -> tuple[str, ...]:
+    def wait(value: float | None) -> str:
+        return f"> {seconds:g}" if value is None and seconds is not None else number(value)
+
+    tpot = line["tpot_p50"]
+    return (
+        f"{line['cell']} {line['arm']}{'*' if line['run_to_end'] else ''}",
+        number(line["tokens_per_second"]),
+        number(line["tokens_per_second_over_stock"]),
+        number(line["tail_tokens_per_second"]),
+        number(line["tail_tokens_per_second_over_stock"]),
+        str(line["peak_running"]),
+        str(line["fit"]),
+        str(line["retractions"]),
+        wait(line["ttft_p50"]),
+        wait(line["ttft_p95"]),
+        number(None if tpot is None else tpot * 1e3),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

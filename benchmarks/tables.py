@@ -1,0 +1,177 @@
+"""Writes the tables of docs/performance.md from the result files, so that nobody types a number.
+
+    python -m benchmarks.tables            # rewrite
+    python -m benchmarks.tables --check    # exit status 1 if the page is not what this would write
+
+Rewritten is what lies between `<!-- results: NAME -->` and `<!-- end -->`: the table and plot of
+benchmarks/results/NAME.json, or that it has not been measured and how to. `goals` and `floors` are
+made from several results and from model shapes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks import determinism, overhead, paper, results, serving
+from benchmarks.environment import ROOT
+from benchmarks.model_configs import SHAPES
+from benchmarks.results import FOLDER, Report, number, table
+
+PAGE = ROOT / "docs" / "performance.md"
+_BLOCK = re.compile(r"(<!-- results: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+_MARKDOWN: dict[str, Callable[[Report], str]] = {
+    "serving": serving.markdown,
+    "overhead": overhead.markdown,
+    "determinism": determinism.markdown,
+    "paper": paper.markdown,
+}
+#: How to get a result that is not there.
+COMMANDS = {
+    "serving": "python -m benchmarks.serving",
+    "serving_sweep": "python -m benchmarks.serving --name serving_sweep "
+    "--cells 4x200 16x200 64x200 --seconds 30 --rounds 2 --cut",
+    "overhead": "python -m benchmarks.overhead",
+    "determinism": "python -m benchmarks.determinism",
+    **{
+        f"gpu/{name}": f"python -m benchmarks.gpu --only {name}"
+        for name in (
+            *("kernels", "flashinfer", "determinism", "overhead", "serving", "saturation"),
+            *("paper_16384", "paper_32768", "paper_dkv"),
+        )
+    },
+}
+#: Peak of an H100 SXM by its data sheet; the benchmark measures the device's own.
+_H100_BYTES_PER_SECOND = 3.35e12
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    chosen = parser.parse_args(argv)
+    before = PAGE.read_text()
+    after = rewritten(before, FOLDER)
+    if chosen.check:
+        if after != before:
+            print(f"{PAGE.name} is not up to date: python -m benchmarks.tables", file=sys.stderr)
+        return int(after != before)
+    PAGE.write_text(after)
+    return 0
+
+
+def rewritten(page: str, folder: Path) -> str:
+    """The page with every block made anew. Raises ValueError for a block of an unknown name."""
+    return _BLOCK.sub(lambda found: f"{found[1]}{block(found[2], folder)}{found[4]}", page)
+
+
+def block(name: str, folder: Path) -> str:
+    if name == "goals":
+        return goals(folder)
+    if name == "floors":
+        return floors()
+    if name not in COMMANDS:
+        raise ValueError(f"no result is called {name!r}; there are {', '.join(COMMANDS)}")
+    path = folder / f"{name}.json"
+    if not path.exists():
+        return f"Not measured. To do so: `{COMMANDS[name]}`\n"
+    report = results.read(path)
+    if report[results.DRY_RUN]:
+        raise ValueError(f"{path.name} is of a dry run; remove it")
+    lines = [_markdown(report)]
+    if report.get("cut"):
+        lines.append("Cut before its end: what was measured until then.\n")
+    if path.with_suffix(".svg").exists():
+        lines.append(f"![{name}](../benchmarks/results/{name}.svg)\n")
+    lines.append(f"`{report['environment']['command']}`\n")
+    return "\n".join(lines)
+
+
+def _markdown(report: Report) -> str:
+    if report["benchmark"] in ("kernels", "flashinfer"):
+        from benchmarks import kernels  # imports Triton
+
+        return kernels.markdown(report)
+    return _MARKDOWN[report["benchmark"]](report)
+
+
+def goals(folder: Path) -> str:
+    """What was to be reached on a CPU, and what was."""
+
+    def of(name: str, value: Callable[[Report], str]) -> str:
+        path = folder / f"{name}.json"
+        return value(results.read(path)) if path.exists() else "not measured"
+
+    def line(report: Report, **match: object) -> dict[str, object]:
+        for one in report["summary"]:
+            if all(one[key] == value for key, value in match.items()):
+                return dict(one)
+        return {}
+
+    def at_64x1000(key: str) -> Callable[[Report], str]:
+        return lambda report: _said(line(report, cell="64x1000", arm="budget").get(key))
+
+    def share(part: str) -> Callable[[Report], str]:
+        def value(report: Report) -> str:
+            found = line(report, window=64).get("shares")
+            return f"{_said(100 * found.get(part, 0.0))} %" if isinstance(found, dict) else "-"
+
+        return value
+
+    rows = [
+        (
+            "64 answers of 1,000 tokens, budget 128, same KV memory: tokens/s over stock",
+            "at least 4",
+            of("serving", at_64x1000("tokens_per_second_over_stock")),
+        ),
+        ("retractions of the budget arm, whole run", "0", of("serving", at_64x1000("retractions"))),
+        ("our hooks' share of a decode step", "at most 1 %", of("overhead", share("scheduler"))),
+        ("eviction's share, window 64", "at most 3 %", of("overhead", share("eviction"))),
+        (
+            "replays that differ, of so many",
+            "0 of at least 1,000",
+            of(
+                "determinism",
+                lambda report: (
+                    f"{report['summary']['mismatches']} of {report['summary']['replays']:,}"
+                ),
+            ),
+        ),
+    ]
+    return table(("goal on a CPU", "wanted", "measured"), rows)
+
+
+def _said(value: object) -> str:
+    return number(value) if isinstance(value, int | float) else "-"
+
+
+def floors() -> str:
+    """Lowest time of a decode step by bytes alone, Qwen3-14B on an H100."""
+    shape, batch = SHAPES["qwen3-14b"], 16
+    rows = []
+    for name, cached in (
+        *(("budget 2,048", 2048 + 32), ("budget 4,096", 4096 + 32), ("budget 6,144", 6144 + 32)),
+        *(("full cache at 16,384", 16384), ("full cache at 32,768", 32768)),
+    ):
+        seconds = shape.floor_seconds(batch, cached, _H100_BYTES_PER_SECOND)
+        kept = batch * cached * shape.kv_bytes_per_token / 1e9
+        rows.append(
+            (
+                name,
+                number(shape.weight_bytes / 1e9),
+                number(kept),
+                number(1e3 * seconds),
+                number(batch / seconds),
+            )
+        )
+    head = ("Qwen3-14B, batch 16", "weights GB", "K and V GB", "floor ms a step", "tokens/s at it")
+    return table(head, rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

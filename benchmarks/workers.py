@@ -1,0 +1,127 @@
+"""Worker processes of the arms: stock SGLang, SGLang with the plugin, the same with timers."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from benchmarks.environment import ROOT
+from vase_sgl.parent_watch import PARENT_PID
+
+_MODULES = {
+    "stock": "benchmarks.stock_worker",
+    "vase": "vase_sgl.engine.server",
+    "timed": "benchmarks.timed_worker",
+}
+_START_SECONDS = 900
+_STOP_SECONDS = 60
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkerSpec:
+    """kind: `stock`, `vase` or `timed`. flags: beside those that all have. env: beside ours."""
+
+    kind: str
+    flags: tuple[str, ...] = ()
+    env: tuple[tuple[str, str], ...] = ()
+
+    def command(self, model: Path, port: int, *, dummy: bool, gpu: bool) -> list[str]:
+        """The command line. No tokenizer: prompts are token ids, and no arm pays for text."""
+        shared = ["--model-path", str(model), "--port", str(port), "--skip-tokenizer-init"]
+        shared += ["--enable-metrics", "--incremental-streaming-output"]
+        shared += ["--decode-log-interval", "10" if gpu else "1", "--log-level", "warning"]
+        if dummy:
+            shared += ["--load-format", "dummy"]
+        return [sys.executable, "-m", _MODULES[self.kind], *shared, *self.flags]
+
+
+class Worker:
+    """A running worker. pid: of its main process."""
+
+    def __init__(self, url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.url = url
+        self._process = process
+        self._log = log
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def last_lines(self) -> str:
+        return "\n".join(self._log.read_text(errors="replace").splitlines()[-30:])
+
+    def wait_until_healthy(self) -> float:
+        """Seconds it took. Raises SystemExit with the end of the log if the worker ends."""
+        started = time.monotonic()
+        while time.monotonic() < started + _START_SECONDS and self._process.poll() is None:
+            try:
+                with urllib.request.urlopen(f"{self.url}/health", timeout=30) as answer:
+                    if answer.status == 200:
+                        return time.monotonic() - started
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                pass
+            time.sleep(0.3)
+        raise SystemExit(f"the worker did not start:\n{self.last_lines()}")
+
+    def stop(self) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+
+@contextmanager
+def running(
+    specs: Sequence[WorkerSpec], model: Path, *, dummy: bool, gpu: bool
+) -> Iterator[dict[WorkerSpec, Worker]]:
+    """Healthy workers, one per spec, started one after the other; all are stopped at the end."""
+    workers: dict[WorkerSpec, Worker] = {}
+    with tempfile.TemporaryDirectory(prefix="vase-benchmark-") as folder:
+        try:
+            for index, spec in enumerate(dict.fromkeys(specs)):
+                port = free_port()
+                log = Path(folder) / f"worker-{index}.log"
+                with log.open("wb") as output:
+                    process = subprocess.Popen(
+                        spec.command(model, port, dummy=dummy, gpu=gpu),
+                        cwd=ROOT,
+                        stdout=output,
+                        stderr=output,
+                        start_new_session=True,
+                        env=_environment(spec),
+                    )
+                workers[spec] = Worker(f"http://127.0.0.1:{port}", process, log)
+                seconds = workers[spec].wait_until_healthy()
+                print(f"{spec.kind} worker up after {seconds:.0f} s", file=sys.stderr, flush=True)
+            yield workers
+        finally:
+            for worker in workers.values():
+                worker.stop()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _environment(spec: WorkerSpec) -> dict[str, str]:
+    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    return (
+        os.environ
+        | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), PARENT_PID: str(os.getpid())}
+        | dict(spec.env)
+    )

@@ -1,0 +1,117 @@
+"""Every benchmark of a worker without a worker: arguments, configurations, commands, results."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import determinism, gpu, overhead, paper, saturation, serving
+from benchmarks.model_configs import SHAPES, write_config
+from vase_sgl.engine.server import value_of
+
+MAINS = {
+    "benchmarks.serving": serving.main,
+    "benchmarks.saturation": saturation.main,
+    "benchmarks.paper": paper.main,
+    "benchmarks.overhead": overhead.main,
+    "benchmarks.determinism": determinism.main,
+}
+STAGES = [stage for stage in gpu.stages("qwen3-14b") if stage.takes_dry_run]
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_a_gpu_stage_is_ready(stage: gpu.Stage, tmp_path: Path) -> None:
+    chosen = argparse.Namespace(dry_run=True, output=tmp_path)
+    module, *arguments = gpu.command_of(stage, chosen)[2:]
+    assert MAINS[module](arguments) == 0
+    report = json.loads((tmp_path / f"{stage.name}.json").read_text())
+    assert report["dry_run"] is True and report["environment"]["commit"]["id"]
+    assert report["commands"]
+    for command in report["commands"].values():
+        assert value_of(command, "--load-format") == "dummy"
+        assert value_of(command, "--model-path") in SHAPES
+        assert not any(part.startswith("/") for part in command)  # no paths of this machine
+        assert "--disable-cuda-graph" not in command
+
+
+def _commands(tmp_path: Path, *arguments: str) -> dict[str, list[str]]:
+    given = ["--dry-run", "--model-config", "tiny", "--output", str(tmp_path), *arguments]
+    assert serving.main(given) == 0
+    commands: dict[str, list[str]] = json.loads((tmp_path / "serving.json").read_text())["commands"]
+    return commands
+
+
+def test_all_arms_of_serving_have_the_same_memory(tmp_path: Path) -> None:
+    commands = _commands(tmp_path, "--cells", "8x100", "16x50", "--budget", "32", "--window", "8")
+    assert list(commands) == ["stock", "full", "budget"]
+    for flag in ("--max-total-tokens", "--max-running-requests", "--model-path"):
+        assert len({value_of(command, flag) for command in commands.values()}) == 1
+    # The largest cell's budgets, and no more than a little.
+    assert value_of(commands["stock"], "--max-total-tokens") == str(16 * (32 + 8) + 64)
+    assert commands["stock"][:2] == ["-m", "benchmarks.stock_worker"]
+    assert commands["budget"] == commands["full"]
+    assert not any("--vase" in part for part in commands["stock"])
+
+
+def test_both_decode_paths_can_be_arms(tmp_path: Path) -> None:
+    arms = ("full", "full-stock-decode", "budget-stock-decode")
+    assert list(_commands(tmp_path, "--arms", *arms)) == list(arms)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--cells", "64by1000"], "not CONCURRENCYxTOKENS"),
+        (["--cells", "0x5"], "not CONCURRENCYxTOKENS"),
+        (["--arms", "fast"], "invalid choice"),
+        (["--model", "m", "--model-config", "tiny"], "not allowed with"),
+        (["--model", "nowhere"], "no model at nowhere"),
+    ],
+)
+def test_wrong_options_are_errors(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        serving.main(["--dry-run", *arguments])
+    assert said in capsys.readouterr().err + str(error.value)
+
+
+def test_without_a_gpu_a_gpu_run_refuses_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.options.on_gpu", lambda: False)
+    monkeypatch.setattr("benchmarks.gpu.on_gpu", lambda: False)
+    with pytest.raises(SystemExit, match="--gpu needs a GPU"):
+        paper.main(["--gpu", "--model-config", "tiny"])
+    with pytest.raises(SystemExit, match="needs a GPU"):
+        gpu.main([])
+
+
+def test_the_window_must_be_below_the_budget() -> None:
+    with pytest.raises(SystemExit, match="below the budget of 64"):
+        overhead.main(["--dry-run", "--budget", "64", "--windows", "16", "64"])
+    with pytest.raises(SystemExit, match="must be above the window"):
+        paper.main(["--dry-run", "--budgets", "64"])
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("qwen3-0.6b", 0.596), ("qwen3-4b", 4.02), ("qwen3-8b", 8.19), ("qwen3-14b", 14.77)],
+)
+def test_shapes_have_the_published_number_of_parameters(name: str, billions: float) -> None:
+    shape = SHAPES[name]
+    embedding = 0 if shape.tied else shape.hidden * shape.vocabulary
+    assert (shape.weight_bytes / 2 + embedding) / 1e9 == pytest.approx(billions, rel=0.005)
+
+
+def test_a_configuration_is_written_as_sglang_reads_it(tmp_path: Path) -> None:
+    folder = write_config("qwen3-14b", tmp_path)
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["Qwen3ForCausalLM"]
+    assert config["max_position_embeddings"] >= 256 + 32768  # the longest answer fits
+    # 160 KiB a token, as in the paper's memory.
+    assert SHAPES["qwen3-14b"].kv_bytes_per_token == 160 * 1024
+    with pytest.raises(ValueError, match="unknown model 'qwen9'"):
+        write_config("qwen9", tmp_path)

@@ -1,0 +1,73 @@
+"""The one command for a GPU: resumes, stops on a failed check, cuts what takes too long."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import gpu
+from benchmarks.gpu import Stage
+
+
+@pytest.fixture
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of modules that stages may run; each notes that it ran."""
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    note = f"open({str(tmp_path / 'ran')!r}, 'a').write(__name__ + __spec__.name + '\\n')\n"
+    (folder / "stage_ok.py").write_text(note)
+    (folder / "stage_bad.py").write_text(f"{note}raise SystemExit('it is broken')\n")
+    (folder / "stage_slow.py").write_text(f"{note}import time\ntime.sleep(600)\n")
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    )
+    monkeypatch.setattr(gpu, "describe", dict)  # what it notes is tested elsewhere
+    return tmp_path
+
+
+def _run(folder: Path, *stages: Stage, **options: Any) -> tuple[int, dict[str, Any]]:
+    chosen = argparse.Namespace(output=folder, again=False, dry_run=False, minutes=1.0)
+    vars(chosen).update(options)
+    status = gpu.run(list(stages), chosen)
+    state: dict[str, Any] = json.loads((folder / "state.json").read_text())["stages"]
+    return status, state
+
+
+def _times(folder: Path, name: str) -> int:
+    return (folder / "ran").read_text().split().count(f"__main__{name}")
+
+
+def test_what_succeeded_is_not_run_again(modules: Path) -> None:
+    ok, bad = Stage("ok", ("stage_ok",)), Stage("bad", ("stage_bad",))
+    status, state = _run(modules, ok, bad)
+    assert status == 1
+    assert state["ok"]["status"] == "ok"
+    assert state["bad"]["status"] == "exit status 1: it is broken"
+    _run(modules, ok, bad)
+    assert (_times(modules, "stage_ok"), _times(modules, "stage_bad")) == (1, 2)
+    _run(modules, ok, again=True)
+    assert _times(modules, "stage_ok") == 2
+
+
+def test_nothing_is_measured_after_a_failed_check(modules: Path) -> None:
+    status, state = _run(
+        modules, Stage("check", ("stage_bad",), must_pass=True), Stage("ok", ("stage_ok",))
+    )
+    assert status == 1 and "ok" not in state
+
+
+def test_a_stage_is_cut_at_its_time(modules: Path) -> None:
+    status, state = _run(modules, Stage("slow", ("stage_slow",)), minutes=0.01)
+    assert status == 1
+    assert state["slow"]["status"] == "cut after 0.01 minutes"
+
+
+def test_an_unknown_stage_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu.main(["--dry-run", "--only", "kernals"])
+    assert "no stage kernals; there are kernel_tests, kernels," in capsys.readouterr().err
