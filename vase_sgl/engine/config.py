@@ -7,6 +7,7 @@ import functools
 import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, overload
 
 from vase_sgl.eviction import EvictionLimits, EvictionParams
@@ -18,6 +19,7 @@ MAX_REQUESTS = "VASE_MAX_REQUESTS"
 DEFAULT_PARAMS = "VASE_DEFAULT"
 CHECK_INTEGRITY = "VASE_CHECK_INTEGRITY"
 KERNELS = "VASE_KERNELS"
+INSPECT_DIR = "VASE_INSPECT_DIR"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +30,7 @@ class EngineConfig:
         many as `--max-running-requests`, or as fit the pool with the default budget (or 2048).
     default: eviction parameters of requests that bring none; None leaves them with full KV.
     kernels: `triton`, `reference` (torch), or `auto`: Triton on CUDA, the reference on a CPU.
+    inspect_dir: where requests with `inspect` leave their files; None refuses them.
     check_integrity: prove slot ownership and positions after every decode step (slow; for tests).
     """
 
@@ -35,6 +38,7 @@ class EngineConfig:
     max_requests: int | None = None
     default: Mapping[str, Any] | None = None
     kernels: str = "auto"
+    inspect_dir: Path | None = None
     check_integrity: bool = False
 
     @classmethod
@@ -52,7 +56,8 @@ class EngineConfig:
         if env.get(DEFAULT_PARAMS):
             try:
                 default = json.loads(env[DEFAULT_PARAMS])
-                EvictionParams.parse(default, limits)
+                if EvictionParams.parse(default, limits).inspect:
+                    raise ParameterError("inspect is for single requests; leave it out")
             except ValueError as error:  # ParameterError and JSONDecodeError are both
                 raise ParameterError(f"{DEFAULT_PARAMS} is wrong: {error}") from error
         check = env.get(CHECK_INTEGRITY, "0")
@@ -61,7 +66,8 @@ class EngineConfig:
         kernels = env.get(KERNELS, "auto")
         if kernels not in ("auto", "triton", "reference"):
             raise ParameterError(f"{KERNELS} must be auto, triton or reference, got {kernels!r}")
-        return cls(limits, max_requests, default, kernels, check_integrity=check == "1")
+        inspect_dir = _read_folder(env, INSPECT_DIR)
+        return cls(limits, max_requests, default, kernels, inspect_dir, check == "1")
 
 
 @functools.cache
@@ -86,3 +92,16 @@ def _read_int(env: Mapping[str, str], name: str, default: int | None) -> int | N
         return int(text)
     except ValueError:
         raise ParameterError(f"{name} must be an integer, got {text!r}") from None
+
+
+def _read_folder(env: Mapping[str, str], name: str) -> Path | None:
+    text = env.get(name)
+    if not text:
+        return None
+    folder = Path(text).expanduser().absolute()
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise ParameterError(
+            f"{name}: {folder} is no folder that this process can write to; make one with "
+            f"`mkdir -m 700 {folder}`"
+        )
+    return folder
