@@ -8,6 +8,7 @@ equality of tokens is exact only where no two logits or keys are that close (flo
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from vase_kernels.reference.digest import round_sum
 from tests.e2e.worker_process import WorkerProcess
 from tests.engine.independent_decoder import LAYERS, IndependentDecoder, weights_in
 from tests.engine.tiny_model import write_weights
+from vase_sgl.inspection import load_request
 
 pytestmark = pytest.mark.xdist_group("worker")
 
@@ -32,10 +34,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def inspect_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("inspect")
+
+
+@pytest.fixture(scope="module")
 def two_ranks(
-    checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+    checkpoint: Path, inspect_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[WorkerProcess]:
     flags = ("--skip-tokenizer-init", "--tp-size", "2", "--dtype", "float32")
+    flags += ("--vase-inspect-dir", str(inspect_dir))
     with WorkerProcess(
         checkpoint,
         tmp_path_factory.mktemp("worker"),
@@ -62,8 +70,9 @@ def _digests(forgotten: list[list[list[list[int]]]], heads: list[int]) -> list[s
 @pytest.mark.parametrize("policy", ["vase-attnv", "vase-dkv", "random"])
 @pytest.mark.parametrize("mode", ["evict", "keep"])
 def test_two_ranks_keep_what_one_keeps(
-    two_ranks: WorkerProcess, checkpoint: Path, policy: str, mode: str
+    two_ranks: WorkerProcess, checkpoint: Path, inspect_dir: Path, policy: str, mode: str
 ) -> None:
+    rid = f"{policy}-{mode}"
     vase: dict[str, Any] = {
         "budget": 24,
         "window": 8,
@@ -76,12 +85,13 @@ def test_two_ranks_keep_what_one_keeps(
     answer = two_ranks.http.post(
         "/generate",
         json={
+            "rid": rid,
             "input_ids": PROMPT,
             "sampling_params": {
                 "max_new_tokens": 70,
                 "temperature": 0,
                 "ignore_eos": True,
-                "custom_params": {"vase": vase},
+                "custom_params": {"vase": vase | {"inspect": True}},
             },
         },
     )
@@ -92,6 +102,24 @@ def test_two_ranks_keep_what_one_keeps(
     assert len(rounds) >= 4
     assert rounds == _digests(decoder.forgotten, heads=[0])
     assert rounds != _digests(decoder.forgotten, heads=[0, 1])
+    _check_files(inspect_dir, rid, decoder.forgotten)
+
+
+def _check_files(folder: Path, rid: str, forgotten: list[list[list[list[int]]]]) -> None:
+    """Each rank wrote what its head kept; together it is what was forgotten, head by head."""
+    files = [folder / f"{rid}.npz", folder / f"{rid}.tp1.npz"]
+    deadline = time.monotonic() + 20
+    while not all(file.exists() for file in files):
+        assert time.monotonic() < deadline, "a rank wrote no file"
+        time.sleep(0.05)
+    found = load_request(folder, rid)
+    assert found.missing_heads == [] and found.recorded_rounds == found.rounds
+    assert found.rounds == len(forgotten)
+    for number, layers in enumerate(forgotten, start=1):
+        for layer, heads in enumerate(layers):
+            for head, positions in enumerate(heads):
+                evicted = (found.evicted_in_round[layer, head] == number).nonzero()[0]
+                assert evicted.tolist() == sorted(positions)
 
 
 def test_the_fingerprint_names_the_ranks(two_ranks: WorkerProcess) -> None:

@@ -13,8 +13,9 @@ from vase_sgl.engine.config import EngineConfig
 from vase_sgl.engine.rounds import chosen_kernels
 
 _DECODER = "tests/engine/test_independent_decode.py::test_tokens_equal_the_independent_decoder"
+_INSPECT = "tests/engine/test_inspect.py::test_the_file_says_what_an_independent_decoder_keeps"
 _TESTS = (
-    f"{_DECODER}[vase-attnv-evict-45-True]",
+    f"{_INSPECT}[evict-45-True]",  # compares tokens too
     f"{_DECODER}[vase-attnv-keep-45-True]",
     f"{_DECODER}[vase-dkv-evict-12-False]",
     "tests/engine/triton_rounds.py",

@@ -52,6 +52,7 @@ class ScriptedWorker:
         self.max_budget = 4096
         self.context_length = 8192
         self.hides_vocabulary = False
+        self.can_inspect = True
         self.available_slots = 9_000
         #: Pause before each token. Without one, tokens reach the gateway many at a time.
         self.token_seconds = 0.0
@@ -143,6 +144,7 @@ class ScriptedWorker:
                 "max_window": 64,
                 "max_requests": self.max_query_requests,
             },
+            "inspect": self.can_inspect,
             "default": self.default_eviction,
             "slots": {"total": 10_000, "available": self.available_slots, "reserved": 1_000},
             "rounds": 7,

@@ -60,6 +60,7 @@ def test_a_variable_of_another_part_is_no_error(monkeypatch: pytest.MonkeyPatch)
         ("limits: {on_redis_failure: ignore}", "limits.on_redis_failure: Input should be"),
         ("default_eviction: {budget: 5, window: 9}", "budget 5 must be greater than window 9"),
         ("default_eviction: {budget: 50, window: 9, seed: 1}", "seeds are derived per request"),
+        ("default_eviction: {budget: 50, inspect: true}", "inspect cannot be set here"),
         ("[1]", "expected keys and values, found a list"),
         ("a: [", "is not YAML"),
     ],

@@ -27,6 +27,7 @@ _EXTRAS = {
         "sqlalchemy",
         "yaml",
     ),
+    "inspect": ("numpy", "tokenizers"),
     "gpu": ("sglang", "torch", "triton", "vase_kernels"),
 }
 

@@ -54,6 +54,10 @@ def generate(
         int | None, typer.Option(help="The same seed gives the same answer.", min=0)
     ] = None,
     sample_index: Annotated[int, typer.Option(help="Another sample of the same seed.")] = 0,
+    inspect: Annotated[
+        bool,
+        typer.Option("--inspect", help="Have the worker write what was kept: vase-sgl inspect."),
+    ] = False,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
     top_p: _Float = None,
     top_k: Annotated[int | None, typer.Option(show_default=False)] = None,
@@ -92,6 +96,7 @@ def generate(
             prompt_mode=prompt_mode,
             seed=seed,
             sample_index=sample_index,
+            inspect=inspect,
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
@@ -124,3 +129,8 @@ def generate(
         f"replay it with: vase-sgl replay {request_id}",
         err=True,
     )
+    if inspect:
+        typer.echo(
+            f"what it kept, on the worker's machine: vase-sgl inspect {request_id} --dir DIR",
+            err=True,
+        )

@@ -34,7 +34,7 @@ def add(
     role: Annotated[
         list[str] | None,
         typer.Option(
-            help="generate, replay, audit, admin; repeatable. [default: generate, replay]"
+            help="generate, replay, audit, inspect, admin; repeatable. [default: generate, replay]"
         ),
     ] = None,
     seed_policy: Annotated[

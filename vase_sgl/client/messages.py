@@ -53,6 +53,7 @@ class Options(TypedDict, total=False):
     budget, window, policy, prompt_mode, num_sinks, protected_share, pool_width, projection_dim,
     mix_lambda: eviction. Give at least a budget, or the policy `full`; with none of them the
     gateway's default applies.
+    inspect: have what was kept written to a file on the worker's disk, for `vase-sgl inspect`.
     """
 
     budget: int | None
@@ -66,6 +67,7 @@ class Options(TypedDict, total=False):
     mix_lambda: float | None
     seed: int | None
     sample_index: int
+    inspect: bool
     temperature: float | None
     top_p: float | None
     top_k: int | None

@@ -10,6 +10,7 @@ from sglang.srt.beam_search.batch_tail import num_beam_member_rows
 from sglang.srt.managers import schedule_policy
 from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
 
+from vase_sgl.engine import inspector
 from vase_sgl.engine.config import engine_config
 from vase_sgl.engine.pool import BudgetPool
 from vase_sgl.engine.prometheus import engine_metrics
@@ -47,6 +48,7 @@ def create_request(
     try:
         params = EvictionParams.parse(raw, config.limits)
         _refuse_unsupported(recv_req)
+        folder = inspector.folder_for(req.rid, config.inspect_dir) if params.inspect else None
     except ParameterError as error:
         _abort(req, f"custom_params.{PARAMS_KEY}: {error}")
         return req
@@ -57,6 +59,8 @@ def create_request(
         prefix_cache=not scheduler.tree_cache.disable,
     )
     attach(req, cache)
+    if folder is not None:
+        inspector.start(req, cache, folder)
     if (metrics := engine_metrics()) is not None:
         metrics.count_request(params)
     return req

@@ -50,5 +50,9 @@ class Compaction:
         self._rounds.run(pool, due)
         self.rounds += len(due)
         for request in due:
-            self.evicted_tokens += len(request.slots) - request.cache.params.budget
+            budget = request.cache.params.budget
+            self.evicted_tokens += len(request.slots) - budget
+            if (recording := request.cache.recording) is not None:
+                kept = pool.token_positions.index_select(1, request.slots[:budget])
+                recording.note(request.round, request.logical_length, kept)
         self.seconds += time.perf_counter() - started

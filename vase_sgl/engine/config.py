@@ -7,6 +7,7 @@ import functools
 import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, overload
 
 from vase_sgl.eviction import EvictionLimits, EvictionParams
@@ -19,6 +20,7 @@ DEFAULT_PARAMS = "VASE_DEFAULT"
 CHECK_INTEGRITY = "VASE_CHECK_INTEGRITY"
 KERNELS = "VASE_KERNELS"
 CPU_DECODE = "VASE_CPU_DECODE"
+INSPECT_DIR = "VASE_INSPECT_DIR"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +32,7 @@ class EngineConfig:
     default: eviction parameters of requests that bring none; None leaves them with full KV.
     kernels: `triton`, `reference` (torch), or `auto`: Triton on CUDA, the reference on a CPU.
     cpu_decode: attention of a decode step on a CPU: `batched`, or upstream's loop (`stock`).
+    inspect_dir: where requests with `inspect` leave their files; None refuses them.
     check_integrity: prove slot ownership and positions after every decode step (slow; for tests).
     """
 
@@ -38,6 +41,7 @@ class EngineConfig:
     default: Mapping[str, Any] | None = None
     kernels: str = "auto"
     cpu_decode: str = "batched"
+    inspect_dir: Path | None = None
     check_integrity: bool = False
 
     @classmethod
@@ -55,7 +59,8 @@ class EngineConfig:
         if env.get(DEFAULT_PARAMS):
             try:
                 default = json.loads(env[DEFAULT_PARAMS])
-                EvictionParams.parse(default, limits)
+                if EvictionParams.parse(default, limits).inspect:
+                    raise ParameterError("inspect is for single requests; leave it out")
             except ValueError as error:  # ParameterError and JSONDecodeError are both
                 raise ParameterError(f"{DEFAULT_PARAMS} is wrong: {error}") from error
         return cls(
@@ -64,6 +69,7 @@ class EngineConfig:
             default,
             _read_choice(env, KERNELS, "auto", "triton", "reference"),
             _read_choice(env, CPU_DECODE, "batched", "stock"),
+            _read_folder(env, INSPECT_DIR),
             check_integrity=_read_choice(env, CHECK_INTEGRITY, "0", "1") == "1",
         )
 
@@ -97,3 +103,16 @@ def _read_choice(env: Mapping[str, str], name: str, default: str, *others: str) 
     if text not in (default, *others):
         raise ParameterError(f"{name} must be {', '.join((default, *others))}, got {text!r}")
     return text
+
+
+def _read_folder(env: Mapping[str, str], name: str) -> Path | None:
+    text = env.get(name)
+    if not text:
+        return None
+    folder = Path(text).expanduser().absolute()
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise ParameterError(
+            f"{name}: {folder} is no folder that this process can write to; make one with "
+            f"`mkdir -m 700 {folder}`"
+        )
+    return folder

@@ -24,6 +24,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from vase_sgl.engine import (
     admission,
     attention_cpu,
+    inspector,
     integrity,
     lifecycle,
     limits,
@@ -191,6 +192,13 @@ HOOKS: tuple[Hook, ...] = (
         HookType.AFTER,
         prometheus.refresh_metrics,
         "slots and rounds on /metrics",
+    ),
+    Hook(
+        "managers.scheduler.Scheduler.process_batch_result",
+        ("self", "batch", "result"),
+        HookType.AFTER,
+        inspector.collect,
+        "requests with `inspect`: what they kept is written when they end, on every rank",
     ),
     Hook(
         "managers.scheduler.Scheduler.on_idle",

@@ -28,6 +28,8 @@ class BudgetPool:
         request that had a round. Before that, and for the recent window, a token's position
         follows from its column, so nothing is written per step.
     first_head: global index of this rank's first KV head; it keys the random draws.
+    total_heads: KV heads of a layer, those of other ranks included.
+    tp_rank: this rank among those that share the heads.
     """
 
     def __init__(self, model_runner: Any, config: EngineConfig) -> None:
@@ -42,7 +44,9 @@ class BudgetPool:
         model = model_runner.model_config
         parallel = get_parallel()
         total_heads = model.get_total_num_kv_heads()
-        self.first_head = parallel.attn_tp_rank * total_heads // parallel.attn_tp_size
+        self.tp_rank = parallel.attn_tp_rank
+        self.total_heads = total_heads
+        self.first_head = self.tp_rank * total_heads // parallel.attn_tp_size
         self.token_positions = torch.zeros(
             layers, slots, kv_heads, dtype=torch.int32, device=device
         )

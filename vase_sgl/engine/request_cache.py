@@ -14,6 +14,8 @@ from vase_sgl.eviction import EvictionParams
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
+    from vase_sgl.engine.inspector import Recording
+
 
 @dataclasses.dataclass(slots=True, eq=False)
 class RequestCache:
@@ -27,6 +29,7 @@ class RequestCache:
     ring_row: the request's row of the query ring; 0 if it has none.
     unread_sums: per round not read yet, a host tensor that the device fills before the step's
         tokens, and this request's index in it (see `vase_kernels` digest).
+    recording: what it kept, if it asked for `inspect`.
     """
 
     params: EvictionParams
@@ -36,6 +39,7 @@ class RequestCache:
     planned_rounds: int = 0
     ring_row: int = 0
     unread_sums: list[tuple[torch.Tensor, int]] = dataclasses.field(default_factory=list)
+    recording: Recording | None = None
     _digests: list[str] = dataclasses.field(default_factory=list)
     _digest: torch.Tensor = dataclasses.field(default_factory=lambda: torch.tensor(0))
 

@@ -19,7 +19,7 @@ from vase_kernels.requests import pack, table_fields
 from vase_kernels.workspace import Maxima, Workspace
 
 from vase_sgl.engine.config import EngineConfig
-from vase_sgl.engine.transfer import to_device
+from vase_sgl.engine.transfer import to_device, to_host
 
 if TYPE_CHECKING:
     from vase_sgl.engine.pool import BudgetPool
@@ -246,14 +246,6 @@ def _table_row(row: int, due: DueRequest) -> TableRow:
 
 def _report(batch: list[DueRequest], round_sums: torch.Tensor) -> None:
     """Hand each request its sum, on the host."""
-    sums = _to_host(round_sums)
+    sums = to_host(round_sums)
     for index, due in enumerate(batch):
         due.cache.unread_sums.append((sums, index))
-
-
-def _to_host(sums: torch.Tensor) -> torch.Tensor:
-    """A host copy that is complete when the step's tokens are: same stream, copied before them."""
-    if sums.device.type == "cpu":
-        return sums.clone()
-    host = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
-    return host.copy_(sums, non_blocking=True)

@@ -20,6 +20,7 @@ import torch  # noqa: E402
 
 from vase_sgl.engine.config import (  # noqa: E402
     DEFAULT_PARAMS,
+    INSPECT_DIR,
     MAX_BUDGET,
     MAX_REQUESTS,
     MAX_WINDOW,
@@ -100,6 +101,12 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="JSON",
         help='eviction parameters of requests that bring none, e.g. {"budget": 2048}',
     )
+    parser.add_argument(
+        "--vase-inspect-dir",
+        metavar="DIR",
+        help="where requests with `inspect` leave a file of what they kept, for `vase-sgl "
+        "inspect`; it holds their token ids (default: such requests are refused)",
+    )
     return parser.parse_known_args(argv)
 
 
@@ -109,6 +116,7 @@ def _export_settings(options: argparse.Namespace) -> None:
         MAX_WINDOW: options.vase_max_window,
         MAX_REQUESTS: options.vase_max_requests,
         DEFAULT_PARAMS: options.vase_default,
+        INSPECT_DIR: options.vase_inspect_dir,
     }
     os.environ.update({name: str(value) for name, value in values.items() if value is not None})
     EngineConfig.from_env()

@@ -29,6 +29,7 @@ def describe(scheduler: Any) -> dict[str, Any]:
             "max_window": config.limits.max_window,
             "max_requests": pool.query_ring.requests,
         },
+        "inspect": config.inspect_dir is not None,
         "default": dict(config.default) if config.default is not None else None,
         "context_length": scheduler.model_config.context_len,
         "vocab_size": scheduler.model_config.vocab_size,

@@ -1,4 +1,4 @@
-"""Host values on their way to the device."""
+"""Between host and device, without waiting."""
 
 from __future__ import annotations
 
@@ -14,3 +14,11 @@ def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type != "cuda":
         return host.to(device)
     return host.pin_memory().to(device, non_blocking=True)
+
+
+def to_host(values: torch.Tensor) -> torch.Tensor:
+    """A host copy that is complete when the step's tokens are: same stream, copied before them."""
+    if values.device.type == "cpu":
+        return values.clone()
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    return host.copy_(values, non_blocking=True)

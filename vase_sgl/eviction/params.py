@@ -19,7 +19,7 @@ DEFAULT_WINDOW = 64
 DEFAULT_POLICY = "vase-attnv"
 MAX_SEED = 2**63 - 1
 
-_COMMON_KEYS = ("budget", "window", "policy", "prompt", "seed")
+_COMMON_KEYS = ("budget", "window", "policy", "prompt", "seed", "inspect")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,7 @@ class EvictionParams:
     window: recent tokens never evicted; also the eviction period and the query window.
     prompt: one of `PROMPT_MODES`.
     seed: key of every random draw; the same seed forgets the same tokens.
+    inspect: write what is kept to a file. It changes neither tokens nor digests.
     """
 
     budget: int
@@ -50,6 +51,7 @@ class EvictionParams:
     policy: Policy
     prompt: str
     seed: int
+    inspect: bool = False
 
     @classmethod
     def parse(cls, raw: object, limits: EvictionLimits | None = None) -> EvictionParams:
@@ -71,6 +73,7 @@ class EvictionParams:
         budget = raw.get("budget", limits.max_budget)
         prompt = raw.get("prompt", "evict")
         seed = raw.get("seed", 0)
+        inspect = raw.get("inspect", False)
         require_int("window", window, 1, limits.max_window)
         require_int("budget", budget, 1, limits.max_budget)
         require_int("seed", seed, 0, MAX_SEED)
@@ -78,6 +81,7 @@ class EvictionParams:
             isinstance(prompt, str) and prompt in PROMPT_MODES,
             f"prompt must be one of {', '.join(PROMPT_MODES)}, got {prompt!r}",
         )
+        require(isinstance(inspect, bool), f"inspect must be true or false, got {inspect!r}")
         if policy_type.evicts:
             require(
                 budget > window,
@@ -86,7 +90,7 @@ class EvictionParams:
             )
         policy = policy_type(**{name: raw[name] for name in own if name in raw})
         policy.validate(budget, window)
-        return cls(budget=budget, window=window, policy=policy, prompt=prompt, seed=seed)
+        return cls(budget, window, policy, prompt, seed, inspect)
 
     def to_mapping(self) -> dict[str, Any]:
         """The full, explicit form: `parse(to_mapping())` gives an equal object."""
@@ -96,6 +100,7 @@ class EvictionParams:
             "policy": self.policy.name,
             "prompt": self.prompt,
             "seed": self.seed,
+            **({"inspect": True} if self.inspect else {}),
             **self.policy.fields(),
         }
 

@@ -288,6 +288,9 @@ class GatewayConfig(BaseSettings):
     tenants_file: Path = Path(".vase-sgl/tenants.yaml")
     #: Turn authentication off: everyone is tenant `anonymous`. Never beyond your own machine.
     insecure_no_auth: bool = False
+    #: Let tenants with the role `inspect` have files written on the workers' disks that hold the
+    #: token ids of their requests and what was kept of them.
+    allow_inspect: bool = False
     #: Seconds running calls get to finish after SIGTERM.
     drain_seconds: float = Field(default=30.0, ge=0)
     #: Eviction of requests that bring none, e.g. {budget: 1024, window: 64}. A request's own
@@ -300,6 +303,8 @@ class GatewayConfig(BaseSettings):
         if value is not None:
             if "seed" in value:
                 raise ValueError("seed cannot be set here: seeds are derived per request")
+            if "inspect" in value:
+                raise ValueError("inspect cannot be set here: it is for single requests")
             # The worker's ceilings are not known yet; they are checked with each request.
             EvictionParams.parse(value, EvictionLimits(max_budget=2**20, max_window=4096))
         return value

@@ -105,14 +105,21 @@ class Generations:
         default_eviction: Mapping[str, Any] | None,
         retries: int,
         metrics: Metrics,
+        *,
+        allow_inspect: bool,
     ) -> None:
-        """`retries`: other workers that are tried when one fails before its first token."""
+        """`retries`: other workers that are tried when one fails before its first token.
+
+        `allow_inspect`: tenants with the role may have what their requests keep written to a
+        worker's disk.
+        """
         self._router = router
         self._store = store
         self._background = background
         self._default_eviction = default_eviction
         self._retries = retries
         self._metrics = metrics
+        self._allow_inspect = allow_inspect
 
     async def run(self, passage: Passage, request: pb.GenerateRequest, send: Send) -> Record:
         """Generate, sending every message but the result; returns when the record is durable.
@@ -160,6 +167,10 @@ class Generations:
             else self._default_eviction or info.default_eviction
         )
         eviction = validation.eviction_of(fields, seed=seeds.eviction, tenant=tenant, info=info)
+        if request.inspect:
+            validation.check_inspect(
+                eviction, tenant=tenant, info=info, allowed=self._allow_inspect
+            )
         token_ids = await self._tokenize(prompt)
         validation.check_prompt_tokens(prompt.kind, token_ids, max_new_tokens, tenant, info)
         return _Plan(
@@ -173,6 +184,7 @@ class Generations:
                     "sampling_seed": seeds.sampling,
                 },
                 eviction=None if eviction is None else eviction.to_mapping(),
+                inspect=request.inspect,
             ),
             input_kind=prompt.kind,
             seeds=seeds,

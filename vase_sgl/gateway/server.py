@@ -92,6 +92,7 @@ class Gateway:
             config.default_eviction,
             config.worker.retries,
             metrics,
+            allow_inspect=config.allow_inspect,
         )
         self._door = OpenAIDoor(
             authenticator,

@@ -35,6 +35,8 @@ class Role(enum.StrEnum):
     GENERATE = "generate"
     REPLAY = "replay"
     AUDIT = "audit"
+    #: Have what requests keep written to the workers' disks; beside `generate`.
+    INSPECT = "inspect"
     ADMIN = "admin"
 
 

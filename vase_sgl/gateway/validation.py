@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from vase_sgl.eviction import EvictionLimits, EvictionParams, ParameterError
-from vase_sgl.gateway.errors import InvalidRequest
+from vase_sgl.gateway.errors import InvalidRequest, PermissionDenied
 from vase_sgl.gateway.seeds import MAX_SEED
-from vase_sgl.gateway.tenants import Tenant
+from vase_sgl.gateway.tenants import Role, Tenant
 from vase_sgl.gateway.wire import PROMPT_MODES
 from vase_sgl.gateway.workers import WorkerInfo
 from vase_sgl.rpc.v1 import gateway_pb2 as pb
@@ -174,6 +174,30 @@ def sampling_of(params: pb.SamplingParams) -> dict[str, Any]:
         "stop_token_ids": list(params.stop_token_ids),
         "ignore_eos": params.ignore_eos,
     }
+
+
+def check_inspect(
+    eviction: EvictionParams | None, *, tenant: Tenant, info: WorkerInfo, allowed: bool
+) -> None:
+    """A request may be inspected. `allowed`: by the gateway's configuration."""
+    if not allowed:
+        raise PermissionDenied(
+            "inspect: this gateway does not allow it; leave it out, or have allow_inspect set"
+        )
+    if not tenant.has_role(Role.INSPECT):
+        raise PermissionDenied(
+            f"inspect: tenant {tenant.name} lacks the role `inspect`; whoever runs the gateway can "
+            "add it in the tenants file"
+        )
+    require(
+        eviction is not None,
+        "inspect: without eviction everything is kept; set a budget or leave inspect out",
+    )
+    require(
+        info.can_inspect,
+        "inspect: the workers have no folder for it; start them with --vase-inspect-dir DIR, or "
+        "leave inspect out",
+    )
 
 
 def eviction_fields(params: pb.EvictionParams) -> dict[str, Any]:

@@ -49,7 +49,8 @@ class HttpWorker:
     async def generate(self, request: WorkerRequest) -> AsyncGenerator[WorkerChunk, None]:
         sampling = dict(request.sampling)
         if request.eviction is not None:
-            sampling["custom_params"] = {"vase": dict(request.eviction)}
+            inspect = {"inspect": True} if request.inspect else {}
+            sampling["custom_params"] = {"vase": {**request.eviction, **inspect}}
         body = {
             "rid": request.request_id,
             "input_ids": list(request.prompt_token_ids),
@@ -274,6 +275,7 @@ def worker_info(answer: Mapping[str, Any]) -> WorkerInfo:
         max_query_requests=_sum(state["limits"].get("max_requests") for state in states),
         prefix_cache=bool(first.get("prefix_cache", True)),
         page_size=int(first.get("page_size", 1)),
+        can_inspect=bool(first.get("inspect", False)),
     )
 
 

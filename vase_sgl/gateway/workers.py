@@ -14,12 +14,15 @@ class WorkerRequest:
     request_id: 32 hex digits. A worker aborts by prefix, so ids have one width.
     sampling: SGLang sampling parameters, complete, `sampling_seed` included.
     eviction: `EvictionParams.to_mapping()`, or None for a request without eviction.
+    inspect: have the worker write what the request keeps. It decides nothing of the answer, so it
+        is no part of a record.
     """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: Mapping[str, Any]
     eviction: Mapping[str, Any] | None
+    inspect: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +70,7 @@ class WorkerInfo:
     max_running_requests: requests its scheduler runs at once, if it says so.
     max_query_requests: of these, requests whose policy reads queries, if it says so.
     prefix_cache, page_size: how its slots are shared and handed out.
+    can_inspect: it has a folder for what inspected requests kept.
     """
 
     fingerprint: Mapping[str, str]
@@ -85,6 +89,7 @@ class WorkerInfo:
     max_query_requests: int | None = None
     prefix_cache: bool = True
     page_size: int = 1
+    can_inspect: bool = False
 
     @property
     def unreserved_slots(self) -> int:

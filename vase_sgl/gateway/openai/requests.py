@@ -140,11 +140,22 @@ def _call(body: _Common, request: pb.GenerateRequest, max_tokens: int) -> Call:
         sampling["stop"] = [body.stop]
     request.sampling.CopyFrom(pb.SamplingParams(**sampling))
     if body.vase is not None:
-        request.eviction.CopyFrom(_eviction(body.vase))
+        eviction = {key: value for key, value in body.vase.items() if key != "inspect"}
+        if eviction or "inspect" not in body.vase:
+            request.eviction.CopyFrom(_eviction(eviction))
+        request.inspect = _inspect(body.vase)
     options = body.stream_options
     return Call(
         body.model, request, body.n, body.stream, options is not None and options.include_usage
     )
+
+
+def _inspect(fields: Mapping[str, Any]) -> bool:
+    """`inspect` of `vase`; its other keys are the eviction."""
+    inspect = fields.get("inspect", False)
+    if not isinstance(inspect, bool):
+        raise InvalidRequest("vase.inspect: must be true or false")
+    return inspect
 
 
 def _eviction(fields: Mapping[str, Any]) -> pb.EvictionParams:
@@ -157,7 +168,7 @@ def _eviction(fields: Mapping[str, Any]) -> pb.EvictionParams:
     except json_format.ParseError as error:
         known = list(pb.EvictionParams.DESCRIPTOR.fields_by_name)
         known[known.index("prompt_mode")] = "prompt"
-        raise InvalidRequest(f"vase: {error}; known are {', '.join(known)}") from error
+        raise InvalidRequest(f"vase: {error}; known are {', '.join(known)}, inspect") from error
 
 
 B = TypeVar("B", bound=_Common)

@@ -187,6 +187,7 @@ class GenerateRequest(_message.Message):
     EVICTION_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     SAMPLE_INDEX_FIELD_NUMBER: _builtins.int
+    INSPECT_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Plain text; the worker's tokenizer encodes it, special tokens included."""
     max_new_tokens: _builtins.int
@@ -200,6 +201,12 @@ class GenerateRequest(_message.Message):
     """
     sample_index: _builtins.int
     """Which of several samples of the same request this is: other draws, same seed. Not negative."""
+    inspect: _builtins.bool
+    """Write which tokens every layer and KV head kept, and the token ids, to a file on the worker's
+    disk, for `vase-sgl inspect`. It changes nothing of the answer and is not recorded; a replay
+    does not do it. Needs eviction, the role `inspect`, a gateway with `allow_inspect` and workers
+    with `--vase-inspect-dir`.
+    """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """Token ids of the model's vocabulary, used as they are."""
@@ -227,10 +234,11 @@ class GenerateRequest(_message.Message):
         eviction: Global___EvictionParams | None = ...,
         seed: _builtins.int | None = ...,
         sample_index: _builtins.int = ...,
+        inspect: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "chat", b"chat", "eviction", b"eviction", "input", b"input", "sampling", b"sampling", "seed", b"seed", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "chat", b"chat", "eviction", b"eviction", "input", b"input", "max_new_tokens", b"max_new_tokens", "sample_index", b"sample_index", "sampling", b"sampling", "seed", b"seed", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "chat", b"chat", "eviction", b"eviction", "input", b"input", "inspect", b"inspect", "max_new_tokens", b"max_new_tokens", "sample_index", b"sample_index", "sampling", b"sampling", "seed", b"seed", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015

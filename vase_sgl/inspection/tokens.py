@@ -1,0 +1,44 @@
+"""What each token adds to the text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from vase_sgl.inspection.file import InspectionError
+
+
+def load_tokenizer(model: Path) -> Tokenizer:
+    """The tokenizer of a model's folder, or of a tokenizer.json. Raises `InspectionError`."""
+    path = model / "tokenizer.json" if model.is_dir() else model
+    if not path.exists():
+        raise InspectionError(
+            f"there is no tokenizer at {path}; name the model's folder, which holds a "
+            "tokenizer.json, or that file"
+        )
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more specific
+        raise InspectionError(f"{path} is not a tokenizer.json: {error}") from error
+
+
+def token_texts(tokenizer: Tokenizer, token_ids: Sequence[int]) -> list[str]:
+    """One text for each token; joined they are the whole text, special tokens included.
+
+    Of a character that several tokens make up the last one has all, the others have "".
+    Raises `InspectionError` for an id that the tokenizer does not know.
+    """
+    size = tokenizer.get_vocab_size(with_added_tokens=True)
+    stream = DecodeStream(skip_special_tokens=False)
+    texts = []
+    for token in token_ids:
+        if not 0 <= token < size:
+            raise InspectionError(
+                f"token {token} is not in this tokenizer, which has {size}; name the tokenizer of "
+                "the model that ran the request"
+            )
+        texts.append(stream.step(tokenizer, token) or "")
+    return texts
