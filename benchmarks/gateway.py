@@ -1,11 +1,13 @@
 """What the gateway costs: streamed tokens per second, time to the first token, memory per stream.
 
     python benchmarks/gateway.py [--json results.json]
+    python benchmarks/gateway.py --model-path MODEL [--json results.json]
 
-A worker without a model streams prepared events, one token each, as fast as they are taken. It is
-asked directly over HTTP and through `vase-sgl serve` over gRPC, in turn, in one run: only the
-ratios and differences say something, for worker, gateway and client share this machine's cores.
-Worker and gateway are processes of their own; this one is the client.
+A worker without a model streams prepared events, one token each, as fast as they are taken; with
+--model-path it is a real one, `vase-sgl worker`. It is asked directly over HTTP and through
+`vase-sgl serve` over gRPC, in turn, in one run: only the ratios and differences say something, for
+worker, gateway and client share this machine's cores. Worker and gateway are processes of their
+own; this one is the client.
 """
 
 from __future__ import annotations
@@ -16,12 +18,15 @@ import contextlib
 import json
 import os
 import platform
+import signal
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
+import urllib.request
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +34,12 @@ import aiohttp
 import grpc
 from aiohttp import web
 
+from vase_sgl.gateway.worker_embedded import worker_command
 from vase_sgl.rpc.v1 import gateway_pb2 as pb
 from vase_sgl.rpc.v1 import gateway_pb2_grpc
 
 PROMPT = list(range(100, 164))
+BUDGET, WINDOW = 512, 64
 #: A request for so many tokens gets one, and then waits.
 IDLE_TOKENS = 30_000
 
@@ -135,11 +142,14 @@ class Direct:
     async def tokens(self, count: int) -> tuple[int, float]:
         """Tokens of one answer, and seconds to the first."""
         start, first, seen = time.perf_counter(), 0.0, 0
-        body = {
-            "input_ids": PROMPT,
-            "stream": True,
-            "sampling_params": {"max_new_tokens": count},
+        # The engine gets what the gateway would send it.
+        sampling = {
+            "max_new_tokens": count,
+            "ignore_eos": True,
+            "sampling_seed": 1,
+            "custom_params": {"vase": {"budget": BUDGET, "window": WINDOW}},
         }
+        body = {"input_ids": PROMPT, "stream": True, "sampling_params": sampling}
         async with self._http.post(f"{self._url}/generate", json=body) as response:
             async for line in response.content:
                 if line.startswith(b"data: {"):
@@ -170,7 +180,9 @@ class Through:
     def call(self, count: int) -> Any:
         """The stream of one answer."""
         request = pb.GenerateRequest(
-            max_new_tokens=count, eviction=pb.EvictionParams(budget=512, window=64)
+            max_new_tokens=count,
+            sampling=pb.SamplingParams(ignore_eos=True),
+            eviction=pb.EvictionParams(budget=BUDGET, window=WINDOW),
         )
         request.token_ids.ids.extend(PROMPT)
         return self._stub.Generate(request, metadata=self._metadata)
@@ -246,70 +258,123 @@ async def idle_streams(through: Through, pid: int, count: int) -> dict[str, floa
 
 
 @contextlib.contextmanager
-def processes(folder: Path) -> Iterator[tuple[str, str, str, int]]:
-    """Worker and gateway: URL, target, API key, the gateway's process id."""
-    with contextlib.ExitStack() as stack:
+def started(command: Sequence[str], folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process, with its standard output in a pipe; SIGTERM at the end."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=folder
+    )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait()
 
-        def start(*command: str) -> subprocess.Popen[str]:
-            process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=folder
-            )
-            stack.callback(process.wait)
-            stack.callback(process.terminate)
-            return process
 
-        cli = (sys.executable, "-m", "vase_sgl.cli")
-        key = subprocess.check_output(
-            [*cli, "tenants", "add", "bench"], text=True, stderr=subprocess.DEVNULL, cwd=folder
-        ).strip()
-        worker = start(sys.executable, str(Path(__file__).resolve()), "--worker")
+@contextlib.contextmanager
+def scripted_worker(folder: Path) -> Iterator[str]:
+    """URL of the worker without a model."""
+    with started((sys.executable, str(Path(__file__).resolve()), "--worker"), folder) as worker:
         assert worker.stdout is not None
-        url = f"http://127.0.0.1:{worker.stdout.readline().strip()}"
-        (folder / "serve.yaml").write_text(
-            "grpc: {max_concurrent_calls: 4096}\nqueue: {max_waiting_per_tenant: 1024}\n"
-        )
-        gateway = start(
-            *(*cli, "serve", "--config", "serve.yaml", "--worker-url", url),
-            *("--grpc-port", "0", "--log-level", "warning"),
-        )
+        yield f"http://127.0.0.1:{worker.stdout.readline().strip()}"
+
+
+@contextlib.contextmanager
+def real_worker(folder: Path, model: Path) -> Iterator[str]:
+    """URL of a worker with a model, as the gateway starts its own. Raises `RuntimeError`.
+
+    Without the prefix cache: the two ways ask the very same, and neither finds the other's prefix.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    url, log = f"http://127.0.0.1:{port}", folder / "worker.log"
+    command = (*worker_command(str(model), ("--disable-radix-cache",)), "--port", port)
+    with log.open("wb") as output:
+        worker = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+    try:
+        while True:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=30):
+                break
+            if worker.poll() is not None:
+                raise RuntimeError(f"the worker did not start:\n{log.read_text()[-3000:]}")
+            time.sleep(0.5)
+        yield url
+    finally:
+        worker.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            worker.wait(30)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(worker.pid, signal.SIGKILL)
+        worker.wait()
+
+
+@contextlib.contextmanager
+def gateway_to(url: str, folder: Path) -> Iterator[tuple[str, str, int]]:
+    """A gateway in front of the worker: target, API key, process id."""
+    cli = (sys.executable, "-m", "vase_sgl.cli")
+    key = subprocess.check_output(
+        [*cli, "tenants", "add", "bench"], text=True, stderr=subprocess.DEVNULL, cwd=folder
+    ).strip()
+    (folder / "serve.yaml").write_text(
+        "grpc: {max_concurrent_calls: 4096}\nqueue: {max_waiting_per_tenant: 1024}\n"
+    )
+    command = (
+        *(*cli, "serve", "--config", "serve.yaml", "--worker-url", url),
+        *("--grpc-port", "0", "--log-level", "warning"),
+    )
+    with started(command, folder) as gateway:
         assert gateway.stdout is not None
-        target = gateway.stdout.readline().split()[-1]
-        yield url, target, key, gateway.pid
+        yield gateway.stdout.readline().split()[-1], key, gateway.pid
 
 
-async def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Everything, the two ways in turn."""
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        processes(Path(folder)) as (url, target, key, pid),
-    ):
+async def until_ready(through: Through) -> None:
+    """Wait until the gateway has seen its worker."""
+    while True:
+        try:
+            await through.tokens(2)
+            return
+        except grpc.aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                raise
+            await asyncio.sleep(0.1)
+
+
+async def alternately(ways: dict[str, Tokens], calls: int) -> dict[str, list[float]]:
+    """Seconds to the first token, one request at a time, the ways in turn with every call."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(calls):
+        for name in in_turn(ways, number):
+            seconds[name].append((await ways[name](2))[1])
+    return seconds
+
+
+def in_turn(ways: dict[str, Tokens], number: int) -> list[str]:
+    """The names, each of them first in turn."""
+    names = list(ways)
+    return names[number % len(names) :] + names[: number % len(names)]
+
+
+async def measure_alone(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The gateway before a worker that costs nothing."""
+    with scripted_worker(folder) as url, gateway_to(url, folder) as (target, key, pid):
         async with Direct(url) as direct, Through(target, key) as through:
             ways: dict[str, Tokens] = {"direct": direct.tokens, "gateway": through.tokens}
-            while True:  # until the gateway has seen its worker
-                try:
-                    await through.tokens(options.tokens)
-                    break
-                except grpc.aio.AioRpcError as error:
-                    if error.code() is not grpc.StatusCode.UNAVAILABLE:
-                        raise
-                    await asyncio.sleep(0.1)
+            await until_ready(through)
             speed: dict[str, list[float]] = {name: [] for name in ways}
             ttft: dict[str, list[float]] = {name: [] for name in ways}
             empty = []
-            for _ in range(options.repeats):
+            for number in range(options.repeats):
                 empty.append(await empty_call(through, options.calls))
-                for name, way in ways.items():
-                    ttft[name].append(await first_token(way, options.calls))
+                for name in in_turn(ways, number):
+                    ttft[name].append(await first_token(ways[name], options.calls))
                     speed[name].append(
-                        await tokens_per_second(way, options.streams, options.tokens)
+                        await tokens_per_second(ways[name], options.streams, options.tokens)
                     )
             idle = await idle_streams(through, pid, options.idle)
             again = await idle_streams(through, pid, options.idle)
     speeds = {name: statistics.median(values) for name, values in speed.items()}
     ttfts = {name: statistics.median(values) for name, values in ttft.items()}
     return {
-        "machine": {"cores": os.cpu_count(), "python": platform.python_version()},
-        "options": vars(options) | {"json": None},
         "tokens_per_second": speeds | {"ratio": speeds["gateway"] / speeds["direct"]},
         "ttft_seconds": ttfts | {"added": ttfts["gateway"] - ttfts["direct"]},
         "empty_grpc_call_seconds": statistics.median(empty),
@@ -319,7 +384,44 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def report(results: dict[str, Any]) -> str:
+async def measure_engine(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The gateway before a real engine. Ratios and differences are medians over pairs."""
+    with (
+        real_worker(folder, options.model_path) as url,
+        gateway_to(url, folder) as (target, key, _),
+    ):
+        async with Direct(url) as direct, Through(target, key) as through:
+            ways: dict[str, Tokens] = {"direct": direct.tokens, "gateway": through.tokens}
+            await until_ready(through)
+            for way in ways.values():  # connections, and every batch size once
+                await asyncio.gather(*(way(2) for _ in range(max(options.engine_streams))))
+            ttft = await alternately(ways, options.engine_calls)
+            speed: dict[int, dict[str, list[float]]] = {}
+            for streams in options.engine_streams:
+                speed[streams] = {name: [] for name in ways}
+                for number in range(options.engine_repeats):
+                    for name in in_turn(ways, number):
+                        speed[streams][name].append(
+                            await tokens_per_second(ways[name], streams, options.engine_tokens)
+                        )
+    added = [through - direct for direct, through in zip(*ttft.values(), strict=True)]
+    return {
+        "ttft_seconds": {name: statistics.median(values) for name, values in ttft.items()}
+        | {"added": statistics.median(added), "added_quartiles": statistics.quantiles(added)},
+        "tokens_per_second": {
+            streams: {name: statistics.median(values) for name, values in pairs.items()}
+            | {
+                "ratio": statistics.median(
+                    through / direct for direct, through in zip(*pairs.values(), strict=True)
+                )
+            }
+            for streams, pairs in speed.items()
+        },
+        "all": {"tokens_per_second": speed, "ttft_seconds": ttft},
+    }
+
+
+def report_alone(results: dict[str, Any]) -> str:
     """The table."""
     speed, ttft, idle = results["tokens_per_second"], results["ttft_seconds"], results["idle"]
     return "\n".join(
@@ -338,23 +440,56 @@ def report(results: dict[str, Any]) -> str:
     )
 
 
+def report_engine(results: dict[str, Any]) -> str:
+    """The table."""
+    ttft = results["ttft_seconds"]
+    lines = [f"{'':24}{'direct':>12}{'gateway':>12}"]
+    lines += [
+        f"{f'tokens/s, {streams} streams':24}{speed['direct']:12.1f}{speed['gateway']:12.1f}"
+        f"    {speed['ratio']:.3f} of direct"
+        for streams, speed in results["tokens_per_second"].items()
+    ]
+    low, _, high = ttft["added_quartiles"]
+    lines.append(
+        f"{'TTFT, ms':24}{ttft['direct'] * 1e3:12.1f}{ttft['gateway'] * 1e3:12.1f}"
+        f"    {ttft['added'] * 1e3:.2f} added (quartiles {low * 1e3:.2f}, {high * 1e3:.2f})"
+    )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--streams", type=int, default=32, help="streams side by side")
-    parser.add_argument("--tokens", type=int, default=512, help="tokens of each")
-    parser.add_argument("--calls", type=int, default=50, help="requests for each median TTFT")
-    parser.add_argument("--idle", type=int, default=1000, help="open streams that wait")
-    parser.add_argument("--repeats", type=int, default=5, help="of each measurement, in turn")
     parser.add_argument("--json", type=Path, help="write everything there")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    alone = parser.add_argument_group("with a worker without a model")
+    alone.add_argument("--streams", type=int, default=32, help="streams side by side")
+    alone.add_argument("--tokens", type=int, default=512, help="tokens of each")
+    alone.add_argument("--calls", type=int, default=50, help="requests for each median TTFT")
+    alone.add_argument("--idle", type=int, default=1000, help="open streams that wait")
+    alone.add_argument("--repeats", type=int, default=5, help="of each measurement, in turn")
+    engine = parser.add_argument_group("with a real engine")
+    engine.add_argument("--model-path", type=Path, help="measure with this model instead")
+    engine.add_argument(
+        "--engine-streams", type=int, nargs="+", default=[1, 8, 32], help="streams side by side"
+    )
+    engine.add_argument("--engine-tokens", type=int, default=48, help="tokens of each")
+    engine.add_argument("--engine-calls", type=int, default=40, help="pairs of requests for TTFT")
+    engine.add_argument("--engine-repeats", type=int, default=4, help="pairs for each tokens/s")
     options = parser.parse_args()
     if options.worker:
         serve_worker()
         return
-    results = asyncio.run(measure(options))
-    print(report(results))
+    with_engine = options.model_path is not None
+    with tempfile.TemporaryDirectory() as folder:
+        measure = measure_engine if with_engine else measure_alone
+        results = asyncio.run(measure(options, Path(folder)))
+    print((report_engine if with_engine else report_alone)(results))
     if options.json is not None:
-        options.json.write_text(json.dumps(results, indent=2, default=str) + "\n")
+        told = {
+            "machine": {"cores": os.cpu_count(), "python": platform.python_version()},
+            "options": vars(options),
+        }
+        options.json.write_text(json.dumps(told | results, indent=2, default=str) + "\n")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from vase_sgl.engine import (
     admission,
+    fork_server,
     integrity,
     lifecycle,
     limits,
@@ -261,13 +262,33 @@ _CPU_HOOKS: tuple[Hook, ...] = (
 )
 
 
+_FORK_HOOKS: tuple[Hook, ...] = (
+    Hook(
+        "entrypoints.engine.Engine._launch_scheduler_processes",
+        ("cls", "server_args", "port_args", "run_scheduler_process_func", "placement_group"),
+        HookType.BEFORE,
+        fork_server.fork_schedulers,
+        "children come from the fork server, with everything imported",
+    ),
+    Hook(
+        "entrypoints.engine.Engine._launch_detokenizer_subprocesses",
+        ("cls", "server_args", "port_args", "run_detokenizer_process_func"),
+        HookType.BEFORE,
+        fork_server.fork_detokenizers,
+        "children come from the fork server, with everything imported",
+    ),
+)
+
+
 def active_hooks() -> tuple[Hook, ...]:
-    """The hooks of this process: the general ones, the CPU platform's, the integrity check."""
+    """The hooks of this process: the general ones, the CPU platform's, and those asked for."""
     hooks = HOOKS
     if platform_cpu.is_active():
         hooks += _CPU_HOOKS
     if engine_config().check_integrity:
         hooks += (_INTEGRITY_HOOK,)
+    if fork_server.is_started():
+        hooks += _FORK_HOOKS
     return hooks
 
 
