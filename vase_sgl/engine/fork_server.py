@@ -12,6 +12,7 @@ main process, and when that dies, so do the fork server and its children.
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -20,16 +21,19 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+#: Tells the fork server which model's tokenizer its children will need.
+MODEL_PATH = "VASE_MODEL_PATH"
 _PRELOAD = "vase_sgl.engine.preload"
 
 _started = False
 
 
-def start() -> None:
+def start(model_path: str) -> None:
     """Start the fork server, which imports in the background. Elsewhere than on Linux: nothing."""
     global _started
     if sys.platform != "linux":
         return
+    os.environ[MODEL_PATH] = model_path
     multiprocessing.set_forkserver_preload([_PRELOAD])
     multiprocessing.forkserver.ensure_running()
     _started = True
@@ -38,6 +42,15 @@ def start() -> None:
 def is_started() -> bool:
     """Whether this process has a fork server."""
     return _started
+
+
+def stand_for_parent() -> None:
+    """In the fork server: pass its children's SIGQUIT on to the main process, and die with it."""
+    main = os.getppid()
+    pr_set_pdeathsig = 1
+    # Were it gone already, the fork server would end before its first child.
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    signal.signal(signal.SIGQUIT, lambda number, frame: os.kill(main, number))
 
 
 def fork_schedulers(

@@ -35,6 +35,7 @@ from vase_sgl.engine import (
     sampling_cpu,
     server_info,
     sizing,
+    tokenizer_cache,
 )
 from vase_sgl.engine.config import engine_config
 from vase_sgl.engine.pool import BudgetPool
@@ -258,6 +259,21 @@ _CPU_HOOKS: tuple[Hook, ...] = (
         HookType.AROUND,
         sampling_cpu.sample_with_seeds,
         "sampling seeds without --enable-deterministic-inference",
+    ),
+    Hook(
+        "utils.hf_transformers.tokenizer.get_tokenizer",
+        (
+            "tokenizer_name",
+            "args",
+            "tokenizer_mode",
+            "trust_remote_code",
+            "tokenizer_revision",
+            "tokenizer_backend",
+            "kwargs",
+        ),
+        HookType.AROUND,
+        tokenizer_cache.load_once,
+        "start-up: a process loads the tokenizer once",
     ),
 )
 

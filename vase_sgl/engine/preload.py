@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import os
-import signal
-from types import FrameType
+from pathlib import Path
 
+from vase_sgl.engine import fork_server
 from vase_sgl.engine.torchvision_cpu import declare_torchvision_operators
 
-_PR_SET_PDEATHSIG = 1
-_MAIN = os.getppid()
-
-
-def _pass_on(number: int, frame: FrameType | None) -> None:
-    os.kill(_MAIN, number)
-
-
-# Before the imports: the main process may end while they run.
-ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-if os.getppid() != _MAIN:
-    os._exit(1)
-signal.signal(signal.SIGQUIT, _pass_on)
-
+fork_server.stand_for_parent()  # before the imports: the main process may end while they run
 declare_torchvision_operators()
 
 from sglang.srt.managers import detokenizer_manager, scheduler  # noqa: E402, F401
 from sglang.srt.plugins import load_plugins  # noqa: E402
 from sglang.srt.utils.common import set_ulimit  # noqa: E402
+from sglang.srt.utils.hf_transformers import tokenizer  # noqa: E402
 
 load_plugins()
 set_ulimit()
+if Path(os.environ[fork_server.MODEL_PATH]).is_dir():
+    # With the arguments that the children will use, unless the command line has others. If it
+    # fails, so it will for them, and they say so.
+    with contextlib.suppress(Exception):
+        tokenizer.get_tokenizer(
+            os.environ[fork_server.MODEL_PATH],
+            tokenizer_mode="auto",
+            trust_remote_code=False,
+            revision=None,
+            tokenizer_backend="huggingface",
+        )

@@ -64,8 +64,8 @@ def main(argv: list[str] | None = None) -> int:
         )
         end_with_parent()
         if is_plain_cpu():
-            served_model.import_no_other(model_path)
-            fork_server.start()
+            os.environ.update(served_model.environment_for(model_path))
+            fork_server.start(model_path)
         return _serve(complete_argv(sglang_argv, cpu=not has_accelerator()))
     except (WorkerError, ValueError) as error:
         print(f"vase-sgl worker: {error}", file=sys.stderr)

@@ -31,6 +31,7 @@ class Outbox:
         await self._send(message)
 
     async def _announce(self, message: pb.GenerateResponse) -> None:
+        await asyncio.sleep(0)  # the worker's request, which the caller writes now, goes first
         await self._send(message)
 
     async def __aenter__(self) -> Self:

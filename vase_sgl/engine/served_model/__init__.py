@@ -18,15 +18,16 @@ _PACKAGE = "SGLANG_EXTERNAL_MODEL_PACKAGE"
 MODEL_FILE = "VASE_MODEL_FILE"
 
 
-def import_no_other(model_path: str) -> None:
-    """Have the processes that start from now on import the model's own file alone.
+def environment_for(model_path: str) -> dict[str, str]:
+    """Variables with which a process imports the model's own file alone.
 
-    Where it is not found beyond doubt, or the environment names a package already, SGLang does as
-    it always does.
+    Empty where that is not found beyond doubt, or the environment names a package already: then
+    SGLang does as it always does.
     """
     name = _file_of(_architecture(Path(model_path).expanduser() / "config.json"))
-    if name is not None and not os.environ.get(_PACKAGE):
-        os.environ.update({_PACKAGE: __name__, MODEL_FILE: name})
+    if name is None or os.environ.get(_PACKAGE):
+        return {}
+    return {_PACKAGE: __name__, MODEL_FILE: name}
 
 
 def _architecture(config: Path) -> str | None:
