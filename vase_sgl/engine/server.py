@@ -23,6 +23,7 @@ from vase_sgl.engine.config import (
     EngineConfig,
 )
 from vase_sgl.engine.device import has_accelerator, is_plain_cpu
+from vase_sgl.engine.importing import without_collector
 from vase_sgl.eviction import EvictionLimits
 from vase_sgl.parent_watch import end_with_parent
 
@@ -164,19 +165,21 @@ def check_port(host: str, port: int) -> None:
 
 
 def _serve(argv: list[str]) -> int:
-    from vase_sgl.engine.torchvision_cpu import declare_torchvision_operators
+    with without_collector():
+        from vase_sgl.engine.torchvision_cpu import declare_torchvision_operators
 
-    declare_torchvision_operators()
-    from sglang.srt.plugins import load_plugins
+        declare_torchvision_operators()
+        from sglang.srt.plugins import load_plugins
 
-    load_plugins()
-    from vase_sgl.engine import limits, plugin
+        load_plugins()
+        from sglang.launch_server import run_server
+        from sglang.srt.entrypoints import http_server  # noqa: F401  # `run_server` would, later
+        from sglang.srt.server_args import prepare_server_args
+        from sglang.srt.utils import kill_process_tree
+
+        from vase_sgl.engine import limits, plugin
 
     plugin.verify_applied()
-    from sglang.launch_server import run_server
-    from sglang.srt.server_args import prepare_server_args
-    from sglang.srt.utils import kill_process_tree
-
     server_args = prepare_server_args(argv)
     try:
         limits.refuse_unsupported_flags(server_args)
