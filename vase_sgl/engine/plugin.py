@@ -278,7 +278,8 @@ _CPU_HOOKS: tuple[Hook, ...] = (
 )
 
 
-_FORK_HOOKS: tuple[Hook, ...] = (
+#: Of a main process with a fork server.
+FORK_HOOKS: tuple[Hook, ...] = (
     Hook(
         "entrypoints.engine.Engine._launch_scheduler_processes",
         ("cls", "server_args", "port_args", "run_scheduler_process_func", "placement_group"),
@@ -304,7 +305,7 @@ def active_hooks() -> tuple[Hook, ...]:
     if engine_config().check_integrity:
         hooks += (_INTEGRITY_HOOK,)
     if fork_server.is_started():
-        hooks += _FORK_HOOKS
+        hooks += FORK_HOOKS
     return hooks
 
 
