@@ -227,8 +227,8 @@ def main() -> None:
         "--engine-streams", type=int, nargs="+", default=[1, 8, 32], help="streams side by side"
     )
     engine.add_argument("--engine-tokens", type=int, default=48, help="tokens of each")
-    engine.add_argument("--engine-calls", type=int, default=40, help="pairs of requests for TTFT")
-    engine.add_argument("--engine-repeats", type=int, default=4, help="pairs for each tokens/s")
+    engine.add_argument("--engine-calls", type=int, default=30, help="pairs of requests for TTFT")
+    engine.add_argument("--engine-repeats", type=int, default=3, help="pairs for each tokens/s")
     options = parser.parse_args()
     with_engine = options.model_path is not None
     with tempfile.TemporaryDirectory() as folder:
