@@ -1,11 +1,13 @@
 """What the gateway costs: streamed tokens per second, time to the first token, memory per stream.
 
     python benchmarks/gateway.py [--json results.json]
+    python benchmarks/gateway.py --model-path MODEL [--json results.json]
 
-A worker without a model streams prepared events, one token each, as fast as they are taken. It is
-asked directly over HTTP and through `vase-sgl serve` over gRPC, in turn, in one run: only the
-ratios and differences say something, for worker, gateway and client share this machine's cores.
-Worker and gateway are processes of their own; this one is the client.
+A worker without a model streams prepared events, one token each, as fast as they are taken; with
+--model-path it is a real one, `vase-sgl worker`. It is asked directly over HTTP and through
+`vase-sgl serve` over gRPC, in turn, in one run: only the ratios and differences say something, for
+worker, gateway and client share this machine's cores. Worker and gateway are processes of their
+own; this one is the client.
 """
 
 from __future__ import annotations
@@ -17,175 +19,22 @@ import json
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import grpc
-from aiohttp import web
-
-from vase_sgl.rpc.v1 import gateway_pb2 as pb
-from vase_sgl.rpc.v1 import gateway_pb2_grpc
-
-PROMPT = list(range(100, 164))
-#: A request for so many tokens gets one, and then waits.
-IDLE_TOKENS = 30_000
-
-
-# -- the worker --------------------------------------------------------------------------------
-
-
-def event(count: int, last: bool) -> bytes:
-    """The event of one token, as SGLang sends it with `--incremental-streaming-output`."""
-    vase = {
-        "rounds": count // 64,
-        "evicted_tokens": count // 64 * 64,
-        "physical_length": len(PROMPT) + count % 64,
-        "logical_length": len(PROMPT) + count,
-        "reserved_slots": 576,
-        "digest": "0123456789abcdef",
-    }
-    if last:
-        vase["round_digests"] = ["0123456789abcdef"] * (count // 64)
-    meta = {
-        "id": "0" * 32,
-        "finish_reason": {"type": "length", "length": count} if last else None,
-        "prompt_tokens": len(PROMPT),
-        "completion_tokens": count,
-        "cached_tokens": 0,
-        "vase": vase,
-    }
-    content = {"text": " word", "output_ids": [count], "meta_info": meta}
-    return b"data: " + json.dumps(content).encode() + b"\n\n"
-
-
-def serve_worker() -> None:
-    """Run the worker until SIGTERM; prints its port."""
-    prepared: dict[int, list[bytes]] = {}
-
-    async def generate(request: web.Request) -> web.StreamResponse:
-        body = await request.json()
-        count = body["sampling_params"]["max_new_tokens"]
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-        await response.prepare(request)
-        if count == IDLE_TOKENS:
-            await response.write(event(1, False))
-            await asyncio.sleep(3600)
-        events = prepared.setdefault(count, [event(n, n == count) for n in range(1, count + 1)])
-        for content in events:
-            await response.write(content)
-            await asyncio.sleep(0)  # the streams advance together, a token each
-        await response.write(b"data: [DONE]\n\n")
-        return response
-
-    async def info(request: web.Request) -> web.Response:
-        vase = {
-            "fingerprint": {"model": "none"},
-            "limits": {"max_budget": 4096, "max_window": 64},
-            "default": None,
-            "slots": {"total": 10**9, "available": 10**9, "reserved": 0},
-            "rounds": 0,
-            "evicted_tokens": 0,
-            "running_requests": 0,
-            "context_length": 10**7,
-            "vocab_size": 10**5,
-        }
-        state = {"vase": vase, "effective_max_running_requests_per_dp": 10**5}
-        return web.json_response({"internal_states": [state]})
-
-    async def done(request: web.Request) -> web.Response:
-        return web.Response()
-
-    async def run() -> None:
-        app = web.Application()
-        app.router.add_post("/generate", generate)
-        app.router.add_post("/abort_request", done)
-        app.router.add_get("/health", done)
-        app.router.add_get("/server_info", info)
-        runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0, backlog=2048).start()
-        print(runner.addresses[0][1], flush=True)
-        await asyncio.Event().wait()
-
-    asyncio.run(run())
-
-
-# -- the two ways ------------------------------------------------------------------------------
-
-
-class Direct:
-    """The worker itself, read as the gateway reads it."""
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-
-    async def __aenter__(self) -> Direct:
-        self._http = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
-        return self
-
-    async def __aexit__(self, *error: object) -> None:
-        await self._http.close()
-
-    async def tokens(self, count: int) -> tuple[int, float]:
-        """Tokens of one answer, and seconds to the first."""
-        start, first, seen = time.perf_counter(), 0.0, 0
-        body = {
-            "input_ids": PROMPT,
-            "stream": True,
-            "sampling_params": {"max_new_tokens": count},
-        }
-        async with self._http.post(f"{self._url}/generate", json=body) as response:
-            async for line in response.content:
-                if line.startswith(b"data: {"):
-                    seen += len(json.loads(line[6:])["output_ids"])
-                    first = first or time.perf_counter() - start
-        return seen, first
-
-
-class Through:
-    """The gateway, over gRPC."""
-
-    def __init__(self, target: str, key: str) -> None:
-        self._target = target
-        self._metadata = (("authorization", f"Bearer {key}"),)
-
-    async def __aenter__(self) -> Through:
-        self._channel = grpc.aio.insecure_channel(self._target)
-        self._stub = gateway_pb2_grpc.VaseGatewayStub(self._channel)
-        return self
-
-    async def __aexit__(self, *error: object) -> None:
-        await self._channel.close()
-
-    def refused(self) -> Any:
-        """A call without a key."""
-        return self._stub.GetCapacity(pb.GetCapacityRequest())
-
-    def call(self, count: int) -> Any:
-        """The stream of one answer."""
-        request = pb.GenerateRequest(
-            max_new_tokens=count, eviction=pb.EvictionParams(budget=512, window=64)
-        )
-        request.token_ids.ids.extend(PROMPT)
-        return self._stub.Generate(request, metadata=self._metadata)
-
-    async def tokens(self, count: int) -> tuple[int, float]:
-        """Tokens of one answer, and seconds to the first."""
-        start, first, seen = time.perf_counter(), 0.0, 0
-        async for message in self.call(count):
-            if message.HasField("chunk"):
-                seen += len(message.chunk.token_ids)
-                first = first or time.perf_counter() - start
-        return seen, first
-
-
-# -- the measurements --------------------------------------------------------------------------
+from gateway_arms import (
+    IDLE_TOKENS,
+    Direct,
+    Through,
+    gateway_to,
+    real_worker,
+    scripted_worker,
+    until_ready,
+)
 
 Tokens = Callable[[int], Awaitable[tuple[int, float]]]
 
@@ -245,71 +94,42 @@ async def idle_streams(through: Through, pid: int, count: int) -> dict[str, floa
     }
 
 
-@contextlib.contextmanager
-def processes(folder: Path) -> Iterator[tuple[str, str, str, int]]:
-    """Worker and gateway: URL, target, API key, the gateway's process id."""
-    with contextlib.ExitStack() as stack:
-
-        def start(*command: str) -> subprocess.Popen[str]:
-            process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=folder
-            )
-            stack.callback(process.wait)
-            stack.callback(process.terminate)
-            return process
-
-        cli = (sys.executable, "-m", "vase_sgl.cli")
-        key = subprocess.check_output(
-            [*cli, "tenants", "add", "bench"], text=True, stderr=subprocess.DEVNULL, cwd=folder
-        ).strip()
-        worker = start(sys.executable, str(Path(__file__).resolve()), "--worker")
-        assert worker.stdout is not None
-        url = f"http://127.0.0.1:{worker.stdout.readline().strip()}"
-        (folder / "serve.yaml").write_text(
-            "grpc: {max_concurrent_calls: 4096}\nqueue: {max_waiting_per_tenant: 1024}\n"
-        )
-        gateway = start(
-            *(*cli, "serve", "--config", "serve.yaml", "--worker-url", url),
-            *("--grpc-port", "0", "--log-level", "warning"),
-        )
-        assert gateway.stdout is not None
-        target = gateway.stdout.readline().split()[-1]
-        yield url, target, key, gateway.pid
+async def alternately(ways: dict[str, Tokens], calls: int) -> dict[str, list[float]]:
+    """Seconds to the first token, one request at a time, the ways in turn with every call."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(calls):
+        for name in in_turn(ways, number):
+            seconds[name].append((await ways[name](2))[1])
+    return seconds
 
 
-async def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Everything, the two ways in turn."""
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        processes(Path(folder)) as (url, target, key, pid),
-    ):
+def in_turn(ways: dict[str, Tokens], number: int) -> list[str]:
+    """The names, each of them first in turn."""
+    names = list(ways)
+    return names[number % len(names) :] + names[: number % len(names)]
+
+
+async def measure_alone(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The gateway before a worker that costs nothing."""
+    with scripted_worker(folder) as url, gateway_to(url, folder) as (target, key, pid):
         async with Direct(url) as direct, Through(target, key) as through:
             ways: dict[str, Tokens] = {"direct": direct.tokens, "gateway": through.tokens}
-            while True:  # until the gateway has seen its worker
-                try:
-                    await through.tokens(options.tokens)
-                    break
-                except grpc.aio.AioRpcError as error:
-                    if error.code() is not grpc.StatusCode.UNAVAILABLE:
-                        raise
-                    await asyncio.sleep(0.1)
+            await until_ready(through)
             speed: dict[str, list[float]] = {name: [] for name in ways}
             ttft: dict[str, list[float]] = {name: [] for name in ways}
             empty = []
-            for _ in range(options.repeats):
+            for number in range(options.repeats):
                 empty.append(await empty_call(through, options.calls))
-                for name, way in ways.items():
-                    ttft[name].append(await first_token(way, options.calls))
+                for name in in_turn(ways, number):
+                    ttft[name].append(await first_token(ways[name], options.calls))
                     speed[name].append(
-                        await tokens_per_second(way, options.streams, options.tokens)
+                        await tokens_per_second(ways[name], options.streams, options.tokens)
                     )
             idle = await idle_streams(through, pid, options.idle)
             again = await idle_streams(through, pid, options.idle)
     speeds = {name: statistics.median(values) for name, values in speed.items()}
     ttfts = {name: statistics.median(values) for name, values in ttft.items()}
     return {
-        "machine": {"cores": os.cpu_count(), "python": platform.python_version()},
-        "options": vars(options) | {"json": None},
         "tokens_per_second": speeds | {"ratio": speeds["gateway"] / speeds["direct"]},
         "ttft_seconds": ttfts | {"added": ttfts["gateway"] - ttfts["direct"]},
         "empty_grpc_call_seconds": statistics.median(empty),
@@ -319,7 +139,44 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def report(results: dict[str, Any]) -> str:
+async def measure_engine(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The gateway before a real engine. Ratios and differences are medians over pairs."""
+    with (
+        real_worker(folder, options.model_path) as url,
+        gateway_to(url, folder) as (target, key, _),
+    ):
+        async with Direct(url) as direct, Through(target, key) as through:
+            ways: dict[str, Tokens] = {"direct": direct.tokens, "gateway": through.tokens}
+            await until_ready(through)
+            for way in ways.values():  # connections, and every batch size once
+                await asyncio.gather(*(way(2) for _ in range(max(options.engine_streams))))
+            ttft = await alternately(ways, options.engine_calls)
+            speed: dict[int, dict[str, list[float]]] = {}
+            for streams in options.engine_streams:
+                speed[streams] = {name: [] for name in ways}
+                for number in range(options.engine_repeats):
+                    for name in in_turn(ways, number):
+                        speed[streams][name].append(
+                            await tokens_per_second(ways[name], streams, options.engine_tokens)
+                        )
+    added = [through - direct for direct, through in zip(*ttft.values(), strict=True)]
+    return {
+        "ttft_seconds": {name: statistics.median(values) for name, values in ttft.items()}
+        | {"added": statistics.median(added), "added_quartiles": statistics.quantiles(added)},
+        "tokens_per_second": {
+            streams: {name: statistics.median(values) for name, values in pairs.items()}
+            | {
+                "ratio": statistics.median(
+                    through / direct for direct, through in zip(*pairs.values(), strict=True)
+                )
+            }
+            for streams, pairs in speed.items()
+        },
+        "all": {"tokens_per_second": speed, "ttft_seconds": ttft},
+    }
+
+
+def report_alone(results: dict[str, Any]) -> str:
     """The table."""
     speed, ttft, idle = results["tokens_per_second"], results["ttft_seconds"], results["idle"]
     return "\n".join(
@@ -338,23 +195,52 @@ def report(results: dict[str, Any]) -> str:
     )
 
 
+def report_engine(results: dict[str, Any]) -> str:
+    """The table."""
+    ttft = results["ttft_seconds"]
+    lines = [f"{'':24}{'direct':>12}{'gateway':>12}"]
+    lines += [
+        f"{f'tokens/s, {streams} streams':24}{speed['direct']:12.1f}{speed['gateway']:12.1f}"
+        f"    {speed['ratio']:.3f} of direct"
+        for streams, speed in results["tokens_per_second"].items()
+    ]
+    low, _, high = ttft["added_quartiles"]
+    lines.append(
+        f"{'TTFT, ms':24}{ttft['direct'] * 1e3:12.1f}{ttft['gateway'] * 1e3:12.1f}"
+        f"    {ttft['added'] * 1e3:.2f} added (quartiles {low * 1e3:.2f}, {high * 1e3:.2f})"
+    )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--streams", type=int, default=32, help="streams side by side")
-    parser.add_argument("--tokens", type=int, default=512, help="tokens of each")
-    parser.add_argument("--calls", type=int, default=50, help="requests for each median TTFT")
-    parser.add_argument("--idle", type=int, default=1000, help="open streams that wait")
-    parser.add_argument("--repeats", type=int, default=5, help="of each measurement, in turn")
     parser.add_argument("--json", type=Path, help="write everything there")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    alone = parser.add_argument_group("with a worker without a model")
+    alone.add_argument("--streams", type=int, default=32, help="streams side by side")
+    alone.add_argument("--tokens", type=int, default=512, help="tokens of each")
+    alone.add_argument("--calls", type=int, default=50, help="requests for each median TTFT")
+    alone.add_argument("--idle", type=int, default=1000, help="open streams that wait")
+    alone.add_argument("--repeats", type=int, default=5, help="of each measurement, in turn")
+    engine = parser.add_argument_group("with a real engine")
+    engine.add_argument("--model-path", type=Path, help="measure with this model instead")
+    engine.add_argument(
+        "--engine-streams", type=int, nargs="+", default=[1, 8, 32], help="streams side by side"
+    )
+    engine.add_argument("--engine-tokens", type=int, default=48, help="tokens of each")
+    engine.add_argument("--engine-calls", type=int, default=30, help="pairs of requests for TTFT")
+    engine.add_argument("--engine-repeats", type=int, default=3, help="pairs for each tokens/s")
     options = parser.parse_args()
-    if options.worker:
-        serve_worker()
-        return
-    results = asyncio.run(measure(options))
-    print(report(results))
+    with_engine = options.model_path is not None
+    with tempfile.TemporaryDirectory() as folder:
+        measure = measure_engine if with_engine else measure_alone
+        results = asyncio.run(measure(options, Path(folder)))
+    print((report_engine if with_engine else report_alone)(results))
     if options.json is not None:
-        options.json.write_text(json.dumps(results, indent=2, default=str) + "\n")
+        told = {
+            "machine": {"cores": os.cpu_count(), "python": platform.python_version()},
+            "options": vars(options),
+        }
+        options.json.write_text(json.dumps(told | results, indent=2, default=str) + "\n")
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def main() -> int:
     if all(cell["result"]["all"]["completed"] == 0 for cell in cells):
         print("no call was completed; raise --seconds or lower --max-new-tokens", file=sys.stderr)
         return 1
-    report = {
+    report: dict[str, Any] = {
         "format": "vase-sgl-loadtest-matrix/2",
         "settings": _settings(options),
         "cells": cells,

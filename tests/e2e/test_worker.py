@@ -200,10 +200,10 @@ def test_rounds_are_events_of_the_request_s_trace(
     """Through SGLang's own OpenTelemetry option, to a real OTLP receiver."""
     traces.spans.clear()
     answer = worker.generate(PROMPT, vase=BUDGET, new=90)
-    deadline = time.monotonic() + 30
-    while not (events := _events(traces)) and time.monotonic() < deadline:
-        time.sleep(0.2)  # exported in batches
     statistics = answer["meta_info"]["vase"]
+    deadline = time.monotonic() + 30
+    while len(events := _events(traces)) < statistics["rounds"] and time.monotonic() < deadline:
+        time.sleep(0.2)  # exported in batches
     assert [event["vase.round"] for event in events] == list(range(1, statistics["rounds"] + 1))
     assert {event["vase.physical_length"] for event in events} == {64}
     assert {event["vase.kept_length"] for event in events} == {48}

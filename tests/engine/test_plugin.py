@@ -20,7 +20,9 @@ from vase_sgl.engine import limits, plugin
 from vase_sgl.engine.prometheus import EngineMetrics
 
 
-@pytest.mark.parametrize("hook", plugin.active_hooks(), ids=lambda hook: hook.target)
+@pytest.mark.parametrize(
+    "hook", plugin.active_hooks() + plugin.FORK_HOOKS, ids=lambda hook: hook.target
+)
 def test_upstream_signatures_are_the_ones_we_rely_on(hook: plugin.Hook) -> None:
     """The canary: fails with a clear text when SGLang moves."""
     plugin.check_signature(hook)

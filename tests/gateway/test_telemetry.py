@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import grpc
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -12,6 +13,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from tests.gateway.running import Running
 from vase_sgl.client import InvalidRequest
 from vase_sgl.gateway import telemetry
+from vase_sgl.rpc.v1 import gateway_pb2 as pb
+from vase_sgl.rpc.v1 import gateway_pb2_grpc
 
 
 @pytest.fixture
@@ -55,3 +58,15 @@ async def test_a_failed_call_says_only_what_kind(
         await running.client.generate_once("tell me", max_new_tokens=-12345)
     (span,) = spans.get_finished_spans()
     assert span.status.description == "InvalidRequest" and "12345" not in span.to_json()
+
+
+async def test_without_a_provider_the_caller_s_trace_still_reaches_the_worker(
+    running: Running,
+) -> None:
+    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    async with grpc.aio.insecure_channel(running.target) as channel:
+        request = pb.GenerateRequest(text="hello", max_new_tokens=1)
+        metadata = (("authorization", f"Bearer {running.key}"), ("traceparent", parent))
+        call = gateway_pb2_grpc.VaseGatewayStub(channel).Generate(request, metadata=metadata)
+        assert [message async for message in call]
+    assert running.worker.traceparents == [parent]

@@ -6,13 +6,13 @@ torch_native attention, PyTorch sampling.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
-import torch
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+
+from vase_sgl.engine.device import is_plain_cpu
 
 
 class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
@@ -31,14 +31,8 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
 
 def is_active() -> bool:
-    """True if this platform serves.
-
-    An activated out-of-tree platform would win over CUDA and every other one, so it stays away
-    from machines with an accelerator, and where SGLang's own CPU engine was asked for.
-    """
-    # Read here: SGLang's own helper resolves the platform when it is imported.
-    upstream = os.environ.get("SGLANG_USE_CPU_ENGINE", "").lower() in ("1", "true")
-    return not torch.accelerator.is_available() and not upstream
+    """True if this platform serves."""
+    return is_plain_cpu()
 
 
 def activate() -> str | None:

@@ -24,6 +24,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from vase_sgl.engine import (
     admission,
     attention_cpu,
+    fork_server,
     inspector,
     integrity,
     lifecycle,
@@ -36,6 +37,7 @@ from vase_sgl.engine import (
     sampling_cpu,
     server_info,
     sizing,
+    tokenizer_cache,
 )
 from vase_sgl.engine.config import engine_config
 from vase_sgl.engine.pool import BudgetPool
@@ -267,16 +269,52 @@ _CPU_HOOKS: tuple[Hook, ...] = (
         sampling_cpu.sample_with_seeds,
         "sampling seeds without --enable-deterministic-inference",
     ),
+    Hook(
+        "utils.hf_transformers.tokenizer.get_tokenizer",
+        (
+            "tokenizer_name",
+            "args",
+            "tokenizer_mode",
+            "trust_remote_code",
+            "tokenizer_revision",
+            "tokenizer_backend",
+            "kwargs",
+        ),
+        HookType.AROUND,
+        tokenizer_cache.load_once,
+        "start-up: a process loads the tokenizer once",
+    ),
+)
+
+
+#: Of a main process with a fork server.
+FORK_HOOKS: tuple[Hook, ...] = (
+    Hook(
+        "entrypoints.engine.Engine._launch_scheduler_processes",
+        ("cls", "server_args", "port_args", "run_scheduler_process_func", "placement_group"),
+        HookType.BEFORE,
+        fork_server.fork_schedulers,
+        "children come from the fork server, with everything imported",
+    ),
+    Hook(
+        "entrypoints.engine.Engine._launch_detokenizer_subprocesses",
+        ("cls", "server_args", "port_args", "run_detokenizer_process_func"),
+        HookType.BEFORE,
+        fork_server.fork_detokenizers,
+        "children come from the fork server, with everything imported",
+    ),
 )
 
 
 def active_hooks() -> tuple[Hook, ...]:
-    """The hooks of this process: the general ones, the CPU platform's, the integrity check."""
+    """The hooks of this process: the general ones, the CPU platform's, and those asked for."""
     hooks = HOOKS
     if platform_cpu.is_active():
         hooks += _CPU_HOOKS
     if engine_config().check_integrity:
         hooks += (_INTEGRITY_HOOK,)
+    if fork_server.is_started():
+        hooks += FORK_HOOKS
     return hooks
 
 

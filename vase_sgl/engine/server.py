@@ -1,24 +1,21 @@
 """The worker: SGLang's own HTTP server with the plugin. `python -m vase_sgl.engine.server`.
 
-SGLang spawns its processes, and a spawned child first imports this module again (as
-`__mp_main__`). So the torchvision workaround at the top reaches every process before SGLang does.
+Start-up is mostly imports, so they are few and side by side: on a CPU SGLang's child processes are
+forked from one that imports while this one does (`fork_server`), and only the file of the model
+that is served is imported (`served_model`). A child that is spawned all the same first imports
+this module again (as `__mp_main__`), so the torchvision workaround reaches it before SGLang does.
 """
 
 from __future__ import annotations
 
-from vase_sgl.engine.torchvision_cpu import declare_torchvision_operators
+import argparse
+import os
+import socket
+import sys
+from pathlib import Path
 
-declare_torchvision_operators()
-
-import argparse  # noqa: E402
-import os  # noqa: E402
-import socket  # noqa: E402
-import sys  # noqa: E402
-from pathlib import Path  # noqa: E402
-
-import torch  # noqa: E402
-
-from vase_sgl.engine.config import (  # noqa: E402
+from vase_sgl.engine import fork_server, served_model
+from vase_sgl.engine.config import (
     DEFAULT_PARAMS,
     INSPECT_DIR,
     MAX_BUDGET,
@@ -26,8 +23,15 @@ from vase_sgl.engine.config import (  # noqa: E402
     MAX_WINDOW,
     EngineConfig,
 )
-from vase_sgl.eviction import EvictionLimits  # noqa: E402
-from vase_sgl.parent_watch import end_with_parent  # noqa: E402
+from vase_sgl.engine.device import has_accelerator, is_plain_cpu
+from vase_sgl.engine.importing import without_collector
+from vase_sgl.eviction import EvictionLimits
+from vase_sgl.parent_watch import end_with_parent
+
+if __name__ == "__mp_main__":
+    from vase_sgl.engine.torchvision_cpu import declare_torchvision_operators
+
+    declare_torchvision_operators()
 
 DEFAULT_PORT = 30000
 
@@ -55,14 +59,16 @@ def main(argv: list[str] | None = None) -> int:
     options, sglang_argv = _parse(sys.argv[1:] if argv is None else argv)
     try:
         _export_settings(options)
-        sglang_argv = complete_argv(sglang_argv, cpu=not torch.accelerator.is_available())
-        check_model(value_of(sglang_argv, "--model-path"))
+        model_path = check_model(value_of(sglang_argv, "--model-path"))
         check_port(
             value_of(sglang_argv, "--host") or "127.0.0.1",
             int(value_of(sglang_argv, "--port") or DEFAULT_PORT),
         )
         end_with_parent()
-        return _serve(sglang_argv)
+        if is_plain_cpu():
+            os.environ.update(served_model.environment_for(model_path))
+            fork_server.start(model_path)
+        return _serve(complete_argv(sglang_argv, cpu=not has_accelerator()))
     except (WorkerError, ValueError) as error:
         print(f"vase-sgl worker: {error}", file=sys.stderr)
         return 2
@@ -144,13 +150,14 @@ def value_of(argv: list[str], flag: str) -> str | None:
     return found
 
 
-def check_model(path: str | None) -> None:
-    """Raise `WorkerError` for a missing model before SGLang spends seconds on imports."""
+def check_model(path: str | None) -> str:
+    """The path. Raises `WorkerError` for a missing model before seconds are spent on imports."""
     if path is None:
         raise WorkerError("--model-path is missing: a local folder or a Hugging Face name")
     looks_local = path.startswith(("/", ".", "~")) or Path(path).exists()
     if looks_local and not (Path(path).expanduser() / "config.json").exists():
         raise WorkerError(f"no model at {path}: the folder must hold a config.json")
+    return path
 
 
 def check_port(host: str, port: int) -> None:
@@ -166,16 +173,21 @@ def check_port(host: str, port: int) -> None:
 
 
 def _serve(argv: list[str]) -> int:
-    from sglang.srt.plugins import load_plugins
+    with without_collector():
+        from vase_sgl.engine.torchvision_cpu import declare_torchvision_operators
 
-    load_plugins()
-    from vase_sgl.engine import limits, plugin
+        declare_torchvision_operators()
+        from sglang.srt.plugins import load_plugins
+
+        load_plugins()
+        from sglang.launch_server import run_server
+        from sglang.srt.entrypoints import http_server  # noqa: F401  # `run_server` would, later
+        from sglang.srt.server_args import prepare_server_args
+        from sglang.srt.utils import kill_process_tree
+
+        from vase_sgl.engine import limits, plugin
 
     plugin.verify_applied()
-    from sglang.launch_server import run_server
-    from sglang.srt.server_args import prepare_server_args
-    from sglang.srt.utils import kill_process_tree
-
     server_args = prepare_server_args(argv)
     try:
         limits.refuse_unsupported_flags(server_args)

@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from vase_sgl.gateway import logs, telemetry, validation, wire
@@ -24,6 +24,7 @@ from vase_sgl.gateway.errors import (
 )
 from vase_sgl.gateway.metrics import Metrics
 from vase_sgl.gateway.need import Need
+from vase_sgl.gateway.outbox import Outbox, Send
 from vase_sgl.gateway.router import Lease, WorkerRouter
 from vase_sgl.gateway.runs import Background, running
 from vase_sgl.gateway.seeds import Seeds, seeds_for
@@ -39,8 +40,6 @@ from vase_sgl.gateway.workers import (
 from vase_sgl.rpc.v1 import gateway_pb2 as pb
 
 logger = logging.getLogger(__name__)
-
-Send = Callable[[pb.GenerateResponse], Awaitable[None]]
 
 
 class _Clock:
@@ -134,7 +133,8 @@ class Generations:
             telemetry.describe_eviction(span, plan.request.eviction)
             with logs.fields(request_id=plan.request.request_id):
                 try:
-                    await self._stream(passage, plan, run, send)
+                    async with Outbox(send) as outbox:
+                        await self._stream(passage, plan, run, outbox)
                 except BaseException as error:
                     await self._store_unfinished(plan, run, error)
                     raise
@@ -201,7 +201,7 @@ class Generations:
                 return await _tokenize(worker, prompt)
         return await _tokenize(candidates[-1][0], prompt)
 
-    async def _stream(self, passage: Passage, plan: _Plan, run: _Run, send: Send) -> None:
+    async def _stream(self, passage: Passage, plan: _Plan, run: _Run, outbox: Outbox) -> None:
         """Stream to the client from one worker, or from others while nothing has come yet.
 
         Each gets the very same request, seeds and budget included: which of them answers makes no
@@ -212,10 +212,10 @@ class Generations:
             async with passage.worker(need, exclude=run.failed) as lease:
                 if run.info is None:
                     run.clock.queue_seconds = run.clock.elapsed()
-                    await send(_started(plan.request))
+                    outbox.announce(_started(plan.request))
                 run.info = lease.info
                 try:
-                    await self._stream_from(lease, passage, plan, run, send)
+                    await self._stream_from(lease, passage, plan, run, outbox)
                     return
                 except WorkerUnavailable as error:
                     run.failed.add(lease.worker.name)
@@ -234,7 +234,7 @@ class Generations:
         )
 
     async def _stream_from(
-        self, lease: Lease, passage: Passage, plan: _Plan, run: _Run, send: Send
+        self, lease: Lease, passage: Passage, plan: _Plan, run: _Run, outbox: Outbox
     ) -> None:
         deltas = OutputDeltas(plan.request.sampling["stop"])
         name, info, request = lease.worker.name, lease.info, plan.request
@@ -249,7 +249,7 @@ class Generations:
                     text = deltas.take_text(chunk.text, final=chunk.finish is not None)
                     tokens = deltas.take_tokens(chunk.token_ids)
                     if text or tokens:
-                        await send(
+                        await outbox.send(
                             pb.GenerateResponse(
                                 chunk=pb.GenerationChunk(
                                     text=text, token_ids=tokens, cache=wire.cache(chunk.cache)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from aiohttp import web
-from opentelemetry import metrics, trace
+from opentelemetry import metrics
 from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.exporter.prometheus import PrometheusMetricReader
@@ -72,7 +72,7 @@ class Observability:
         if self._page is not None:
             await self._page.cleanup()
         if self._tracers is not None:
-            telemetry.use(trace.NoOpTracerProvider())
+            telemetry.use(None)
             await asyncio.to_thread(self._tracers.shutdown)
         if self._meters is not None:
             await asyncio.to_thread(self._meters.shutdown)

@@ -1,4 +1,4 @@
-"""OpenTelemetry spans around a call. Without a provider they cost nothing and go nowhere.
+"""OpenTelemetry spans around a call. Without a provider there are none.
 
 A call's span is the child of the caller's, by the W3C header `traceparent`; in it lie the wait in
 the queue and one span for each worker that was tried, which is the parent of the worker's own.
@@ -16,17 +16,18 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from vase_sgl.gateway.workers import WorkerChunk, WorkerInfo, WorkerRequest
 
 _SCOPE = "vase_sgl.gateway"
-_tracer = trace.get_tracer(_SCOPE)
+#: None: spans go nowhere, so none are made; the caller's context is passed on all the same.
+_tracer: trace.Tracer | None = None
 _propagator = TraceContextTextMapPropagator()
 
 #: What this system is called in `gen_ai.provider.name`.
 PROVIDER = "vase_sgl"
 
 
-def use(provider: trace.TracerProvider) -> None:
-    """Send the spans of this process to `provider`."""
+def use(provider: trace.TracerProvider | None) -> None:
+    """Send the spans of this process to `provider`. None: nowhere."""
     global _tracer
-    _tracer = provider.get_tracer(_SCOPE)
+    _tracer = None if provider is None else provider.get_tracer(_SCOPE)
 
 
 @contextmanager
@@ -129,6 +130,9 @@ def describe_eviction(current: trace.Span, eviction: Mapping[str, object] | None
 def _span(
     name: str, kind: trace.SpanKind, attributes: Mapping[str, str | int | float]
 ) -> Iterator[trace.Span]:
+    if _tracer is None:
+        yield trace.INVALID_SPAN
+        return
     # The text of an exception may quote the request, so only its type is kept.
     with _tracer.start_as_current_span(
         name,
