@@ -110,7 +110,7 @@ async def test_keys_and_hover_tell_about_a_token(tab: Tab, tmp_path: Path) -> No
     for _ in range(3):
         await tab.press("ArrowRight")
     await tab.press("ArrowDown")
-    await tab.until("byId('details').textContent.startsWith('Token 3 ')")
+    await tab.until("/^Token 3 .*Layer 0 /s.test(byId('details').textContent)")
     details = await tab.evaluate("byId('details').textContent")
     rounds = inspection.evicted_in_round[0, :, 3].tolist()
     named = [f"head {h} {f'in round {r}' if r else 'never'}" for h, r in enumerate(rounds)]
