@@ -1,7 +1,7 @@
 """What the gateway costs: streamed tokens per second, time to the first token, memory per stream.
 
-    python benchmarks/gateway.py [--json results.json]
-    python benchmarks/gateway.py --model-path MODEL [--json results.json]
+    python -m benchmarks.gateway [--json results.json]
+    python -m benchmarks.gateway --model-path MODEL [--json results.json]
 
 A worker without a model streams prepared events, one token each, as fast as they are taken; with
 --model-path it is a real one, `vase-sgl worker`. It is asked directly over HTTP and through
@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from gateway_arms import (
+
+from benchmarks.gateway_arms import (
     IDLE_TOKENS,
     Direct,
     Through,

@@ -172,7 +172,7 @@ PARTS = (
     Part(
         "gateway",
         (
-            *("benchmarks/gateway.py", "--json", "{json}", "--repeats", "2", "--idle", "50"),
+            *("-m", "benchmarks.gateway", "--json", "{json}", "--repeats", "2", "--idle", "50"),
             *("--calls", "10", "--tokens", "128"),
         ),
         _gateway,

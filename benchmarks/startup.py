@@ -1,6 +1,6 @@
 """How long a worker takes from the start of its process to its first token, and where that goes.
 
-    python benchmarks/startup.py --model-path MODEL [--against CHECKOUT] [--json results.json]
+    python -m benchmarks.startup --model-path MODEL [--against CHECKOUT] [--json results.json]
 
 Each start is `vase-sgl worker` with the model in the page cache, and then a request for one token.
 With --against, another checkout's worker is started in turn with this one's: the ratio of the two
