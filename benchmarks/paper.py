@@ -202,7 +202,7 @@ def resident_gb(worker: Worker, *, gpu: bool) -> float:
         ]
         said = subprocess.run(query, capture_output=True, text=True, check=True).stdout
         return int(said.split()[0]) * 2**20 / 1e9
-    import psutil  # type: ignore[import-untyped]
+    import psutil
 
     main_process = psutil.Process(worker.pid)
     family = [main_process, *main_process.children(recursive=True)]
