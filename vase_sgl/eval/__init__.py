@@ -1,0 +1,1 @@
+"""Evaluation: what a budget costs, measured."""
