@@ -1,22 +1,23 @@
-"""The tiny Llama as a folder that transformers loads."""
+"""The tiny Llama as a folder that transformers loads, with a tokenizer of one token per byte."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
-from tests.engine.tiny_model import VOCAB, write_weights
+from tests.engine.tiny_model import write_weights
 
 
 def write_tiny_folder(folder: Path) -> Path:
-    """Weights, configuration and a tokenizer of one word per id: w0 ... w255."""
     write_weights(folder)
-    words = {f"w{i}": i for i in range(VOCAB)}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = Whitespace()
+    letters = {letter: i for i, letter in enumerate(sorted(ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(BPE(letters, []))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     return folder

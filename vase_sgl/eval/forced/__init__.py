@@ -4,6 +4,19 @@ from __future__ import annotations
 
 from vase_sgl.eval.forced.branch import CacheReport
 from vase_sgl.eval.forced.model import ForcedModel
+from vase_sgl.eval.forced.nll import TextChunk, nll_rows, text_chunks
 from vase_sgl.eval.forced.session import Session
+from vase_sgl.eval.forced.tasks import ForcedItem, passkey_items, state_items, task_rows
 
-__all__ = ["CacheReport", "ForcedModel", "Session"]
+__all__ = [
+    "CacheReport",
+    "ForcedItem",
+    "ForcedModel",
+    "Session",
+    "TextChunk",
+    "nll_rows",
+    "passkey_items",
+    "state_items",
+    "task_rows",
+    "text_chunks",
+]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,17 +48,24 @@ class Session:
     @torch.inference_mode()
     def force(self, tokens: Sequence[int]) -> Tensor:
         """Append the same tokens to every arm. Returns -log p of each, float32 [arms, tokens]."""
-        targets = torch.tensor(tokens, dtype=torch.int64).repeat(len(self._arms), 1)
-        inputs = torch.cat((self._pending, targets), dim=1)[:, :-1]
-        self._pending = torch.cat((self._pending, targets), dim=1)[:, -1:]
-        losses = []
-        while inputs.shape[1]:
-            hidden, rows = self._advance(inputs)
-            step = hidden.shape[1]
-            first = torch.tensor([rows.index(row) for row in range(len(hidden))])
-            losses.append(self._model.nll(hidden, targets[first, :step])[rows])
-            inputs, targets = inputs[:, step:], targets[:, step:]
+        losses = [
+            self._model.nll(hidden, targets)[rows] for hidden, targets, rows in self._feed(tokens)
+        ]
         return torch.cat(losses, dim=1) if losses else torch.empty(len(self._arms), 0)
+
+    @torch.inference_mode()
+    def answer(self, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """As `force`, and bool [arms, tokens]: whether a token is the most likely one.
+
+        All of them true means that `greedy` would have given `tokens`.
+        """
+        losses, choices = [], []
+        for hidden, targets, rows in self._feed(tokens):
+            losses.append(self._model.nll(hidden, targets)[rows])
+            choices.append((self._model.logits(hidden).argmax(-1) == targets)[rows])
+        if not losses:
+            raise ValueError("an answer needs at least one token")
+        return torch.cat(losses, dim=1), torch.cat(choices, dim=1)
 
     @torch.inference_mode()
     def greedy(self, count: int) -> Tensor:
@@ -77,6 +84,20 @@ class Session:
     def kept_positions(self, arm: int) -> Tensor:
         """Token positions that one arm holds, int64 [layers, kv_heads, physical length]."""
         return self._branches[arm].kept_positions()
+
+    def _feed(self, tokens: Sequence[int]) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
+        """Append the same tokens to every arm, step by step.
+
+        Yields hidden states [rows, T, hidden], the tokens they predict [rows, T], each arm's row.
+        """
+        targets = torch.tensor(tokens, dtype=torch.int64).repeat(len(self._arms), 1)
+        inputs = torch.cat((self._pending, targets), dim=1)[:, :-1]
+        self._pending = torch.cat((self._pending, targets), dim=1)[:, -1:]
+        while inputs.shape[1]:
+            hidden, rows = self._advance(inputs)
+            count, step, _ = hidden.shape
+            yield hidden, targets[:count, :step], rows
+            inputs, targets = inputs[:, step:], targets[:, step:]
 
     def _advance(self, inputs: Tensor) -> tuple[Tensor, list[int]]:
         """Carry out due rounds, then feed as many of inputs [arms, T] as fit before the next.
