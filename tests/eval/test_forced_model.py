@@ -76,6 +76,7 @@ def test_arms_of_a_session_are_what_they_are_alone(tiny: ForcedModel) -> None:
         None,
         params(),
         params(seed=1),
+        params(),
         params(window=5, policy="snapkv"),
         params(budget=40, policy="rkv", prompt="keep"),
         params(budget=30, window=16, policy="streaming"),
@@ -90,7 +91,7 @@ def test_arms_of_a_session_are_what_they_are_alone(tiny: ForcedModel) -> None:
         assert alone.greedy(20)[0].tolist() == chosen[index].tolist()
         assert alone.report(0) == together.report(index)
         digests.add(alone.report(0).digest)
-    assert len(digests) == len(arms)
+    assert len(digests) == len(arms) - 1  # two are equal
 
 
 def test_a_budget_changes_the_loss_after_the_first_round_alone(tiny: ForcedModel) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from vase_sgl.eval.forced import (
+    ForcedArm,
     ForcedModel,
     nll_rows,
     passkey_items,
@@ -29,18 +30,19 @@ def params(**changes: Any) -> EvictionParams:
 def test_nll_rows_pair_arms_on_the_same_tokens(tiny: ForcedModel) -> None:
     chunks = text_chunks("text", FILLER, prompt_tokens=10, forced_tokens=90, count=2)
     assert chunks[0].prompt + chunks[0].forced + chunks[1].prompt == tuple(FILLER[:110])
-    arms = {"full": None, "draw": params(), "draw-1": params(seed=6)}
-    rows = list(nll_rows(tiny, chunks, arms))
-    assert json.loads(json.dumps(rows)) == rows == list(nll_rows(tiny, chunks, arms))
-    assert [(row["item_id"], row["arm"]) for row in rows] == [
-        (item, arm) for item in ("text/0", "text/1") for arm in arms
+    arms = [ForcedArm("full", None), ForcedArm("a", params()), ForcedArm("a", params(seed=6), 1)]
+    rows = list(nll_rows(tiny, chunks, arms, "run"))
+    assert json.loads(json.dumps(rows)) == rows
+    assert [(row["item_id"], row["arm"], row["seed_index"]) for row in rows] == [
+        (item, *arm) for item in ("text/0", "text/1") for arm in (("full", 0), ("a", 0), ("a", 1))
     ]
     for row, chunk in zip(rows, [chunks[0]] * 3 + [chunks[1]] * 3, strict=True):
-        arm = arms[row["arm"]]
+        arm = {0: None, 5: params(), 6: params(seed=6)}[row["seeds"].get("eviction", 0)]
         alone = tiny.start(chunk.prompt, [arm])
         assert row["nll_sum"] == pytest.approx(float(alone.force(chunk.forced).sum()), rel=1e-4)
         assert row["digest"] == alone.report(0).digest
-        assert (row["nll_tokens"], row["output_tokens"], row["logical_length"]) == (90, 90, 100)
+        assert (row["nll_tokens"], row["output_tokens"], row["full_kv_slots"]) == (90, 90, 100)
+        assert (row["budget"], row["reserved_slots"]) == ((None, 100) if arm is None else (24, 32))
         # 99 entries, of which rounds at 32, 40, ... left 24 + at most 8.
         rounds = 0 if arm is None else 1 + (98 - 32) // 8
         assert (row["rounds"], row["evicted_tokens"]) == (rounds, 8 * rounds)
@@ -81,20 +83,16 @@ def test_the_last_state_is_the_answer(tiny: ForcedModel) -> None:
 
 
 def test_task_rows_grade_by_greedy_decoding(tiny: ForcedModel) -> None:
-    arms = {"full": None, "streaming": params(policy="streaming")}
+    arms = [ForcedArm("full", None), ForcedArm("streaming", params(policy="streaming"))]
     items = passkey_items(tiny.tokenizer, FILLER, thought_tokens=60, count=2, seed=1)
-    rows = list(task_rows(tiny, items, arms))
+    rows = list(task_rows(tiny, items, arms, "run"))
     assert [row["nll_tokens"] for row in rows] == [len(item.answer) for item in items for _ in arms]
     assert not any(row["correct"] for row in rows)  # a random model
-    item, (name, arm) = items[0], list(arms.items())[1]
-    session = tiny.start(item.prompt, [arm])
+    item, arm = items[0], arms[1]
+    session = tiny.start(item.prompt, [arm.params])
     session.force(item.thought + item.question)
     greedy = tuple(session.greedy(3)[0].tolist())
-    right = [row["correct"] for row in task_rows(tiny, [_answered(item, greedy)], {name: arm})]
-    wrong = _answered(item, (*greedy[:2], (greedy[2] + 1) % 256))
-    assert right == [True]
-    assert [row["correct"] for row in task_rows(tiny, [wrong], {name: arm})] == [False]
-
-
-def _answered(item: Any, answer: tuple[int, ...]) -> Any:
-    return dataclasses.replace(item, answer=answer)
+    wrong = (*greedy[:2], (greedy[2] + 1) % 256)
+    for answer, correct in ((greedy, True), (wrong, False)):
+        asked = dataclasses.replace(item, answer=answer)
+        assert [row["correct"] for row in task_rows(tiny, [asked], [arm], "run")] == [correct]

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from vase_sgl.eval.forced.branch import CacheReport
 from vase_sgl.eval.forced.model import ForcedModel
-from vase_sgl.eval.forced.session import Session
 from vase_sgl.eviction import EvictionParams
 
-Arms = Mapping[str, EvictionParams | None]
+
+@dataclasses.dataclass(frozen=True)
+class ForcedArm:
+    """One way to keep the cache; None keeps all of it. `seed_index` tells repetitions apart."""
+
+    name: str
+    params: EvictionParams | None
+    seed_index: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +55,7 @@ def text_chunks(
 
 
 def nll_rows(
-    model: ForcedModel, chunks: Sequence[TextChunk], arms: Arms
+    model: ForcedModel, chunks: Sequence[TextChunk], arms: Sequence[ForcedArm], run_id: str
 ) -> Iterator[dict[str, Any]]:
     """One JSON-able row per chunk and arm, chunk by chunk; arms of a chunk run side by side.
 
@@ -55,38 +63,55 @@ def nll_rows(
     so that sums of different arms compare token by token.
     """
     for chunk in chunks:
-        session = model.start(chunk.prompt, list(arms.values()))
+        started = time.time()
+        session = model.start(chunk.prompt, [arm.params for arm in arms])
         losses = session.force(chunk.forced)
-        for index, name in enumerate(arms):
-            yield arm_fields(name, arms[name]) | {
+        seconds = time.time() - started
+        for index, arm in enumerate(arms):
+            yield {
+                "run_id": run_id,
                 "task": "nll",
                 "item_id": chunk.item_id,
+                "started": started,
+                "total_seconds": seconds,
+                **row_fields(arm, session.report(index), len(chunk.prompt)),
                 **loss_fields(losses[index]),
-                **cache_fields(session, index, len(chunk.prompt)),
             }
 
 
-def arm_fields(name: str, params: EvictionParams | None) -> dict[str, Any]:
-    """What identifies an arm in a row; without parameters it is the full cache."""
-    if params is None:
-        return {"arm": name, "policy": "full", "budget": None, "window": None, "prompt": None}
-    return {"arm": name, **params.to_mapping(), "eviction_seed": params.seed}
+def row_fields(arm: ForcedArm, report: CacheReport, prompt_tokens: int) -> dict[str, Any]:
+    """The arm, and what its cache has behind it, by the names of the evaluation's rows.
+
+    Nothing is shared, so `reserved_slots` are those without a prefix cache. Seconds are those of
+    all arms of a session together: they run side by side.
+    """
+    params = arm.params
+    output_tokens = report.logical_length - prompt_tokens
+    slots = report.logical_length
+    if params is not None:
+        slots = params.reserved_slots(prompt_tokens, output_tokens, prefix_cache=False)
+    evicts = params is not None and params.policy.evicts
+    return {
+        "arm": arm.name,
+        "policy": "full" if params is None else params.policy.name,
+        "budget": params.budget if params is not None and evicts else None,
+        "window": params.window if params is not None and evicts else None,
+        "prompt_mode": params.prompt if params is not None and evicts else None,
+        "worker": "in-process",
+        "seed_index": arm.seed_index,
+        "seeds": {} if params is None else {"eviction": params.seed},
+        "status": "completed",
+        "prompt_tokens": prompt_tokens,
+        "output_tokens": output_tokens,
+        "rounds": report.rounds,
+        "evicted_tokens": report.evicted_tokens,
+        "physical_length": report.physical_length,
+        "reserved_slots": slots,
+        "full_kv_slots": report.logical_length,
+        "digest": report.digest,
+    }
 
 
 def loss_fields(losses: Tensor) -> dict[str, Any]:
     """Sum, in float64, and number of the losses of one arm."""
     return {"nll_sum": float(losses.double().sum()), "nll_tokens": len(losses)}
-
-
-def cache_fields(session: Session, arm: int, prompt_tokens: int) -> dict[str, Any]:
-    """What the engine's `meta_info["vase"]` would say, and the number of tokens."""
-    report = session.report(arm)
-    return {
-        "prompt_tokens": prompt_tokens,
-        "output_tokens": report.logical_length - prompt_tokens,
-        "rounds": report.rounds,
-        "evicted_tokens": report.evicted_tokens,
-        "physical_length": report.physical_length,
-        "logical_length": report.logical_length,
-        "digest": report.digest,
-    }

@@ -22,7 +22,7 @@ class Session:
     to an arm that holds `next_round_length` entries, the arm's round is carried out, as in the
     engine. Between two rounds attention is plain causal attention over the kept rows and the
     newer tokens, so that forced tokens go through in one forward up to the next round of any arm.
-    Arms share their cache until their first round.
+    Arms share their cache until their first round, equal ones for good.
 
     The newest token of each arm has no KV entry yet (the engine's `logical_length` counts it).
     """
@@ -41,6 +41,7 @@ class Session:
         trunk = Branch(model.shape, None, len(prompt), window)
         self._trunk = trunk
         self._branches = [trunk for _ in arms]
+        self._forked: dict[EvictionParams, Branch] = {}
         self._pending = torch.tensor(prompt[-1:]).repeat(len(arms), 1)
         if len(prompt) > 1:
             model.forward([trunk], torch.tensor([prompt[:-1]]), 0)
@@ -123,7 +124,10 @@ class Session:
             if arm is None or branch.length != self._next_round(arm, branch):
                 continue
             if branch is self._trunk:
-                branch = self._branches[index] = branch.fork(arm)
+                if arm in self._forked:  # the same arm twice, already evicted from
+                    self._branches[index] = self._forked[arm]
+                    continue
+                branch = self._branches[index] = self._forked[arm] = branch.fork(arm)
             branch.evict()
 
     def _next_round(self, arm: EvictionParams | None, branch: Branch) -> int | None:

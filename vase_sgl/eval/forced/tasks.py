@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from vase_sgl.eval.forced.model import ForcedModel
-from vase_sgl.eval.forced.nll import Arms, arm_fields, cache_fields, loss_fields
+from vase_sgl.eval.forced.nll import ForcedArm, loss_fields, row_fields
 
 _NAMES = ("alpha", "beta", "gamma", "delta", "kappa", "sigma")
 #: Steps of a state-tracking thought; each gives one variable a new value.
@@ -77,7 +78,7 @@ def state_items(
 
 
 def task_rows(
-    model: ForcedModel, items: Sequence[ForcedItem], arms: Arms
+    model: ForcedModel, items: Sequence[ForcedItem], arms: Sequence[ForcedArm], run_id: str
 ) -> Iterator[dict[str, Any]]:
     """One JSON-able row per item and arm.
 
@@ -85,16 +86,21 @@ def task_rows(
     alone, which shows a difference where a small model is never right.
     """
     for item in items:
-        session = model.start(item.prompt, list(arms.values()))
+        started = time.time()
+        session = model.start(item.prompt, [arm.params for arm in arms])
         session.force(item.thought + item.question)
         losses, is_greedy = session.answer(item.answer)
-        for index, name in enumerate(arms):
-            yield arm_fields(name, arms[name]) | {
+        seconds = time.time() - started
+        for index, arm in enumerate(arms):
+            yield {
+                "run_id": run_id,
                 "task": item.task,
                 "item_id": item.item_id,
+                "started": started,
+                "total_seconds": seconds,
                 "correct": bool(is_greedy[index].all()),
+                **row_fields(arm, session.report(index), len(item.prompt)),
                 **loss_fields(losses[index]),
-                **cache_fields(session, index, len(item.prompt)),
             }
 
 
