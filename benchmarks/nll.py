@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from candidates import Candidate, register
 
 from vase_sgl.eval.forced import (
     ForcedArm,
@@ -49,12 +50,20 @@ ARMS: tuple[tuple[str, dict[str, Any], int], ...] = (
     ("snapkv", {"pool_width": 1}, 1),
     ("rkv", {}, 1),
     ("rkv", {"mix_lambda": 0.5}, 1),
+    ("rkv", {"mix_lambda": 0.5, "pool_width": 1, "num_sinks": 4}, 1),
     ("random", {}, 2),
     ("random", {"num_sinks": 0}, 1),
     ("streaming", {}, 1),
     ("streaming", {"num_sinks": 0}, 1),
     ("knorm", {}, 1),
     ("evict-largest-values", {}, 1),
+)
+#: Candidates for a policy of our own, see `candidates.py`.
+CANDIDATES: tuple[dict[str, Any], ...] = (
+    {},
+    {"pool_width": 1},
+    {"pool_width": 1, "protected_share": 0.1},
+    {"pool_width": 1, "draw": True},
 )
 
 
@@ -68,12 +77,16 @@ def arms(budget: int, window: int) -> list[ForcedArm]:
         for seed in range(seeds):
             raw = {"budget": budget, "window": window, "policy": policy, "seed": seed, **fields}
             found.append(ForcedArm(arm_name(policy, fields), EvictionParams.parse(raw), seed))
+    for own in CANDIDATES:
+        params = EvictionParams(budget, window, Candidate(**own), "evict", seed=0)
+        found.append(ForcedArm(arm_name("candidate", own), params))
     return found
 
 
 def run(options: argparse.Namespace) -> None:
     """Append what is missing to the file of rows, one chunk or item at a time."""
     torch.set_num_threads(options.threads)
+    register()
     done = {key(row) for row in read(options.rows)} if options.rows.exists() else set()
     model = ForcedModel(options.model, getattr(torch, options.dtype))
     with options.rows.open("a") as out:
@@ -220,7 +233,7 @@ def parse() -> argparse.Namespace:
         command.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
         command.add_argument("--threads", type=int, default=1)
         command.add_argument("--texts", nargs="+", default=HELD_OUT, metavar="NAME")
-    commands.choices["run"].add_argument("--chunks", type=int, default=5, help="a text")
+    commands.choices["run"].add_argument("--chunks", type=int, default=4, help="a text")
     commands.choices["run"].add_argument("--prompt", type=int, default=64, help="tokens")
     commands.choices["run"].add_argument("--forced", type=int, default=960, help="tokens")
     commands.choices["tasks"].add_argument("--items", type=int, default=4, help="a task and text")
