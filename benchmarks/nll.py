@@ -2,7 +2,7 @@
 
     python benchmarks/nll.py run rows.jsonl --model MODEL --budgets 128 256
     python benchmarks/nll.py tasks rows.jsonl --model MODEL --budgets 128
-    python benchmarks/nll.py report rows.jsonl [--json results.json]
+    python benchmarks/nll.py report rows.jsonl... [--json results.json]
 
 Texts are those of `benchmarks/texts`: by default the two that no policy was chosen on. Every arm
 sees the same chunks, so that differences pair chunk by chunk. Rows are those of `vase_sgl.eval`; a
@@ -162,33 +162,36 @@ def key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def report(options: argparse.Namespace) -> None:
     """Print tables; write them as JSON if asked to."""
-    rows = read(options.rows)
+    rows = [row for path in options.rows for row in read(path)]
     tables = []
     for task in sorted({row["task"] for row in rows}):
         own = [row for row in rows if row["task"] == task]
         for budget, window in sorted({tuple(row["case"][1:]) for row in own}):
             cell = [row for row in own if row["case"][1:] == [budget, window]]
-            tables.append({"task": task, "budget": budget, "window": window, **table(cell)})
+            found = {"task": task, "budget": budget, "window": window}
+            tables.append(found | table(cell, options.against))
     for found in tables:
-        print(f"\n{found['task']}, budget {found['budget']}, window {found['window']}, ", end="")
+        print(f"\n{found['task']}, budget {found['budget']}, window {found['window']}: ", end="")
         print(f"{found['items']} items, full KV {found['full']:.4f} nats a token\n")
-        print("| policy | more nats a token than full KV, 95 % | items worse than full | correct |")
+        print(f"| policy | nats a token above full KV | above {options.against} | correct |")
         print("|---|---|---|---|")
         for line in found["arms"]:
-            low, high = line["interval"]
             share = "" if line["correct"] is None else f"{line['correct']:.2f}"
-            print(
-                f"| {line['arm']} | {line['delta']:+.4f} ({low:+.4f} to {high:+.4f}) "
-                f"| {line['worse']} of {found['items']} | {share} |"
-            )
+            against, above = (interval(line[name]) for name in ("against", "above_full"))
+            print(f"| {line['arm']} | {above} | {against} | {share} |")
     if options.json is not None:
         sources = sorted({row["run_id"] for row in rows})
-        content = {"command": options.note, "versions": versions(), "run_ids": sources}
-        options.json.write_text(json.dumps(content | {"tables": tables}, indent=1) + "\n")
+        content = {"commands": options.note, "versions": versions(), "run_ids": sources}
+        content |= {"against": options.against, "tables": tables}
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def table(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """One cell: every arm against the full cache, chunk by chunk."""
+def interval(x: dict[str, Any]) -> str:
+    return f"{x['mean']:+.4f} ({x['low']:+.4f} to {x['high']:+.4f})"
+
+
+def table(rows: list[dict[str, Any]], against: str) -> dict[str, Any]:
+    """One cell: every arm against the full cache and against one arm, chunk by chunk."""
     losses: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     correct: dict[str, list[bool]] = defaultdict(list)
     for row in rows:
@@ -199,24 +202,31 @@ def table(rows: list[dict[str, Any]]) -> dict[str, Any]:
     for arm, by_item in losses.items():
         if sorted(by_item) != items:
             sys.exit(f"{arm} lacks {sorted(set(items) - set(by_item))}: run the cell to its end")
-    full = np.array([np.mean(losses["full"][item]) for item in items])
-    lines = []
-    for arm, by_item in losses.items():
-        delta = np.array([np.mean(by_item[item]) for item in items]) - full
-        draws = np.random.default_rng(0).integers(len(items), size=(10_000, len(items)))
-        low, high = np.percentile(delta[draws].mean(1), [2.5, 97.5])
-        lines.append(
-            {
-                "arm": arm,
-                "delta": float(delta.mean()),
-                "interval": [float(low), float(high)],
-                "worse": int((delta > 0).sum()),
-                "correct": float(np.mean(correct[arm])) if correct[arm] else None,
-                "by_item": [round(float(x), 5) for x in delta],
-            }
-        )
-    lines.sort(key=lambda line: line["delta"])
-    return {"items": len(items), "item_ids": items, "full": float(full.mean()), "arms": lines}
+    mean = {arm: np.array([np.mean(x[item]) for item in items]) for arm, x in losses.items()}
+    if against not in mean:
+        sys.exit(f"no arm {against!r}; choose one of {', '.join(sorted(mean))}")
+    lines = [
+        {
+            "arm": arm,
+            "above_full": paired(values - mean["full"]),
+            "against": paired(values - mean[against]),
+            "correct": float(np.mean(correct[arm])) if correct[arm] else None,
+            "by_item": [round(float(x), 5) for x in values],
+        }
+        for arm, values in sorted(mean.items(), key=lambda pair: float(pair[1].mean()))
+    ]
+    full = float(mean["full"].mean())
+    return {"items": len(items), "item_ids": items, "full": full, "arms": lines}
+
+
+def paired(differences: np.ndarray[Any, Any]) -> dict[str, Any]:
+    """Mean of paired differences, its bootstrap interval, and how many are above 0."""
+    count = len(differences)
+    draws = np.random.default_rng(0).integers(count, size=(10_000, count))
+    low, high = np.percentile(differences[draws].mean(1), [2.5, 97.5])
+    worse = int((differences > 0).sum())
+    mean = float(differences.mean())
+    return {"mean": mean, "low": float(low), "high": float(high), "worse": worse}
 
 
 def parse() -> argparse.Namespace:
@@ -240,9 +250,10 @@ def parse() -> argparse.Namespace:
     commands.choices["tasks"].add_argument("--thought", type=int, default=600, help="tokens")
     commands.choices["tasks"].add_argument("--seed", type=int, default=0)
     command = commands.add_parser("report")
-    command.add_argument("rows", type=Path)
+    command.add_argument("rows", type=Path, nargs="+")
     command.add_argument("--json", type=Path)
-    command.add_argument("--note", default="", help="the commands that gave the rows")
+    command.add_argument("--against", default="vase-attnv", metavar="ARM")
+    command.add_argument("--note", nargs="+", default=[], help="the commands that gave the rows")
     return parser.parse_args()
 
 
