@@ -1,8 +1,8 @@
 """Loss of a static KV budget on recorded text, policy by policy: teacher-forced, in this process.
 
-    python benchmarks/nll.py run rows.jsonl --model MODEL --budgets 128 256
-    python benchmarks/nll.py tasks rows.jsonl --model MODEL --budgets 128
-    python benchmarks/nll.py report rows.jsonl... [--json results.json]
+    python -m benchmarks.nll run rows.jsonl --model MODEL --budgets 128 256
+    python -m benchmarks.nll tasks rows.jsonl --model MODEL --budgets 128
+    python -m benchmarks.nll report rows.jsonl... [--json results.json]
 
 Texts are those of `benchmarks/texts`: by default the two that no policy was chosen on. Every arm
 sees the same chunks, so that differences pair chunk by chunk. Rows are those of `vase_sgl.eval`; a
@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from candidates import Candidate, register
 
+from benchmarks.candidates import Candidate, register
 from vase_sgl.eval.forced import (
     ForcedArm,
     ForcedModel,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,15 +11,13 @@ from vase_kernels.reference import SCORERS
 from vase_sgl.eval.forced import ForcedModel
 from vase_sgl.eviction import EvictionParams
 
-SCRIPTS = Path(__file__).parents[2] / "benchmarks"
 TEXT = [2 + (31 * i * i + 7) % 250 for i in range(120)]
 
 
 def test_switched_off_they_are_the_policies_they_come_from(
     tiny: ForcedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(SCRIPTS)
-    candidates = importlib.import_module("candidates")
+    candidates = importlib.import_module("benchmarks.candidates")
     monkeypatch.setitem(SCORERS, candidates.NAME, None)  # takes it out again
     candidates.register()
 
