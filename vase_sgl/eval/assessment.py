@@ -1,0 +1,16 @@
+"""What is found out about an answer: its grade, its loops, the faults of its form."""
+
+from __future__ import annotations
+
+from vase_sgl.eval.items import Item, Task
+from vase_sgl.eval.targets import Answer
+
+
+def assess(task: Task, item: Item, answer: Answer) -> dict[str, object]:
+    """The fields of a row that the text decides. May take seconds: grading may run programs."""
+    grade = task.grade(item, answer.text)
+    return {
+        "correct": grade.correct,
+        "extracted": grade.extracted,
+        "grade_reason": grade.reason,
+    }
