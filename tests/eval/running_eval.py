@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from vase_sgl.cli import build_app
 
 TINY = ("--tasks", "passkey?steps=4", "--limit", "3", "--seeds", "2", "--max-new-tokens", "60")
+GRID = ("--policies", "full,vase-attnv,random+keep", "--budgets", "32,48", "--window", "8")
 
 
 async def run_eval(*arguments: object, status: int = 0, **env: str) -> tuple[str, str]:

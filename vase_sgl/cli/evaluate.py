@@ -344,8 +344,9 @@ def _write_report(inputs: Sequence[Path], where: Path, price_per_hour: float | N
     from vase_sgl.eval.configuration import ConfigurationError
     from vase_sgl.eval.report import write
     from vase_sgl.eval.rows import RowError
+    from vase_sgl.eval.statistics import IncompleteCellError
 
-    with reported(IncompleteError, ConfigurationError, RowError):
+    with reported(IncompleteError, IncompleteCellError, ConfigurationError, RowError):
         pages = write(load(inputs), where, price_per_hour)
     typer.echo(" ".join(str(page) for page in pages))
 

@@ -47,7 +47,7 @@ class Places:
                 "--gateway HOST:PORT for one that runs; one of the three"
             )
         if self.worker_args and not self.model:
-            raise TargetError("flags of a worker after `--` need --model: they are for starting it")
+            raise TargetError("--worker-arg needs --model: it is for workers that are started here")
 
     def check(self, arms: Sequence[Arm]) -> None:
         """Raise `TargetError` if an arm needs a worker that is not there."""

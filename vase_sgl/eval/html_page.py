@@ -20,8 +20,8 @@ th, td { border-bottom: 1px solid #ddd; padding: .25rem .6rem; white-space: nowr
 th { background: #f4f4f4; }
 tbody tr:hover { background: #f8f8f0; }
 code { background: #f2f2f2; padding: 0 .2em; }
-figure { margin: 1rem 0; }
-svg { max-width: 100%; height: auto; }
+.plot { display: inline-block; width: 49%; min-width: 30rem; }
+.plot svg { width: 100%; height: auto; }
 """
 
 
@@ -39,7 +39,7 @@ def html_page(title: str, markdown: str, drawings: Mapping[str, str]) -> str:
         token = tokens[index]
         drawing = drawings[str(token.attrs["src"])]
         label = html.escape(token.content, quote=True)
-        return f'<figure role="img" aria-label="{label}">{drawing}</figure>'
+        return f'<span class="plot" role="img" aria-label="{label}">{drawing}</span>'
 
     converter.add_render_rule("image", image)
     converter.add_render_rule("table_open", lambda *_: '<div class="table"><table>\n')

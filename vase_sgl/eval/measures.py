@@ -32,10 +32,18 @@ class Measure:
         return {pair: value for pair, value in values.items() if value is not None}
 
     def estimate(self, cell: Cell) -> Estimate:
-        """Wilson's interval for a share; else the mean with a bootstrap interval."""
+        """The mean. Wilson's interval for a share with one seed, else a bootstrap over items.
+
+        Where every sample of several seeds is alike a bootstrap would give no interval at all; then
+        Wilson's over the items. Raises `IncompleteCellError` for a bootstrap of a single item.
+        """
         values = self.pairs(cell)
-        if self.share:
-            return statistics.proportion(round(sum(values.values())), len(values))
+        items, total = {item for item, _ in values}, sum(values.values())
+        if self.share and len(items) == len(values):
+            return statistics.proportion(round(total), len(values))
+        if self.share and total in (0, len(values)):
+            alike = statistics.proportion(len(items) if total else 0, len(items))
+            return dataclasses.replace(alike, n=len(values))
         return statistics.mean(values)
 
     def difference(self, cell: Cell, base: Cell) -> Estimate:

@@ -19,14 +19,14 @@ _PLOTS = "plots"
 
 _HOW_TO_READ = """\
 Every share and score has its 95 % interval and the number of samples n. *Δ* is the mean of the
-paired differences to `full` on the same items and seeds, with a bootstrap interval; *better :
-worse* counts the pairs, and *p* is the exact sign test on them. An arm whose interval of Δ holds
-0 is not shown to differ. *Evicted* is the share of samples in which an eviction happened; under
-{control:.0f} % a row shows only that nothing broke (a *no-regression control*) and says nothing
-about the policy. Slots are KV slots: one slot is one token in every layer. *Machine-seconds* is
-the time in which at least one request of the arm ran, *slot-seconds* are slots reserved times
-seconds; both divided by the samples that ended with an answer. Seconds and rates compare arms of
-this very run alone."""
+paired differences to `full` on the same items and seeds, with a bootstrap interval over items;
+*better : worse* counts the items, and *p* is the exact sign test on them. An arm whose interval
+of Δ holds 0 is not shown to differ. *Evicted* is the share of samples in which an eviction
+happened; under {control:.0f} % a row shows only that nothing broke (a *no-regression control*) and
+says nothing about the policy. Slots are KV slots, one token in every layer; *reserved* at the end
+of the request, when a fixed budget has settled. *Machine-seconds* is the time in which at least
+one request of the arm ran, *slot-seconds* are slots reserved times seconds; both divided by the
+samples that ended with an answer. Seconds and rates compare arms of this very run alone."""
 
 
 def write(results: Results, folder: Path, price_per_hour: float | None) -> tuple[Path, Path]:
@@ -58,10 +58,12 @@ def _report(
         yield from _cost(cells, price_per_hour)
         if task.startswith(PREFIX):
             yield from _traces(cells, price_per_hour)
+        images = []
         for name, title, drawing in _drawings(task, cells, styles):
             path = f"{_PLOTS}/{number}-{name}.svg"
             drawings[path] = drawing
-            yield f"![{cell(title)}]({path})"
+            images.append(f"![{cell(title)}]({path})")
+        yield "\n".join(images)
         yield from _front(cells)
     yield "## Events"
     yield from _events(results)
@@ -126,12 +128,11 @@ def _form(cells: Sequence[Cell]) -> Iterator[str]:
             row.append(_score(measure, c))
             if base is not None:
                 row.append(NOTHING if c is base else _delta(measure, c, base))
-        cut = sum(r.finish_reason == "length" for r in c.rows)
         kinds = sorted({kind for r in c.rows for kind in r.malformed})
         counts = ", ".join(f"{kind} {sum(kind in r.malformed for r in c.rows)}" for kind in kinds)
-        rows.append([*row, str(cut), counts or NOTHING])
+        rows.append([*row, counts or NOTHING])
     yield "### Loops and malformed output"
-    yield table(["arm", "budget", "n", *header, "cut at length", "kinds"], rows)
+    yield table(["arm", "budget", "n", *header, "kinds"], rows)
 
 
 def _cost(cells: Sequence[Cell], price_per_hour: float | None) -> Iterator[str]:
@@ -256,10 +257,8 @@ def _events(results: Results) -> Iterator[str]:
                 aborted = sum(r.status == "aborted" for r in bad)
                 memory = sum("memory" in (r.error or "").lower() for r in bad)
                 last = (bad[-1].error or "")[:200]
-                rows.append(
-                    [f"{c.task}, {c.label}", str(aborted), str(len(bad) - aborted), str(memory)]
-                    + [last]
-                )
+                counts = [str(aborted), str(len(bad) - aborted), str(memory)]
+                rows.append([f"{c.task}, {c.label}", *counts, last])
     if rows:
         header = ["cell", "aborted by the worker", "failed attempts", "of both for memory"]
         yield table([*header, "the last one said"], rows)
@@ -302,7 +301,7 @@ def _against(measure: Measure, c: Cell, base: Cell | None) -> list[str]:
     if c is base:
         return [NOTHING] * 3
     signs = sign_test(measure.pairs(c), measure.pairs(base))
-    better, worse = signs.higher, signs.lower
+    better, worse = signs.wins, signs.losses
     if not measure.higher_is_better:
         better, worse = worse, better
     return [_delta(measure, c, base), f"{better} : {worse}", tables.p_value(signs.p_value)]

@@ -30,8 +30,9 @@ class Row:
     pair. seeds: request seed, and the sampling and eviction seeds that were used.
     request_id: id of the request and, behind a gateway, of the record to replay.
     error: why it was aborted or failed. correct: None for a task without grades.
-    loop_start, loop_period: in words of the text; None without a loop.
-    malformed: what is wrong with the text's form. physical_length: cached tokens at the end.
+    loop_start, loop_period: in words of the text, as `vase_sgl.eval.loops` counts them; None
+    without a loop, the period also for a loop with variations. malformed: the signs that
+    `vase_sgl.eval.malformed` finds. physical_length: cached tokens at the end.
     reserved_slots: slots reserved for the request; full_kv_slots: what a full cache would hold.
     nll_sum, nll_tokens: teacher-forced tasks alone, in nats; output_tokens then counts forced ones.
     """
@@ -145,15 +146,23 @@ class RowFile:
             raise RowError(
                 f"{path} is being written by another run; wait for it, or choose another folder"
             ) from error
-        #: Bytes of a torn last line that were cut off.
-        self.repaired_bytes = self._cut_torn_line()
-        self.rows = read(path)
+        try:
+            #: Bytes of a torn last line that were cut off.
+            self.repaired_bytes = self._cut_torn_line()
+            self.rows = read(path)
+        except BaseException:
+            self.close()
+            raise
 
     def append(self, row: Row) -> None:
         """Write one row; it is on disk when this returns."""
         self._file.write(row.to_json().encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Let another process write."""
+        self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -164,7 +173,7 @@ class RowFile:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._file.close()
+        self.close()
 
     def _cut_torn_line(self) -> int:
         self._file.seek(0)

@@ -107,7 +107,7 @@ class Run:
 
     def close(self) -> None:
         """Let another process write the rows."""
-        self._rows.__exit__(None, None, None)
+        self._rows.close()
 
     def _samples(self) -> Iterator[Sample]:
         for arm in self._configuration.arms:

@@ -96,9 +96,9 @@ class TraceTask:
         thought is not looked at.
         """
         called, broken = _called(text.rpartition(_THOUGHT_END)[2])
-        extracted = _canonical(called) if called else None
         if broken:
-            return Grade(False, extracted, f"a tool call is not JSON: {broken[:80]}")
+            return Grade(False, None, f"a tool call is not JSON: {broken[:80]}")
+        extracted = _canonical(called)
         wanted = json.loads(item.answer)
         if called == wanted:
             return Grade(True, extracted, f"{len(wanted)} tool calls as recorded")
