@@ -10,6 +10,7 @@ import typer
 #: Top-level packages by the extra that brings them.
 _EXTRAS = {
     "client": ("grpc", "google", "pydantic", "rich"),
+    "eval": ("math_verify", "latex2sympy2_extended", "antlr4", "numpy", "scipy", "sympy"),
     "gateway": (
         "aiohttp",
         "aiosqlite",

@@ -111,7 +111,7 @@ def run_program(
         raise ValueError(f"unknown layers {sorted(unknown)}; known are {', '.join(LAYERS)}")
     limits = limits or Limits()
     with tempfile.TemporaryDirectory(prefix="vase-sandbox-", ignore_cleanup_errors=True) as folder:
-        request = {
+        request: dict[str, object] = {
             "source": source,
             "folder": folder,
             "layers": sorted(layers),

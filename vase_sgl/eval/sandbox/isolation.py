@@ -18,7 +18,7 @@ _CLONE_NEWIPC = 0x08000000
 _CLONE_NEWUSER = 0x10000000
 _CLONE_NEWPID = 0x20000000
 _CLONE_NEWNET = 0x40000000
-_NAMESPACES = _CLONE_NEWNS | _CLONE_NEWUTS | _CLONE_NEWIPC | _CLONE_NEWPID | _CLONE_NEWNET
+_NAMESPACES = _CLONE_NEWUTS | _CLONE_NEWIPC | _CLONE_NEWPID | _CLONE_NEWNET
 
 _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 2, 4, 8
 _MS_BIND, _MS_REC, _MS_PRIVATE = 0x1000, 0x4000, 1 << 18
@@ -103,11 +103,14 @@ def mount_folder(folder: str, size: int, owner: int) -> None:
 
 
 def mount_privately() -> None:
-    """Keep this namespace's mounts to itself, and mount a new /proc where that is allowed.
+    """Give this process mounts of its own, and a new /proc where that is allowed.
+
+    Called in the PID namespace's init, so that its parent keeps the /proc that shows everything.
 
     Raises:
         OSError: the kernel refuses.
     """
+    _checked(_libc.unshare(_CLONE_NEWNS))
     _mount("none", "/", None, _MS_REC | _MS_PRIVATE, "")
     # A container masks parts of its /proc; then no new one may be mounted.
     with contextlib.suppress(PermissionError):

@@ -17,12 +17,15 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).parent))  # -I leaves the script's folder out
-
-import isolation
+if TYPE_CHECKING:
+    from vase_sgl.eval.sandbox import isolation
+else:
+    sys.path.insert(0, str(Path(__file__).parent))  # -I leaves the script's folder out
+    import isolation
 
 #: User ids for programs started as root: above what systems hand out; the process id is added.
 _FREE_USERS = 2_000_000_000
@@ -47,7 +50,7 @@ def main() -> None:
         _launch(request, report)
     except _Stopped:
         _kill_descendants()
-    except OSError as error:
+    except Exception as error:
         _kill_descendants()
         _tell(report, error=f"the program cannot be started: {error}")
 
@@ -69,45 +72,40 @@ def _launch(request: dict[str, Any], report: int) -> None:
         held.add("landlock")
     _tell(report, isolation=sorted(held))
 
-    def program() -> NoReturn:
+    def program() -> None:
         try:
             _become_program(request, own_user, processes, version)
         except OSError as error:
-            _tell(
-                report,
-                error=f"{request['python']} cannot be started in the sandbox: {error}. As root "
-                "without namespaces, use a Python that other users can enter, or another user.",
-            )
-        os._exit(127)
+            raise OSError(
+                f"{request['python']}: {error}. As root without namespaces, use a Python that "
+                "other users can enter, or another user."
+            ) from error
 
-    def init() -> NoReturn:
-        try:
-            isolation.die_with_parent()
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            owner = isolation.USER_INSIDE if own_user is None else own_user
-            isolation.mount_privately()
-            if own_user is not None:
-                isolation.open_the_way([*request["readable"], request["folder"]])
-            isolation.mount_folder(request["folder"], limits["folder_bytes"], owner)
-            _write_program(request, None)
-            child = _fork(program)
-            while True:
-                reaped, status = os.wait()
-                if reaped == child:
-                    _tell(report, status=os.waitstatus_to_exitcode(status))
-                    os._exit(0)
-        except OSError as error:
-            _tell(report, error=f"the namespaces cannot be set up: {error}")
-        os._exit(127)
+    def init() -> None:
+        isolation.die_with_parent()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        owner = isolation.USER_INSIDE if own_user is None else own_user
+        isolation.mount_privately()
+        if own_user is not None:
+            isolation.open_the_way([*request["readable"], request["folder"]])
+        isolation.mount_folder(request["folder"], limits["folder_bytes"], owner)
+        _write_program(request, None)
+        child = _fork(program, report)
+        while True:
+            reaped, status = os.wait()
+            if reaped == child:
+                _tell(report, status=os.waitstatus_to_exitcode(status))
+                return
 
     if not namespaces:
         _write_program(request, own_user)
     deadline = time.monotonic() + limits["wall_seconds"]
-    root = _fork(init if namespaces else program)
-    status = _wait_until(root, deadline)
-    if namespaces:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(root, signal.SIGKILL)  # and with it its whole namespace
+    root = _fork(init if namespaces else program, report)
+    try:
+        status = _wait_until(root, deadline)
+    finally:
+        if namespaces:
+            _signal(root, signal.SIGKILL)  # and with it its whole namespace
     if status is None:
         _tell(report, timeout=True)
     elif not namespaces:
@@ -132,6 +130,9 @@ def _become_program(
         (resource.RLIMIT_NPROC, processes, processes),
         (resource.RLIMIT_AS, limits["address_space"], limits["address_space"]),
     ):
+        _, ceiling = resource.getrlimit(kind)
+        if ceiling != resource.RLIM_INFINITY:
+            soft, hard = min(soft, ceiling), min(hard, ceiling)
         resource.setrlimit(kind, (soft, hard))
     if own_user is not None:
         os.setgroups([])
@@ -152,11 +153,16 @@ def _write_program(request: dict[str, Any], owner: int | None) -> None:
         os.chown(folder, owner, owner)
 
 
-def _fork(run: Any) -> int:
+def _fork(run: Callable[[], None], report: int) -> int:
+    """Start a process that runs `run` and ends; what goes wrong in it is reported."""
     child = os.fork()
     if child == 0:
-        run()
-        os._exit(127)
+        try:
+            run()
+        except Exception as error:
+            _tell(report, error=f"the program cannot be started: {error}")
+        finally:
+            os._exit(0)
     return child
 
 

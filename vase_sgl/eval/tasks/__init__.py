@@ -16,6 +16,11 @@ __all__ = ["TASKS", "TaskError", "open_task"]
 #: Name -> module with an `open_task(spec)`. A module is imported when its task is asked for, so
 #: that a task does not need the packages of another.
 TASKS = {
+    "aime": "vase_sgl.eval.tasks.math",
+    "choice": "vase_sgl.eval.tasks.choice",
+    "code": "vase_sgl.eval.tasks.code",
+    "gsm8k": "vase_sgl.eval.tasks.math",
+    "math500": "vase_sgl.eval.tasks.math",
     "passkey": "vase_sgl.eval.tasks.passkey",
     "state-tracking": "vase_sgl.eval.tasks.state_tracking",
 }

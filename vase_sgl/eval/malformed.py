@@ -1,0 +1,49 @@
+"""Is an answer malformed? Four signs, each found by itself.
+
+- `truncated`: it ended at the token limit
+- `unclosed_think`: a think block was opened and never closed
+- `invalid_utf8`: it holds U+FFFD, which detokenizers put for bytes that are no UTF-8, an unpaired
+  surrogate, or, given as bytes, is no UTF-8
+- `no_final_answer`: the task's grader found no final answer
+
+An answer that was truncated may have the others as a consequence; the signs are not exclusive.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from vase_sgl.eval.answers import THINK_CLOSE, THINK_OPEN
+from vase_sgl.eval.items import Grade
+
+Sign = Literal["truncated", "unclosed_think", "invalid_utf8", "no_final_answer"]
+
+
+def malformed(
+    text: str | bytes, *, finish_reason: str, grade: Grade | None = None, thinking: bool = False
+) -> list[Sign]:
+    """The signs found, in the order of the list above; empty for a well-formed answer.
+
+    Args:
+        text: the whole answer, think block included.
+        finish_reason: as the client reports it; `length` is a truncation.
+        grade: of the same text; None where the task has no final answer.
+        thinking: the prompt's template opened the think block, so the text starts inside it.
+    """
+    signs: list[Sign] = []
+    if finish_reason == "length":
+        signs.append("truncated")
+    readable = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
+    if _think_block_open(readable, thinking):
+        signs.append("unclosed_think")
+    if "\N{REPLACEMENT CHARACTER}" in readable or any(0xD800 <= ord(c) <= 0xDFFF for c in readable):
+        signs.append("invalid_utf8")
+    if grade is not None and grade.extracted is None:
+        signs.append("no_final_answer")
+    return signs
+
+
+def _think_block_open(text: str, thinking: bool) -> bool:
+    opened = text.rfind(THINK_OPEN)
+    closed = text.rfind(THINK_CLOSE)
+    return closed < opened if opened >= 0 else thinking and closed < 0

@@ -1,0 +1,92 @@
+"""Are two mathematical answers equal? The library `math-verify`, in a process that can be killed.
+
+The library stops long work by an alarm signal, which works in a main thread alone and does not
+interrupt arithmetic on huge integers. So it runs in a child process, which is killed at the time
+limit and started anew for the next answer.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import selectors
+import subprocess
+import sys
+import threading
+from typing import Literal
+
+#: Long enough for every answer that is one, and for a slow machine.
+SECONDS = 20.0
+
+#: `failure`: math-verify raised or its process died; the error is on stderr.
+Comparison = Literal["equal", "different", "timeout", "failure"]
+
+
+class MathAnswers:
+    """Compares answers one at a time. Safe to call from several threads.
+
+    Raises:
+        ModuleNotFoundError: `math-verify` is not installed.
+    """
+
+    def __init__(self, seconds: float = SECONDS) -> None:
+        import math_verify  # noqa: F401 - it must be there; the child imports it again
+
+        self._seconds = seconds
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        atexit.register(self.close)
+
+    def compare(self, reference: str, answer: str) -> Comparison:
+        """Whether `answer` means the same as `reference`; both LaTeX or plain expressions.
+
+        Raises:
+            RuntimeError: the child process does not start.
+        """
+        with self._lock:
+            line = json.dumps([reference, answer]).encode() + b"\n"
+            if self._process is None:
+                self._process = self._start()
+            process = self._process
+            assert process.stdin and process.stdout
+            process.stdin.write(line)
+            process.stdin.flush()
+            with selectors.DefaultSelector() as selector:
+                selector.register(process.stdout, selectors.EVENT_READ)
+                ready = selector.select(self._seconds)
+            if not ready:
+                self._stop()
+                return "timeout"
+            reply = process.stdout.readline().strip()
+            if reply == b"equal":
+                return "equal"
+            if reply == b"different":
+                return "different"
+            if not reply:
+                self._stop()
+            return "failure"
+
+    def close(self) -> None:
+        """End the child process."""
+        with self._lock:
+            self._stop()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vase_sgl.eval.math_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is for the run, which closes this one
+        )
+        assert process.stdout
+        if process.stdout.readline() != b"ready\n":
+            process.kill()
+            process.wait()
+            raise RuntimeError("the process that compares answers does not start; see its error")
+        return process
+
+    def _stop(self) -> None:
+        if self._process is not None:
+            with self._process as process:
+                process.kill()
+            self._process = None
