@@ -61,19 +61,22 @@ Model = Annotated[
 ]
 Worker = Annotated[
     list[str] | None,
-    typer.Option(help="A worker that runs: [production=|constrained=|fp8=]URL."),
+    typer.Option(
+        help="A worker that runs: URL, or constrained=URL or fp8=URL for the arms that need one."
+    ),
 ]
 Gateway = Annotated[
     list[str] | None,
     typer.Option(
-        help="A gateway that runs, in the same way: [NAME=]HOST:PORT. Every row can be replayed."
+        help="A gateway that runs, in the same way: HOST:PORT. Every row can be replayed."
     ),
 ]
 Output = Annotated[
     Path, typer.Option("--output", "-o", help="Folder of the run. An unfinished run goes on there.")
 ]
 Limit = Annotated[
-    int | None, typer.Option(help="Items per task. [default: all]", min=1, show_default=False)
+    int | None,
+    typer.Option(help="Items per task; without it all of them.", min=1, show_default=False),
 ]
 RunSeed = Annotated[
     int, typer.Option(help="Seed that generated items and request seeds come from.", min=0)
@@ -191,7 +194,7 @@ def trace(
     gateway: Gateway = None,
     output: Output = Path("eval-trace"),
     limit: Annotated[
-        int | None, typer.Option(help="Conversations. [default: all]", min=1, show_default=False)
+        int | None, typer.Option(help="Conversations; without it all.", min=1, show_default=False)
     ] = None,
     seed: RunSeed = 0,
     max_new_tokens: MaxNewTokens = 1024,
@@ -243,7 +246,9 @@ def report(
     ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Folder for the report. [default: the first input]"),
+        typer.Option(
+            "--output", "-o", help="Folder for the report; without it that of the first input."
+        ),
     ] = None,
     price_per_hour: Price = None,
 ) -> None:
