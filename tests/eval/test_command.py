@@ -92,7 +92,7 @@ async def test_another_configuration_in_the_same_folder_is_refused(
     await run_eval(*TINY, "--policies", "full", *where)
     before = (tmp_path / "rows.jsonl").read_bytes()
     _, error = await run_eval(*TINY, "--policies", "full", *where, "--top-k", 5, status=1)
-    assert '"top_k": -1} ' not in error and 'sampling: there {"max_new_tokens": 60' in error
+    assert '"top_k": -1} ' not in error and 'settings: there {"max_new_tokens": 60' in error
     assert "give the same options to go on, or another --output" in error
     worker.fingerprint["weights_digest"] = "another"
     (tmp_path / "rows.jsonl").write_bytes(before[: before.index(b"\n") + 1])

@@ -8,16 +8,35 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vase_sgl.eval.arms import Arm
-from vase_sgl.eval.items import Item
 from vase_sgl.eval.targets import Sampling
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 FORMAT = "vase-sgl-eval/1"
 RUN_FILE = "run.json"
 ROWS_FILE = "rows.jsonl"
 SESSIONS_FILE = "sessions.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Forcing:
+    """How text is forced. Lengths in tokens.
+
+    texts: name and SHA-256 of each. prompt_tokens, forced_tokens, chunks: of the task `nll`;
+    thought_tokens, items: of the others.
+    """
+
+    texts: Mapping[str, str]
+    dtype: str
+    prompt_tokens: int
+    forced_tokens: int
+    chunks: int
+    thought_tokens: int
+    items: int
 
 
 class ConfigurationError(Exception):
@@ -29,8 +48,8 @@ class Configuration:
     """Everything that decides the rows, beside the model itself.
 
     tasks: as they were written. items: by task, the ids in order. items_digest: SHA-256 of all
-    questions and answers. seeds: samples per item. seed: what request seeds and generated items
-    are derived from.
+    questions and answers. settings: how answers come about. seeds: samples per item. seed: what
+    request seeds and generated items are derived from.
     """
 
     tasks: tuple[str, ...]
@@ -38,7 +57,7 @@ class Configuration:
     items_digest: str
     limit: int | None
     arms: tuple[Arm, ...]
-    sampling: Sampling
+    settings: Sampling | Forcing
     seeds: int
     seed: int
 
@@ -139,7 +158,7 @@ class RunFolder:
         os.replace(partial, self.path)
 
 
-def items_digest(items: Sequence[Item]) -> str:
+def items_digest(items: Sequence[DataclassInstance]) -> str:
     """SHA-256 of questions and answers, 32 hex digits of it."""
     text = json.dumps([dataclasses.asdict(item) for item in items], sort_keys=True, default=dict)
     return hashlib.sha256(text.encode()).hexdigest()[:32]

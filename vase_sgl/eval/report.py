@@ -73,10 +73,14 @@ def _what_ran(results: Results) -> Iterator[str]:
     for run in results.runs:
         configuration = run.configuration
         counts = ", ".join(f"{task} ({len(ids)})" for task, ids in configuration["items"].items())
-        sampling = ", ".join(f"{k} {v:g}" for k, v in configuration["sampling"].items())
+        settings = ", ".join(
+            f"{key} {value}"
+            for key, value in configuration["settings"].items()
+            if not isinstance(value, dict)
+        )
         yield (
             f"Run `{run.run_id}`: tasks (items) {counts}; {configuration['seeds']} seeds per item; "
-            f"{sampling}."
+            f"{settings}."
         )
         keys = sorted({key for fingerprint in run.workers.values() for key in fingerprint})
         if keys:

@@ -25,6 +25,7 @@ from vase_sgl.eval.rows import Row, RowFile, Status
 from vase_sgl.eval.targets import (
     Answer,
     RequestAborted,
+    Sampling,
     Target,
     TargetError,
     TargetInfo,
@@ -66,10 +67,12 @@ class Sample:
 
 
 class Run:
-    """One run in its folder. `execute` may be called again and again until all is done."""
+    """One run in its folder. Another `Run` in the same folder goes on where it stopped."""
 
     def __init__(self, folder: Path, configuration: Configuration, asked: Sequence[Asked]) -> None:
         """Raises `ConfigurationError` if the folder holds another run, `RowError` for its rows."""
+        assert isinstance(configuration.settings, Sampling)
+        self._sampling = configuration.settings
         self._folder = folder
         self._configuration = configuration
         self._asked = asked
@@ -155,9 +158,7 @@ class Run:
         )
         started, start = time.time(), time.monotonic()
         try:
-            answer = await target.answer(
-                sample.item.messages, sample.arm, self._configuration.sampling, seed
-            )
+            answer = await target.answer(sample.item.messages, sample.arm, self._sampling, seed)
         except TargetError as error:
             status: Status = "aborted" if isinstance(error, RequestAborted) else "failed"
             return self._row(

@@ -111,6 +111,11 @@ def request_seed(run_seed: int, task: str, item_id: str, seed_index: int) -> int
     return _hash63("vase-sgl eval request v1", run_seed, task, item_id, seed_index)
 
 
+def eviction_seed(seed: int) -> int:
+    """The eviction seed that belongs to a request seed where no gateway derives it."""
+    return _hash63("vase-sgl eval eviction v1", seed)
+
+
 class WorkerTarget:
     """A worker, asked directly. Needs the gateway's packages, but no gateway."""
 
@@ -151,7 +156,7 @@ class WorkerTarget:
         seeds = {
             "request": seed,
             "sampling": _hash63("vase-sgl eval sampling v1", seed),
-            "eviction": _hash63("vase-sgl eval eviction v1", seed),
+            "eviction": eviction_seed(seed),
         }
         request_id = uuid.uuid4().hex
         if self._limits is None:
