@@ -12,7 +12,6 @@ from vase_sgl.eval.statistics import (
     mean,
     paired_difference,
     proportion,
-    require_complete,
     sign_test,
 )
 
@@ -138,13 +137,3 @@ def test_one_item_has_no_interval() -> None:
 def test_values_that_are_no_numbers_are_refused() -> None:
     with pytest.raises(ValueError, match="item b seed 0 is not finite"):
         mean({("a", 0): 1.0, ("b", 0): float("nan")})
-
-
-def test_a_partial_cell_is_named() -> None:
-    held = {("a", 0), ("b", 0), ("z", 0)}
-    with pytest.raises(IncompleteCellError) as error:
-        require_complete(held, ["a", "b"], range(5), "vase-attnv B=128 passkey")
-    text = str(error.value)
-    assert text.startswith("vase-attnv B=128 passkey: missing: item a seed 1, item a seed 2")
-    assert text.endswith("and 3 more; not asked for: item z seed 0")
-    require_complete({("a", 0), ("b", 0)}, ["a", "b"], [0], "cell")

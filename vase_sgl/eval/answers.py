@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 
-_BOX = re.compile(r"\\f?boxed\s*\{")
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _FINAL = re.compile(r"final answer\W{0,4}?\s*(?:is\b)?\s*[:=]?[ \t*]*(?P<answer>[^\n]*)", re.I)
 
 THINK_OPEN = "<think>"

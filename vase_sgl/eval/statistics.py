@@ -31,7 +31,7 @@ _CHUNK = 1 << 22
 
 
 class IncompleteCellError(ValueError):
-    """Samples that a comparison needs are missing, or there are more than it needs."""
+    """Samples that an estimate or a comparison needs are missing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,21 +114,6 @@ def sign_test(arm: Samples, baseline: Samples) -> SignTest:
     decided = wins + losses
     p_value = float(stats.binomtest(wins, decided).pvalue) if decided else 1.0
     return SignTest(wins, losses, len(by_item) - decided, p_value)
-
-
-def require_complete(
-    samples: Collection[Key], items: Collection[str], seeds: Collection[int], cell: str
-) -> None:
-    """Check that a cell of the matrix holds every item with every seed and nothing else.
-
-    Raises:
-        IncompleteCellError: it does not; the text names the cell and what is missing.
-    """
-    wanted = {(item, seed) for item in items for seed in seeds}
-    held = set(samples)
-    problems = [_listed("missing", wanted - held), _listed("not asked for", held - wanted)]
-    if any(problems):
-        raise IncompleteCellError(f"{cell}: {'; '.join(filter(None, problems))}")
 
 
 def _differences(arm: Samples, baseline: Samples) -> npt.NDArray[np.float64]:

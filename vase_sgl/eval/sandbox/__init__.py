@@ -18,14 +18,16 @@ Where the kernel permits:
   profile of Docker grants neither.
 - `landlock` (Linux 5.13): files outside the working folder cannot be written, and only the system's
   libraries and this Python installation can be read; other processes' memory and environment are
-  out of reach. From 6.7 on it also refuses TCP, from 6.12 on signals to processes outside.
+  out of reach
+- `landlock-tcp` (6.7) and `landlock-signals` (6.12): neither TCP nor signals to processes outside
 
 NOT protected: this is no virtual machine, and a hole in the kernel goes through it. Total memory is
 bounded only by processes times address space. Names and sizes of files anywhere can be seen.
 Without `namespaces`, UDP and Unix sockets are open, and the total size of the files in the working
 folder is not bounded. Without `landlock`, the program can read what its user can read and write
 where that user can write. Without both, and not as root, it can also read the environment of its
-user's other processes and signal them. For code from an adversary use a virtual machine.
+user's other processes; without `namespaces`, `landlock-signals` and `user` it can signal them, the
+launcher included, and so outlive it. For code from an adversary use a virtual machine.
 """
 
 from __future__ import annotations
@@ -61,7 +63,8 @@ class Limits:
     """What a program may use. Sizes are bytes; per process except `wall_seconds`, `processes`,
     `output_bytes` and, with namespaces, `folder_bytes`."""
 
-    wall_seconds: float = 10.0
+    #: Above `cpu_seconds`, so that a busy machine does not fail a program that would pass.
+    wall_seconds: float = 30.0
     cpu_seconds: int = 10
     address_space: int = 1 << 30
     file_bytes: int = 16 << 20
@@ -83,7 +86,7 @@ class Execution:
     stdout: str
     stderr: str
     seconds: float
-    #: Which of `user`, `namespaces`, `landlock` held.
+    #: Which of `user`, `namespaces`, `landlock`, `landlock-tcp`, `landlock-signals` held.
     isolation: frozenset[str]
 
     @property

@@ -39,6 +39,7 @@ _MAKE_CHAR, _MAKE_BLOCK = 1 << 6, 1 << 11
 _TRUNCATE, _IOCTL = 1 << 14, 1 << 15
 _ONLY_FOR_FILES = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL
 _BIND_AND_CONNECT_TCP = 0b11
+_SINCE_TCP, _SINCE_SCOPES = 4, 6
 _ABSTRACT_SOCKETS_AND_SIGNALS = 0b11
 
 #: The user id inside a new user namespace: not 0, so that execve drops every capability.
@@ -153,6 +154,12 @@ def landlock_version() -> int:
     return max(0, int(version))
 
 
+def landlock_names(version: int) -> set[str]:
+    """What `restrict_files` does with this version, as `Execution.isolation` names it."""
+    since = {"landlock": 1, "landlock-tcp": _SINCE_TCP, "landlock-signals": _SINCE_SCOPES}
+    return {name for name, first in since.items() if version >= first}
+
+
 def restrict_files(
     version: int, writable: str, readable: Iterable[str], devices: Iterable[str]
 ) -> None:
@@ -166,8 +173,8 @@ def restrict_files(
     rights = sum(bits for since, bits in _FILE_RIGHTS.items() if version >= since)
     attributes = _Ruleset(
         rights,
-        _BIND_AND_CONNECT_TCP if version >= 4 else 0,
-        _ABSTRACT_SOCKETS_AND_SIGNALS if version >= 6 else 0,
+        _BIND_AND_CONNECT_TCP if version >= _SINCE_TCP else 0,
+        _ABSTRACT_SOCKETS_AND_SIGNALS if version >= _SINCE_SCOPES else 0,
     )
     ruleset = _checked(
         _libc.syscall(

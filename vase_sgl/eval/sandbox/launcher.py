@@ -68,8 +68,7 @@ def _launch(request: dict[str, Any], report: int) -> None:
         held.add("namespaces")
         # One process more: the namespace's init counts where its user is the program's.
         processes += 1
-    if version:
-        held.add("landlock")
+    held |= isolation.landlock_names(version)
     _tell(report, isolation=sorted(held))
 
     def program() -> None:

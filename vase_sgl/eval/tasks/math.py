@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 
 from vase_sgl.eval.answers import final_answer
 from vase_sgl.eval.items import Grade, Item
-from vase_sgl.eval.math_answers import MathAnswers
+from vase_sgl.eval.math_answers import MathAnswers, shared_answers
 from vase_sgl.eval.tasks.records import Row, chosen, read_rows, refuse_duplicates
 from vase_sgl.eval.tasks.spec import TaskError, TaskSpec
 
@@ -87,7 +87,7 @@ def open_task(spec: TaskSpec) -> MathTask:
     written = _FORMATS[spec.name]
     items = [_item(spec.name, written, row) for row in read_rows(spec, written.example)]
     refuse_duplicates(items)
-    return MathTask(spec.name, items, written.numeric, MathAnswers())
+    return MathTask(spec.name, items, written.numeric, shared_answers())
 
 
 class MathTask:

@@ -27,7 +27,7 @@ DEFAULT_ITEMS = 50
 _PARAMETERS = {"steps": IntegerParameter(default=100, low=1, high=10_000)}
 _DIGITS = 5
 _STEP = re.compile(r"^\W*step\s+(\d+)", re.I | re.M)
-_STATED = re.compile(r"passkey\b[^\d\n]{0,24}?(\d[\d ,]*)", re.I)
+_STATED = re.compile(r"passkey\b[^\d\n]{0,60}?(\d+(?:,\d{3})*)", re.I)
 
 _PROMPT = """\
 The passkey is {passkey}. Remember it: you will be asked for it at the end.
