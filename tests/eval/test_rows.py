@@ -40,7 +40,7 @@ def test_a_torn_last_line_is_cut_off_and_the_rest_kept(tmp_path: Path) -> None:
         file.append(ROW)
         file.append(other)
     whole = path.read_bytes()
-    for kept in range(whole.index(b"\n") + 2, len(whole)):
+    for kept in range(whole.index(b"\n") + 2, len(whole), 53):
         path.write_bytes(whole[:kept])
         with RowFile(path) as file:
             assert file.rows == [ROW]
