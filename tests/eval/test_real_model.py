@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif("VASE_TEST_SLOW" not in os.environ, reason="set 
 @pytest.mark.timeout(900)
 async def test_arms_on_workers_that_the_command_starts(tmp_path: Path) -> None:
     grid = (
-        *("--model", ensure_model(), "--tasks", "passkey?steps=6", "--limit", 2, "-n", 96),
+        *("--model", ensure_model(), "--tasks", "state-tracking?steps=4", "--limit", 2, "-n", 96),
         *("--budgets", 64, "--window", 16, "--worker-arg=--max-total-tokens=4096"),
     )
     out = tmp_path / "all"
