@@ -14,7 +14,17 @@ import typer
 from vase_sgl.cli.failures import missing_package
 
 #: Modules with a `register(app)`, in the order of `--help`.
-MODULES = ("serve", "generate", "replay", "records", "inspect", "tenants", "audit", "doctor")
+MODULES = (
+    "serve",
+    "generate",
+    "replay",
+    "records",
+    "inspect",
+    "evaluate",
+    "tenants",
+    "audit",
+    "doctor",
+)
 
 #: Commands that parse their own arguments: name -> (module, function, help). The function takes
 #: the arguments as a list and returns the exit status.

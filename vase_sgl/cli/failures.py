@@ -10,7 +10,16 @@ import typer
 #: Top-level packages by the extra that brings them.
 _EXTRAS = {
     "client": ("grpc", "google", "pydantic", "rich"),
-    "eval": ("math_verify", "latex2sympy2_extended", "antlr4", "numpy", "scipy", "sympy"),
+    "eval": (
+        "antlr4",
+        "latex2sympy2_extended",
+        "markdown_it",
+        "math_verify",
+        "matplotlib",
+        "numpy",
+        "scipy",
+        "sympy",
+    ),
     "gateway": (
         "aiohttp",
         "aiosqlite",

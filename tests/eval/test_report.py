@@ -1,0 +1,154 @@
+"""Cells, measures and the report, on rows whose numbers can be checked by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+
+from vase_sgl.eval.cells import IncompleteError, load
+from vase_sgl.eval.measures import ACCURACY, LOOPS, NLL, pareto_front, quality_of
+from vase_sgl.eval.report import write
+from vase_sgl.eval.rows import Row
+
+
+def row(arm: str, budget: int | None, item: str, seed: int = 0, **fields: object) -> Row:
+    common = Row(
+        run_id="r",
+        arm=arm,
+        policy=arm,
+        budget=budget,
+        task="t|<b>",
+        item_id=item,
+        seed_index=seed,
+        status="completed",
+        started=100.0,
+        total_seconds=4.0,
+        correct=True,
+        output_tokens=10,
+        reserved_slots=budget or 1000,
+        full_kv_slots=1000,
+        rounds=0 if budget is None else 3,
+    )
+    return dataclasses.replace(common, **fields)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Callable[[Iterable[Row]], Path]:
+    def store(rows: Iterable[Row]) -> Path:
+        path = tmp_path / "forced.jsonl"
+        path.write_text("".join(r.to_json() + "\n" for r in rows), encoding="utf-8")
+        return path
+
+    return store
+
+
+def grid(items: int = 8) -> list[Row]:
+    """`full` is always right; `a` where the item is even, and it loops elsewhere."""
+    full = [row("full", None, str(i)) for i in range(items)]
+    evicting = [
+        row("a", budget, str(i), correct=i % 2 == 0, loop=i % 2 == 1)
+        for budget in (64, 128)
+        for i in range(items)
+    ]
+    return full + evicting
+
+
+def test_scores_differences_and_the_front(stored: Callable[[Iterable[Row]], Path]) -> None:
+    (cells,) = load([stored(grid())]).cells.values()
+    full, small, _ = cells
+    assert [c.label for c in cells] == ["full", "a @ 64", "a @ 128"]
+    assert quality_of(cells) == [ACCURACY]
+    estimate = ACCURACY.estimate(small)
+    assert (estimate.value, estimate.n) == (0.5, 8) and estimate.low == pytest.approx(0.2152, 1e-3)
+    difference = ACCURACY.difference(small, full)
+    assert difference.value == -0.5 and difference.low < -0.5 < difference.high <= 0
+    assert LOOPS.estimate(small).value == 0.5
+    assert pareto_front(cells, ACCURACY) == [full, small]
+    assert not small.is_control and small.evicted_share == 1
+
+
+def test_time_is_counted_once_however_many_requests_share_it(
+    stored: Callable[[Iterable[Row]], Path],
+) -> None:
+    times = [(100.0, 4.0), (102.0, 4.0), (110.0, 1.0), (100.5, 0.5)]
+    found = [
+        row("a", 50, str(i), started=start, total_seconds=seconds)
+        for i, (start, seconds) in enumerate(times)
+    ]
+    again = row("a", 50, "0", started=90.0, total_seconds=3.0, status="failed", output_tokens=0)
+    (cells,) = load([stored([again, *found])]).cells.values()
+    assert cells[0].machine_seconds == 3 + 6 + 1
+    assert cells[0].tokens_per_second == 40 / 10
+    assert cells[0].slot_seconds == 50 * (3 + 4 + 4 + 1 + 0.5)
+    assert cells[0].completed == cells[0].n == 4
+
+
+def test_the_report_has_every_number_with_n_and_interval(
+    stored: Callable[[Iterable[Row]], Path], tmp_path: Path
+) -> None:
+    page, markdown = write(load([stored(grid())]), tmp_path / "out", price_per_hour=900)
+    text, html = markdown.read_text(), page.read_text()
+    lines = [line for line in text.splitlines() if line.startswith("| a | 64")]
+    quality, form, cost = lines
+    assert quality.startswith("| a | 64 | 8 | 50.0 [21.5, 78.5] | -50.0 [-")
+    assert quality.endswith("| 0 : 4 | 0.125 | 100 % |")
+    assert form.startswith("| a | 64 | 8 | 50.0 [21.5, 78.5] | +50.0 [")
+    # 4 s for 8 samples at 900 an hour.
+    assert cost == "| a | 64 | 8 | 8 | 10 | 64 | 6 | 0 | 3.0 | 20.0 | - | 0.50 | 256 | 0.125000 |"
+    assert "Pareto front of correct against slots reserved: a @ 64 (64 slots, 50.0" in text
+    # The task's name is text, not markup.
+    assert "<h2>t|&lt;b&gt;</h2>" in html and "<b>" not in html
+    assert html.count("<svg") == 5 == text.count("![")
+    assert "100 %" in html and "no-regression control</td>" not in html
+
+
+def test_few_evictions_are_a_control_and_said_so(
+    stored: Callable[[Iterable[Row]], Path], tmp_path: Path
+) -> None:
+    rows = [r if r.item_id == "0" else dataclasses.replace(r, rounds=0) for r in grid()]
+    _, markdown = write(load([stored(rows)]), tmp_path, price_per_hour=None)
+    assert markdown.read_text().count("| 12 %, no-regression control |") == 2
+
+
+def test_incomplete_cells_are_refused_by_name(stored: Callable[[Iterable[Row]], Path]) -> None:
+    rows = grid()
+    with pytest.raises(IncompleteError) as caught:
+        load([stored(rows[:-2])])
+    assert "t|<b>, a @ 128, 8 samples: 2 not run: 6 seed 0, 7 seed 0" in str(caught.value)
+    failed = dataclasses.replace(rows[-1], status="failed", error="it was lost")
+    with pytest.raises(IncompleteError) as caught:
+        load([stored([*rows[:-1], failed])])
+    assert "1 failed: 7 seed 0; the last one said: it was lost" in str(caught.value)
+    with pytest.raises(IncompleteError) as caught:
+        load([stored([*rows, row("full", None, "0", seed=1)])])
+    assert "full, 8 samples" not in str(caught.value)
+    assert "a @ 64, 9 samples: 1 not run: 0 seed 1" in str(caught.value)
+    with pytest.raises(IncompleteError, match="there are no rows"):
+        load([stored([])])
+
+
+def test_nll_rows_without_a_worker(stored: Callable[[Iterable[Row]], Path], tmp_path: Path) -> None:
+    rows = [
+        dataclasses.replace(
+            r,
+            correct=None,
+            worker="in-process",
+            nll_sum=100.0 * (2.0 if r.budget is None else 2.0 + 16 / r.budget),
+            nll_tokens=100,
+        )
+        for r in grid()
+    ]
+    results = load([stored(rows)])
+    (cells,) = results.cells.values()
+    assert quality_of(cells) == [NLL] and not LOOPS.applies(cells)
+    assert NLL.estimate(cells[1]).value == 2.25
+    assert pareto_front(cells, NLL) == cells
+    _, markdown = write(results, tmp_path, price_per_hour=1.0)
+    text = markdown.read_text()
+    assert "| a | 64 | 8 | 2.2500 [2.2500, 2.2500] | +0.2500 [+0.2500, +0.2500] | 0 : 8 |" in text
+    # Its arms shared their forward passes, so no arm has a time of its own.
+    assert "| a | 64 | 8 | 8 | 10 | 64 | 6 | 0 | 3.0 | - | - | - | - | - |" in text
+    assert "throughput over budget" not in text

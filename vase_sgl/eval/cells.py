@@ -1,0 +1,246 @@
+"""Rows by task, arm and budget; incomplete cells are refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vase_sgl.eval import rows as row_files
+from vase_sgl.eval.arms import BASELINE
+from vase_sgl.eval.configuration import ROWS_FILE, RUN_FILE, SESSIONS_FILE, RunFolder
+from vase_sgl.eval.rows import Row
+
+#: Share of samples with an eviction below which a cell shows only that nothing broke.
+CONTROL_SHARE = 0.2
+
+#: Worker of teacher-forced rows, where arms run side by side.
+IN_PROCESS = "in-process"
+
+_NAMED = 20
+
+
+class IncompleteError(Exception):
+    """Cells lack samples. The text names cells and samples."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """The samples of one arm at one budget on one task, a row each, in the order of their pairs.
+
+    attempts: every row, those of samples that were run again included.
+    """
+
+    task: str
+    arm: str
+    budget: int | None
+    rows: tuple[Row, ...]
+    attempts: tuple[Row, ...]
+
+    @property
+    def label(self) -> str:
+        return self.arm if self.budget is None else f"{self.arm} @ {self.budget}"
+
+    @property
+    def n(self) -> int:
+        return len(self.rows)
+
+    @property
+    def completed(self) -> int:
+        """Samples that ended with an answer."""
+        return sum(row.status == "completed" for row in self.rows)
+
+    @property
+    def evicts(self) -> bool:
+        return self.budget is not None
+
+    @property
+    def evicted_share(self) -> float:
+        """Share of samples in which an eviction happened."""
+        return sum(row.rounds > 0 for row in self.rows) / self.n
+
+    @property
+    def is_control(self) -> bool:
+        """Too few evictions to say anything about the policy: a no-regression control."""
+        return self.evicts and self.evicted_share < CONTROL_SHARE
+
+    @property
+    def timed(self) -> bool:
+        """False if its samples shared a forward pass with other arms: their time is no one's."""
+        return all(row.worker != IN_PROCESS for row in self.attempts)
+
+    @property
+    def machine_seconds(self) -> float:
+        """Time in which at least one of its requests ran, repeated attempts included."""
+        total, end = 0.0, 0.0
+        for start, stop in sorted((r.started, r.started + r.total_seconds) for r in self.attempts):
+            total += max(stop - max(start, end), 0.0)
+            end = max(end, stop)
+        return total
+
+    @property
+    def slot_seconds(self) -> float:
+        """KV slots reserved, times the seconds they were."""
+        return sum(row.reserved_slots * row.total_seconds for row in self.attempts)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Output tokens of all requests over `machine_seconds`."""
+        seconds = self.machine_seconds
+        return sum(row.output_tokens for row in self.attempts) / seconds if seconds else 0.0
+
+    def mean(self, value: Callable[[Row], float]) -> float:
+        """Mean over the samples."""
+        return statistics.fmean(value(row) for row in self.rows)
+
+    def median_ttft(self) -> float | None:
+        """Seconds; None if no sample has one."""
+        found = [row.ttft_seconds for row in self.rows if row.ttft_seconds is not None]
+        return statistics.median(found) if found else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """Everything a report is made of.
+
+    cells: by task, full caches first, then by arm and budget. runs: the content of each run.json.
+    sessions: what workers counted. attempts: every row.
+    """
+
+    cells: Mapping[str, Sequence[Cell]]
+    runs: Sequence[RunFolder]
+    sessions: Sequence[Mapping[str, Any]]
+    attempts: Sequence[Row]
+
+
+def load(folders: Sequence[Path]) -> Results:
+    """Read folders of runs, or files of rows alone; together they are one comparison.
+
+    Every cell must have a row with an outcome for each sample of its run; in a file without a
+    run's configuration, for each sample that any arm of the task has. Raises `IncompleteError`,
+    `RowError` and `ConfigurationError`.
+    """
+    cells: dict[str, list[Cell]] = {}
+    problems: list[str] = []
+    runs, sessions, attempts = [], [], []
+    for path in folders:
+        rows = row_files.read(path if path.is_file() else path / ROWS_FILE)
+        run = None
+        if path.is_dir() and ((path / RUN_FILE).exists() or not rows):
+            run = RunFolder.read(path)
+            runs.append(run)
+            sessions += _sessions(path / SESSIONS_FILE)
+        attempts += rows
+        expected = _expected_without_run(rows) if run is None else _expected(run)
+        for (task, arm, budget), pairs in expected.items():
+            mine = [r for r in rows if (r.task, r.arm, r.budget) == (task, arm, budget)]
+            done = {row.pair: row for row in row_files.latest(mine).values()}
+            cell = Cell(
+                task,
+                arm,
+                budget,
+                rows=tuple(done[p] for p in pairs if p in done and done[p].status != "failed"),
+                attempts=tuple(mine),
+            )
+            problems += _missing(cell, pairs, done)
+            if any(c.arm == arm and c.budget == budget for c in cells.get(task, ())):
+                problems.append(f"{task}, {cell.label}: is in more than one of the inputs")
+            cells.setdefault(task, []).append(cell)
+    problems += _unpaired(cells)
+    if not cells:
+        raise IncompleteError("there are no rows to report on")
+    if problems:
+        raise IncompleteError(
+            "a report on incomplete cells would compare unlike things; run the same command "
+            "again to fill them:\n  " + "\n  ".join(problems)
+        )
+    return Results(
+        {task: sorted(found, key=_order) for task, found in cells.items()},
+        runs,
+        sessions,
+        attempts,
+    )
+
+
+def baseline(cells: Sequence[Cell]) -> Cell | None:
+    """The cell that the others of the task are compared with."""
+    return next((cell for cell in cells if cell.arm == BASELINE), None)
+
+
+def _order(cell: Cell) -> tuple[bool, str, int]:
+    return cell.evicts, cell.arm, cell.budget or 0
+
+
+def _expected(run: RunFolder) -> dict[tuple[str, str, int | None], list[tuple[str, int]]]:
+    configuration = run.configuration
+    return {
+        (task, arm["name"], arm["eviction"].get("budget")): [
+            (item_id, index) for item_id in item_ids for index in range(configuration["seeds"])
+        ]
+        for task, item_ids in configuration["items"].items()
+        for arm in configuration["arms"]
+    }
+
+
+def _expected_without_run(
+    rows: Iterable[Row],
+) -> dict[tuple[str, str, int | None], list[tuple[str, int]]]:
+    pairs: dict[str, dict[tuple[str, int], None]] = {}
+    cells: dict[tuple[str, str, int | None], None] = {}
+    for row in rows:
+        pairs.setdefault(row.task, {})[row.pair] = None
+        cells[(row.task, row.arm, row.budget)] = None
+    return {cell: list(pairs[cell[0]]) for cell in cells}
+
+
+def _missing(
+    cell: Cell, pairs: Sequence[tuple[str, int]], done: Mapping[tuple[str, int], Row]
+) -> list[str]:
+    """What a cell lacks, in one line."""
+    absent = [pair for pair in pairs if pair not in done]
+    failed = [pair for pair in pairs if pair in done and done[pair].status == "failed"]
+    surplus = [pair for pair in done if pair not in set(pairs)]
+    parts = []
+    if absent:
+        parts.append(f"{len(absent)} not run: {_names(absent)}")
+    if failed:
+        parts.append(
+            f"{len(failed)} failed: {_names(failed)}; the last one said: {done[failed[-1]].error}"
+        )
+    if surplus:
+        parts.append(f"{len(surplus)} that do not belong to the run: {_names(surplus)}")
+    if not parts:
+        return []
+    return [f"{cell.task}, {cell.label}, {len(pairs)} samples: " + "; ".join(parts)]
+
+
+def _unpaired(cells: Mapping[str, Sequence[Cell]]) -> list[str]:
+    """Cells of one task, from several inputs, that do not have the same samples."""
+    problems = []
+    for task, found in cells.items():
+        first = {row.pair for row in found[0].rows}
+        for cell in found[1:]:
+            pairs = {row.pair for row in cell.rows}
+            if pairs != first and cell.rows and found[0].rows:
+                odd = sorted(pairs ^ first)
+                problems.append(
+                    f"{task}: {cell.label} and {found[0].label} have different samples: "
+                    f"{_names(odd)}"
+                )
+    return problems
+
+
+def _names(pairs: Sequence[tuple[str, int]]) -> str:
+    named = ", ".join(f"{item_id} seed {index}" for item_id, index in pairs[:_NAMED])
+    more = len(pairs) - _NAMED
+    return f"{named} and {more} more" if more > 0 else named
+
+
+def _sessions(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]

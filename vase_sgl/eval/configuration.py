@@ -1,0 +1,169 @@
+"""What a run measures, kept in its folder so that a resumed run measures the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vase_sgl.eval.arms import Arm
+from vase_sgl.eval.targets import Sampling
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+FORMAT = "vase-sgl-eval/1"
+RUN_FILE = "run.json"
+ROWS_FILE = "rows.jsonl"
+SESSIONS_FILE = "sessions.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Forcing:
+    """How text is forced. Lengths in tokens.
+
+    texts: name and SHA-256 of each. prompt_tokens, forced_tokens, chunks: of the task `nll`;
+    thought_tokens, items: of the others.
+    """
+
+    texts: Mapping[str, str]
+    dtype: str
+    prompt_tokens: int
+    forced_tokens: int
+    chunks: int
+    thought_tokens: int
+    items: int
+
+
+class ConfigurationError(Exception):
+    """A run cannot go on in this folder. The text names the difference and the cure."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Configuration:
+    """Everything that decides the rows, beside the model itself.
+
+    tasks: as they were written. items: by task, the ids in order. items_digest: SHA-256 of all
+    questions and answers. settings: how answers come about. seeds: samples per item. seed: what
+    request seeds and generated items are derived from.
+    """
+
+    tasks: tuple[str, ...]
+    items: Mapping[str, tuple[str, ...]]
+    items_digest: str
+    limit: int | None
+    arms: tuple[Arm, ...]
+    settings: Sampling | Forcing
+    seeds: int
+    seed: int
+
+    def run_id(self) -> str:
+        """16 hex digits that stand for all of it."""
+        text = json.dumps(self.to_mapping(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def to_mapping(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        mapping = json.loads(json.dumps(dataclasses.asdict(self)))
+        assert isinstance(mapping, dict)
+        return mapping
+
+    def pairs(self, task: str) -> Iterator[tuple[str, int]]:
+        """Item and seed of every sample that each cell of a task has."""
+        for item_id in self.items[task]:
+            for index in range(self.seeds):
+                yield item_id, index
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """The file `run.json`: the configuration, and the fingerprint of every worker seen so far."""
+
+    path: Path
+    configuration: Mapping[str, Any]
+    run_id: str
+    workers: Mapping[str, Mapping[str, str]]
+
+    @classmethod
+    def open(cls, folder: Path, configuration: Configuration) -> RunFolder:
+        """Make the folder's file, or check that it holds the same configuration."""
+        path, rows = folder / RUN_FILE, folder / ROWS_FILE
+        if not rows.exists() or rows.stat().st_size == 0:
+            made = cls(path, configuration.to_mapping(), configuration.run_id(), {})
+            folder.mkdir(parents=True, exist_ok=True)
+            made._write()
+            return made
+        found = cls.read(folder)
+        differences = [
+            f"{key}: there {_short(found.configuration.get(key))}, now {_short(value)}"
+            for key, value in configuration.to_mapping().items()
+            if found.configuration.get(key) != value
+        ]
+        if differences:
+            raise ConfigurationError(
+                f"{folder} holds a run with another configuration; give the same options to go "
+                "on, or another --output:\n  " + "\n  ".join(differences)
+            )
+        return found
+
+    @classmethod
+    def read(cls, folder: Path) -> RunFolder:
+        """What a folder holds. Raises `ConfigurationError`."""
+        path = folder / RUN_FILE
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["format"] != FORMAT:
+                raise ConfigurationError(
+                    f"{path} has the format {content['format']!r}, not {FORMAT!r}"
+                )
+            return cls(path, content["configuration"], content["run_id"], content["workers"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigurationError(f"{path} is not the file of a run: {error!r}") from error
+
+    def with_worker(self, worker: str, fingerprint: Mapping[str, str]) -> RunFolder:
+        """Note the fingerprint of a worker configuration; refuse another than before."""
+        before = self.workers.get(worker)
+        if before is None:
+            noted = dataclasses.replace(
+                self, workers={**self.workers, worker: dict(sorted(fingerprint.items()))}
+            )
+            noted._write()
+            return noted
+        differences = [
+            f"{key}: there {before.get(key)}, now {fingerprint.get(key)}"
+            for key in sorted({*before, *fingerprint})
+            if before.get(key) != fingerprint.get(key)
+        ]
+        if differences:
+            raise ConfigurationError(
+                f"{self.path.parent} was begun with another {worker} worker; use the same one, or "
+                "another --output:\n  " + "\n  ".join(differences)
+            )
+        return self
+
+    def _write(self) -> None:
+        """All of it or nothing, whatever happens meanwhile."""
+        content = {
+            "format": FORMAT,
+            "run_id": self.run_id,
+            "configuration": self.configuration,
+            "workers": self.workers,
+        }
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, self.path)
+
+
+def items_digest(items: Sequence[DataclassInstance]) -> str:
+    """SHA-256 of questions and answers, 32 hex digits of it."""
+    text = json.dumps([dataclasses.asdict(item) for item in items], sort_keys=True, default=dict)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"

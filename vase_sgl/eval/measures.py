@@ -1,0 +1,103 @@
+"""What a report compares: the value a sample has under each measure."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+from vase_sgl.eval import statistics
+from vase_sgl.eval.cells import Cell
+from vase_sgl.eval.rows import Row
+from vase_sgl.eval.statistics import Estimate
+
+Pairs = Mapping[tuple[str, int], float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """A value per sample. share: it is 0 or 1. value: None where a sample has none."""
+
+    title: str
+    share: bool
+    higher_is_better: bool
+    value: Callable[[Row], float | None]
+
+    def applies(self, cells: Sequence[Cell]) -> bool:
+        """Whether every sample of every cell has a value."""
+        return all(self.value(row) is not None for cell in cells for row in cell.rows)
+
+    def pairs(self, cell: Cell) -> Pairs:
+        """The value of each sample by item and seed. The measure must apply."""
+        values = {row.pair: self.value(row) for row in cell.rows}
+        return {pair: value for pair, value in values.items() if value is not None}
+
+    def estimate(self, cell: Cell) -> Estimate:
+        """The mean. Wilson's interval for a share with one seed, else a bootstrap over items.
+
+        Where every sample of several seeds is alike a bootstrap would give no interval at all; then
+        Wilson's over the items. Raises `IncompleteCellError` for a bootstrap of a single item.
+        """
+        values = self.pairs(cell)
+        items, total = {item for item, _ in values}, sum(values.values())
+        if self.share and len(items) == len(values):
+            return statistics.proportion(round(total), len(values))
+        if self.share and total in (0, len(values)):
+            alike = statistics.proportion(len(items) if total else 0, len(items))
+            return dataclasses.replace(alike, n=len(values))
+        return statistics.mean(values)
+
+    def difference(self, cell: Cell, base: Cell) -> Estimate:
+        """Mean of the paired differences `cell` minus `base`, with a bootstrap interval."""
+        return statistics.paired_difference(self.pairs(cell), self.pairs(base))
+
+
+def _share(value: Callable[[Row], bool | None]) -> Callable[[Row], float | None]:
+    def number(row: Row) -> float | None:
+        found = value(row)
+        return None if found is None else float(found)
+
+    return number
+
+
+def _nll_per_token(row: Row) -> float | None:
+    if row.nll_sum is None or not row.nll_tokens:
+        return None
+    return row.nll_sum / row.nll_tokens
+
+
+def _output(row: Row, value: bool) -> bool | None:
+    """Only what the model wrote itself can loop or be malformed."""
+    return None if row.nll_sum is not None else value
+
+
+ACCURACY = Measure("correct", True, True, _share(lambda row: row.correct))
+LOOPS = Measure("loops", True, False, _share(lambda row: _output(row, row.loop)))
+MALFORMED = Measure("malformed", True, False, _share(lambda row: _output(row, bool(row.malformed))))
+NLL = Measure("NLL per token", False, False, _nll_per_token)
+
+#: What counts as the quality of a task: the first that applies.
+QUALITY = (ACCURACY, NLL)
+
+
+def quality_of(cells: Sequence[Cell]) -> Sequence[Measure]:
+    """The measures of quality that a task has: accuracy, NLL, or both."""
+    return [measure for measure in QUALITY if measure.applies(cells)]
+
+
+def pareto_front(cells: Sequence[Cell], measure: Measure) -> list[Cell]:
+    """The cells that no other beats: as few slots and as good, and better in one of the two."""
+
+    def place(cell: Cell) -> tuple[float, float]:
+        value = measure.estimate(cell).value
+        return cell.mean(lambda row: row.reserved_slots), (
+            -value if measure.higher_is_better else value
+        )
+
+    places = [(cell, place(cell)) for cell in cells]
+    return [
+        cell
+        for cell, mine in places
+        if not any(
+            other != mine and other[0] <= mine[0] and other[1] <= mine[1] for _, other in places
+        )
+    ]

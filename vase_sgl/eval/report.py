@@ -1,0 +1,330 @@
+"""The report: one Markdown text with plots, and the same as an HTML page that needs no network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from vase_sgl.eval import plots, tables
+from vase_sgl.eval.arms import BASELINE
+from vase_sgl.eval.cells import CONTROL_SHARE, Cell, Results, baseline
+from vase_sgl.eval.html_page import html_page
+from vase_sgl.eval.measures import LOOPS, MALFORMED, Measure, pareto_front, quality_of
+from vase_sgl.eval.plots import Point
+from vase_sgl.eval.statistics import sign_test
+from vase_sgl.eval.tables import NOTHING, cell, plain, table
+from vase_sgl.eval.trace import PREFIX, trace_of
+
+_PLOTS = "plots"
+
+_HOW_TO_READ = """\
+Every share and score has its 95 % interval and the number of samples n. *Δ* is the mean of the
+paired differences to `full` on the same items and seeds, with a bootstrap interval over items;
+*better : worse* counts the items, and *p* is the exact sign test on them. An arm whose interval
+of Δ holds 0 is not shown to differ. *Evicted* is the share of samples in which an eviction
+happened; under {control:.0f} % a row shows only that nothing broke (a *no-regression control*) and
+says nothing about the policy. Slots are KV slots, one token in every layer; *reserved* at the end
+of the request, when a fixed budget has settled. *Machine-seconds* is the time in which at least
+one request of the arm ran, *slot-seconds* are slots reserved times seconds; both divided by the
+samples that ended with an answer. Seconds and rates compare arms of this very run alone."""
+
+
+def write(results: Results, folder: Path, price_per_hour: float | None) -> tuple[Path, Path]:
+    """Write report.html, report.md and its plots; the paths of the first two."""
+    drawings: dict[str, str] = {}
+    text = "\n\n".join(_report(results, price_per_hour, drawings)) + "\n"
+    (folder / _PLOTS).mkdir(parents=True, exist_ok=True)
+    for name, drawing in drawings.items():
+        (folder / name).write_text(drawing, encoding="utf-8")
+    page, markdown = folder / "report.html", folder / "report.md"
+    markdown.write_text(text, encoding="utf-8")
+    page.write_text(html_page("vase_sgl evaluation", text, drawings), encoding="utf-8")
+    return page, markdown
+
+
+def _report(
+    results: Results, price_per_hour: float | None, drawings: dict[str, str]
+) -> Iterator[str]:
+    yield "# Evaluation"
+    yield from _what_ran(results)
+    yield "## How to read it"
+    yield _HOW_TO_READ.format(control=100 * CONTROL_SHARE)
+    arms = [c.arm for found in results.cells.values() for c in found]
+    styles = plots.styles_of(list(dict.fromkeys(arms)))
+    for number, (task, cells) in enumerate(results.cells.items(), 1):
+        yield f"## {task}"
+        yield from _quality(cells)
+        yield from _form(cells)
+        yield from _cost(cells, price_per_hour)
+        if task.startswith(PREFIX):
+            yield from _traces(cells, price_per_hour)
+        images = []
+        for name, title, drawing in _drawings(task, cells, styles):
+            path = f"{_PLOTS}/{number}-{name}.svg"
+            drawings[path] = drawing
+            images.append(f"![{cell(title)}]({path})")
+        yield "\n".join(images)
+        yield from _front(cells)
+    yield "## Events"
+    yield from _events(results)
+
+
+def _what_ran(results: Results) -> Iterator[str]:
+    for run in results.runs:
+        configuration = run.configuration
+        counts = ", ".join(f"{task} ({len(ids)})" for task, ids in configuration["items"].items())
+        settings = ", ".join(
+            f"{key} {value}"
+            for key, value in configuration["settings"].items()
+            if not isinstance(value, dict)
+        )
+        yield (
+            f"Run `{run.run_id}`: tasks (items) {counts}; {configuration['seeds']} seeds per item; "
+            f"{settings}."
+        )
+        keys = sorted({key for fingerprint in run.workers.values() for key in fingerprint})
+        if keys:
+            yield table(
+                ["worker", *run.workers],
+                [
+                    [key, *(fingerprint.get(key, NOTHING) for fingerprint in run.workers.values())]
+                    for key in keys
+                ],
+            )
+    if not results.runs:
+        ids = sorted({row.run_id for row in results.attempts})
+        yield f"Rows without a run's configuration, of {', '.join(f'`{i}`' for i in ids)}."
+
+
+def _quality(cells: Sequence[Cell]) -> Iterator[str]:
+    """Scores with intervals, paired with the baseline."""
+    base = baseline(cells)
+    for measure in quality_of(cells):
+        yield f"### Quality: {measure.title}"
+        if base is None:
+            yield f"There is no arm `{BASELINE}` to compare with, so there are no differences."
+        header = ["arm", "budget", "n", measure.title + (" %" if measure.share else "")]
+        if base is not None:
+            header += [f"Δ to `{BASELINE}`", "better : worse", "p"]
+        yield table(
+            [*header, "evicted"],
+            [
+                [*_name(c), str(c.n), _score(measure, c), *_against(measure, c, base), _evicted(c)]
+                for c in cells
+            ],
+        )
+    if not quality_of(cells):
+        yield "The samples of this task have no grades."
+
+
+def _form(cells: Sequence[Cell]) -> Iterator[str]:
+    """Loops and malformed output."""
+    measures = [measure for measure in (LOOPS, MALFORMED) if measure.applies(cells)]
+    if not measures:
+        return
+    base = baseline(cells)
+    deltas = [f"Δ to `{BASELINE}`"] if base is not None else []
+    header = [part for m in measures for part in (f"{m.title} %", *deltas)]
+    rows = []
+    for c in cells:
+        row = [*_name(c), str(c.n)]
+        for measure in measures:
+            row.append(_score(measure, c))
+            if base is not None:
+                row.append(NOTHING if c is base else _delta(measure, c, base))
+        kinds = sorted({kind for r in c.rows for kind in r.malformed})
+        counts = ", ".join(f"{kind} {sum(kind in r.malformed for r in c.rows)}" for kind in kinds)
+        rows.append([*row, counts or NOTHING])
+    yield "### Loops and malformed output"
+    yield table(["arm", "budget", "n", *header, "kinds"], rows)
+
+
+def _cost(cells: Sequence[Cell], price_per_hour: float | None) -> Iterator[str]:
+    """Memory, speed and price."""
+    price = [] if price_per_hour is None else ["price per sample"]
+    rows = []
+    for c in cells:
+        slots, full = c.mean(lambda r: r.reserved_slots), c.mean(lambda r: r.full_kv_slots)
+        per = (c.completed or None) if c.timed else None
+        row = [
+            *_name(c),
+            str(c.n),
+            str(c.completed),
+            plain(c.mean(lambda r: r.output_tokens), 0),
+            plain(slots, 0),
+            plain(100 * slots / full, 0) if full else NOTHING,
+            plain(c.mean(lambda r: r.physical_length), 0),
+            plain(c.mean(lambda r: r.rounds)),
+            plain(per and c.tokens_per_second),
+            plain(c.median_ttft(), 2),
+            plain(per and c.machine_seconds / per, 2),
+            plain(per and c.slot_seconds / per, 0),
+        ]
+        if price_per_hour is not None:
+            row.append(plain(per and c.machine_seconds / 3600 * price_per_hour / per, 6))
+        rows.append(row)
+    yield "### Memory, speed and cost"
+    yield table(
+        [
+            *("arm", "budget", "n", "completed", "output tokens", "slots reserved"),
+            *("% of full", "cached at the end", "rounds", "tokens/s", "median TTFT s"),
+            *("machine-seconds", "slot-seconds", *price),
+        ],
+        rows,
+    )
+
+
+def _traces(cells: Sequence[Cell], price_per_hour: float | None) -> Iterator[str]:
+    """The same per conversation. One is completed if all of its turns are."""
+    rows = []
+    for c in cells:
+        turns: dict[tuple[str, int], list[bool]] = {}
+        most: dict[tuple[str, int], int] = {}
+        for row in c.rows:
+            trace = trace_of(row.item_id), row.seed_index
+            turns.setdefault(trace, []).append(row.status == "completed")
+            most[trace] = max(most.get(trace, 0), row.reserved_slots)
+        completed = sum(map(all, turns.values()))
+        per = completed or None
+        line = [
+            *_name(c),
+            str(len(turns)),
+            str(completed),
+            plain(sum(most.values()) / len(most), 0),
+            plain(sum(r.rounds for r in c.rows) / len(turns)),
+            plain(per and c.machine_seconds / per, 2),
+            plain(per and c.slot_seconds / per, 0),
+        ]
+        if price_per_hour is not None:
+            line.append(plain(per and c.machine_seconds / 3600 * price_per_hour / per, 6))
+        rows.append(line)
+    price = [] if price_per_hour is None else ["price per trace"]
+    yield "### Cost per completed trace"
+    yield table(
+        [
+            *("arm", "budget", "traces", "completed", "most slots reserved", "rounds per trace"),
+            *("machine-seconds", "slot-seconds", *price),
+        ],
+        rows,
+    )
+
+
+def _drawings(
+    task: str, cells: Sequence[Cell], styles: plots.Styles
+) -> Iterator[tuple[str, str, str]]:
+    """Name, title and SVG of each plot."""
+    qualities = quality_of(cells)
+    measures = [*qualities, *(m for m in (LOOPS,) if m.applies(cells))]
+    for measure in measures:
+        title = f"{task}: {measure.title} over budget"
+        found = [_point(measure, c, c.budget) for c in cells]
+        name = measure.title.replace(" ", "-").lower()
+        yield name, title, plots.over_budget(title, _axis(measure), found, styles)
+    timed = [c for c in cells if c.timed]
+    if timed:
+        title = f"{task}: throughput over budget"
+        found = [Point(c.arm, c.budget, c.tokens_per_second) for c in timed]
+        yield "throughput", title, plots.over_budget(title, "output tokens/s", found, styles)
+    title = f"{task}: memory over budget"
+    found = [Point(c.arm, c.budget, c.mean(lambda r: r.reserved_slots)) for c in cells]
+    yield "memory", title, plots.over_budget(title, "KV slots reserved (mean)", found, styles)
+    for measure in qualities[:1]:
+        title = f"{task}: {measure.title} against memory"
+        found = [_point(measure, c, c.mean(lambda r: r.reserved_slots)) for c in cells]
+        front = [
+            _point(measure, c, c.mean(lambda r: r.reserved_slots))
+            for c in pareto_front(cells, measure)
+        ]
+        yield "pareto", title, plots.pareto(title, _axis(measure), found, front, styles)
+
+
+def _front(cells: Sequence[Cell]) -> Iterator[str]:
+    for measure in quality_of(cells)[:1]:
+        front = sorted(
+            pareto_front(cells, measure), key=lambda c: c.mean(lambda r: r.reserved_slots)
+        )
+        names = ", ".join(
+            f"{c.label} ({c.mean(lambda r: r.reserved_slots):.0f} slots, "
+            f"{_score(measure, c)}{' %' if measure.share else ''}, n {c.n})"
+            for c in front
+        )
+        yield f"Pareto front of {measure.title} against slots reserved: {names}."
+
+
+def _events(results: Results) -> Iterator[str]:
+    """What went wrong on the way, also where a second attempt went well."""
+    rows = []
+    for cells in results.cells.values():
+        for c in cells:
+            bad = [r for r in c.attempts if r.status != "completed"]
+            if bad:
+                aborted = sum(r.status == "aborted" for r in bad)
+                memory = sum("memory" in (r.error or "").lower() for r in bad)
+                last = (bad[-1].error or "")[:200]
+                counts = [str(aborted), str(len(bad) - aborted), str(memory)]
+                rows.append([f"{c.task}, {c.label}", *counts, last])
+    if rows:
+        header = ["cell", "aborted by the worker", "failed attempts", "of both for memory"]
+        yield table([*header, "the last one said"], rows)
+    else:
+        yield "No request was aborted by a worker and no attempt failed."
+    for session in results.sessions:
+        counters = session["counters"]
+        told = (
+            "the worker could not be asked at the end"
+            if counters is None
+            else ", ".join(
+                f"{name.replace('_', ' ')} {value:g}" for name, value in counters.items()
+            )
+        )
+        if counters is not None and "retractions" not in counters:
+            told += ", retractions not reported (start the worker with --enable-metrics)"
+        yield (
+            f"The {session['worker']} worker, {session['ended'] - session['started']:.0f} s, "
+            f"{session['total_slots']} slots in its pool: {told}."
+        )
+
+
+def _name(c: Cell) -> list[str]:
+    return [c.arm, NOTHING if c.budget is None else str(c.budget)]
+
+
+def _score(measure: Measure, c: Cell) -> str:
+    estimate = measure.estimate(c)
+    return tables.percent(estimate) if measure.share else tables.number(estimate)
+
+
+def _delta(measure: Measure, c: Cell, base: Cell) -> str:
+    estimate = measure.difference(c, base)
+    return tables.points(estimate) if measure.share else tables.difference(estimate)
+
+
+def _against(measure: Measure, c: Cell, base: Cell | None) -> list[str]:
+    if base is None:
+        return []
+    if c is base:
+        return [NOTHING] * 3
+    signs = sign_test(measure.pairs(c), measure.pairs(base))
+    better, worse = signs.wins, signs.losses
+    if not measure.higher_is_better:
+        better, worse = worse, better
+    return [_delta(measure, c, base), f"{better} : {worse}", tables.p_value(signs.p_value)]
+
+
+def _evicted(c: Cell) -> str:
+    if not c.evicts:
+        return NOTHING
+    share = f"{100 * c.evicted_share:.0f} %"
+    return f"{share}, no-regression control" if c.is_control else share
+
+
+def _point(measure: Measure, c: Cell, x: float | None) -> Point:
+    estimate = measure.estimate(c)
+    scale = 100 if measure.share else 1
+    return Point(
+        c.arm, x, scale * estimate.value, low=scale * estimate.low, high=scale * estimate.high
+    )
+
+
+def _axis(measure: Measure) -> str:
+    return f"{measure.title} %" if measure.share else measure.title

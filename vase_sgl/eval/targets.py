@@ -1,0 +1,327 @@
+"""Where questions go: a worker over SGLang's HTTP interface, or a gateway through the SDK."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import hashlib
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from vase_sgl.client.types import Message
+from vase_sgl.eval.arms import Arm
+from vase_sgl.eviction import EvictionLimits, EvictionParams
+
+if TYPE_CHECKING:
+    from vase_sgl.client import AsyncClient
+    from vase_sgl.gateway.worker_http import HttpWorker
+
+#: A worker that sends nothing for so long is given up, in seconds.
+STALL_SECONDS = 600.0
+
+
+class TargetError(Exception):
+    """A question has no answer, or the target cannot be used. The text says why.
+
+    request_id: of the request, if it got as far as having one.
+    """
+
+    def __init__(self, message: str, request_id: str | None = None) -> None:
+        super().__init__(message)
+        self.request_id = request_id
+
+
+class RequestAborted(TargetError):
+    """The worker gave the request up, for lack of memory for instance."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn. top_k -1: all."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+
+    def options(self) -> dict[str, Any]:
+        """As the SDK names them, but for max_new_tokens."""
+        return {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What came. Fields as in `vase_sgl.eval.rows.Row`."""
+
+    request_id: str
+    text: str
+    finish_reason: str
+    seeds: Mapping[str, int]
+    prompt_tokens: int
+    output_tokens: int
+    rounds: int
+    evicted_tokens: int
+    physical_length: int
+    reserved_slots: int
+    full_kv_slots: int
+    ttft_seconds: float | None
+    digest: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetInfo:
+    """What the target is. fingerprint: of its worker. counters: totals since it started, by name;
+    those that it does not report are not there."""
+
+    fingerprint: Mapping[str, str]
+    max_budget: int
+    max_window: int
+    total_slots: int
+    counters: Mapping[str, float]
+
+
+class Target(Protocol):
+    """A model that answers. Methods raise `TargetError`, `answer` also `RequestAborted`."""
+
+    @property
+    def name(self) -> str:
+        """Address, for people."""
+
+    async def info(self) -> TargetInfo:
+        """What it is, and its counters now."""
+
+    async def answer(
+        self, messages: Sequence[Message], arm: Arm, sampling: Sampling, seed: int
+    ) -> Answer:
+        """Ask under an arm. Cancelling aborts the request."""
+
+    async def close(self) -> None:
+        """Release connections."""
+
+
+def request_seed(run_seed: int, task: str, item_id: str, seed_index: int) -> int:
+    """Seed of one sample, 0 to 2^63 - 1, the same in every arm.
+
+    First 8 bytes, big-endian and without the highest bit, of SHA-256 over the four, each preceded
+    by its length.
+    """
+    return _hash63("vase-sgl eval request v1", run_seed, task, item_id, seed_index)
+
+
+def eviction_seed(seed: int) -> int:
+    """The eviction seed that belongs to a request seed where no gateway derives it."""
+    return _hash63("vase-sgl eval eviction v1", seed)
+
+
+class WorkerTarget:
+    """A worker, asked directly. Needs the gateway's packages, but no gateway."""
+
+    def __init__(self, worker: HttpWorker) -> None:
+        self._worker = worker
+        self._limits: EvictionLimits | None = None
+
+    @property
+    def name(self) -> str:
+        return self._worker.name
+
+    async def info(self) -> TargetInfo:
+        from vase_sgl.gateway.errors import GatewayError
+
+        try:
+            info = await self._worker.info()
+        except GatewayError as error:
+            raise TargetError(str(error)) from error
+        counters: dict[str, float] = {"rounds": info.rounds, "evicted_tokens": info.evicted_tokens}
+        self._limits = EvictionLimits(info.max_budget, info.max_window)
+        retractions = await _retractions(self._worker.name)
+        if retractions is not None:
+            counters["retractions"] = retractions
+        return TargetInfo(
+            fingerprint=dict(info.fingerprint),
+            max_budget=info.max_budget,
+            max_window=info.max_window,
+            total_slots=info.total_slots,
+            counters=counters,
+        )
+
+    async def answer(
+        self, messages: Sequence[Message], arm: Arm, sampling: Sampling, seed: int
+    ) -> Answer:
+        from vase_sgl.gateway.errors import GatewayError
+        from vase_sgl.gateway.workers import WorkerRequest
+
+        seeds = {
+            "request": seed,
+            "sampling": _hash63("vase-sgl eval sampling v1", seed),
+            "eviction": eviction_seed(seed),
+        }
+        request_id = uuid.uuid4().hex
+        if self._limits is None:
+            await self.info()
+        # Every field explicit: nothing is left to the worker's defaults.
+        eviction = EvictionParams.parse(arm.params(seeds["eviction"]), self._limits).to_mapping()
+        start, ttft, last, done = time.monotonic(), None, None, False
+        try:
+            tokens = await self._worker.tokenize_chat([dict(m) for m in messages])  # type: ignore[arg-type]
+            request = WorkerRequest(
+                request_id=request_id,
+                prompt_token_ids=tokens,
+                sampling={
+                    "max_new_tokens": sampling.max_new_tokens,
+                    **sampling.options(),
+                    "stop": [],
+                    "sampling_seed": seeds["sampling"],
+                },
+                eviction=eviction,
+            )
+            async for last in self._worker.generate(request):
+                if ttft is None and last.token_ids:
+                    ttft = time.monotonic() - start
+            done = True
+        except GatewayError as error:
+            raise TargetError(str(error), request_id) from error
+        finally:
+            if not done:
+                await self._give_up(request_id)
+        assert last is not None and last.finish is not None  # `generate` raises otherwise
+        if last.finish.reason == "abort":
+            raise RequestAborted(last.finish.message or "aborted by the worker", request_id)
+        cache, full = last.cache, len(tokens) + len(last.token_ids)
+        return Answer(
+            request_id=request_id,
+            text=last.text,
+            finish_reason=last.finish.reason,
+            seeds=seeds,
+            prompt_tokens=len(tokens),
+            output_tokens=len(last.token_ids),
+            rounds=cache.rounds if cache else 0,
+            evicted_tokens=cache.evicted_tokens if cache else 0,
+            physical_length=cache.physical_length if cache else full,
+            reserved_slots=cache.reserved_slots if cache else full,
+            full_kv_slots=full,
+            ttft_seconds=ttft,
+            digest=cache.digest if cache else None,
+        )
+
+    async def close(self) -> None:
+        await self._worker.close()
+
+    async def _give_up(self, request_id: str) -> None:
+        """Free the request's slots, even while this task is being cancelled."""
+        from vase_sgl.gateway.errors import GatewayError
+
+        async def abort() -> None:
+            with contextlib.suppress(GatewayError):  # it is gone, and the request with it
+                await self._worker.abort(request_id)
+
+        await asyncio.shield(asyncio.ensure_future(abort()))
+
+
+class GatewayTarget:
+    """A gateway. It records every request, so that each row can be replayed by its request id."""
+
+    def __init__(self, target: str, client: AsyncClient) -> None:
+        self._target = target
+        self._client = client
+
+    @property
+    def name(self) -> str:
+        return self._target
+
+    async def info(self) -> TargetInfo:
+        from vase_sgl.client import VaseError
+
+        try:
+            capacity = await self._client.capacity()
+        except VaseError as error:
+            raise TargetError(str(error)) from error
+        return TargetInfo(
+            fingerprint=dict(capacity.fingerprint),
+            max_budget=capacity.max_budget,
+            max_window=capacity.max_window,
+            total_slots=capacity.total_slots,
+            counters={"rounds": capacity.rounds, "evicted_tokens": capacity.evicted_tokens},
+        )
+
+    async def answer(
+        self, messages: Sequence[Message], arm: Arm, sampling: Sampling, seed: int
+    ) -> Answer:
+        from vase_sgl.client import VaseError
+
+        eviction = dict(arm.eviction)
+        if "prompt" in eviction:
+            eviction["prompt_mode"] = eviction.pop("prompt")
+        stream = self._client.generate(
+            list(messages),
+            max_new_tokens=sampling.max_new_tokens,
+            seed=seed,
+            **sampling.options(),
+            **eviction,
+        )
+        request_id, text = None, []
+        try:
+            async with stream:
+                request_id = await stream.started()
+                text = [chunk.text async for chunk in stream]
+        except VaseError as error:
+            kind = RequestAborted if error.code == "ABORTED" else TargetError
+            raise kind(f"{error.code}: {error}", request_id) from error
+        result = stream.result
+        cache = result.cache
+        return Answer(
+            request_id=request_id,
+            text="".join(text),
+            finish_reason=result.finish_reason,
+            seeds={
+                "request": seed,
+                "sampling": result.seeds.sampling,
+                "eviction": result.seeds.eviction,
+            },
+            prompt_tokens=result.usage.prompt_tokens,
+            output_tokens=result.usage.completion_tokens,
+            rounds=cache.rounds if cache else 0,
+            evicted_tokens=cache.evicted_tokens if cache else 0,
+            physical_length=cache.physical_length if cache else result.full_kv_slots,
+            reserved_slots=cache.reserved_slots if cache else result.full_kv_slots,
+            full_kv_slots=result.full_kv_slots,
+            ttft_seconds=result.timings.ttft_seconds,
+            digest=cache.digest if cache else None,
+        )
+
+    async def close(self) -> None:
+        await self._client.close()
+
+
+async def _retractions(url: str) -> float | None:
+    """`sglang:num_retracted_requests_total`, summed; None if the worker shows no metrics."""
+    import aiohttp
+    from prometheus_client.parser import text_string_to_metric_families
+
+    timeout = aiohttp.ClientTimeout(total=30)
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=timeout) as http,
+            http.get(f"{url}/metrics") as response,
+        ):
+            if response.status != 200:
+                return None
+            text = await response.text()
+    except aiohttp.ClientError as error:
+        raise TargetError(f"worker {url} does not answer /metrics: {error}") from error
+    if "sglang:" not in text:
+        return None  # metrics are off
+    return sum(
+        sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == "sglang:num_retracted_requests_total"
+    )
+
+
+def _hash63(*parts: str | int) -> int:
+    encoded = [str(part).encode() for part in parts]
+    message = b"".join(len(part).to_bytes(4, "big") + part for part in encoded)
+    return int.from_bytes(hashlib.sha256(message).digest()[:8], "big") & (2**63 - 1)
