@@ -9,7 +9,7 @@ import pytest
 import torch
 from sglang.srt.platforms import current_platform
 
-from vase_sgl.engine import linear_cpu, platform_cpu, sampling_cpu, torchvision_cpu
+from vase_sgl.engine import device, linear_cpu, platform_cpu, sampling_cpu, torchvision_cpu
 
 
 class TestLinear:
@@ -128,8 +128,11 @@ class TestPlatform:
 
     def test_it_leaves_a_gpu_machine_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
         assert platform_cpu.activate() is not None
-        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+        monkeypatch.setattr(device, "has_accelerator", lambda: True)
         assert platform_cpu.activate() is None
+
+    def test_the_build_of_torch_tells_as_torch_itself_does(self) -> None:
+        assert device.has_accelerator() == torch.accelerator.is_available()
 
     def test_it_leaves_sglangs_own_cpu_engine_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("SGLANG_USE_CPU_ENGINE", "1")
