@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
-from threading import Barrier
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -61,43 +59,27 @@ class Rounds(Protocol):
 class ReferenceRounds:
     """The torch reference: requests of one shape in one call. Needs no scratch of its own.
 
-    A round is thousands of products of small matrices. Threads inside of each would wait for one
-    another most of the time (and for a busy neighbour's, which is far worse), so every thread of
-    torch takes requests of its own, and works alone. Results do not depend on their number.
+    A round is thousands of products of small matrices. Torch's threads would share each of them and
+    wait for one another most of the time (and for a busy neighbour, which is far worse), so a round
+    has one. Threads for whole requests were tried: they are faster by themselves, but the forward
+    took almost twice as long beside them.
     """
 
     nbytes = 0
 
-    def __init__(self) -> None:
-        self._threads = torch.get_num_threads()
-        ready = Barrier(self._threads + 1)
-        self._workers = ThreadPoolExecutor(
-            self._threads, "vase-rounds", initializer=_work_alone, initargs=(ready,)
-        )
-        for _ in range(self._threads):
-            self._workers.submit(int)  # a thread starts with the first task that finds none idle
-        ready.wait()
-        torch.set_num_threads(self._threads)  # what threads of others will start with
-
     def run(self, pool: BudgetPool, due: Sequence[DueRequest]) -> None:
         ordered = sorted(due, key=_shape)
-        shards = [
-            requests[start :: self._threads]
-            for requests in (list(group) for _, group in groupby(ordered, key=_shape))
-            for start in range(min(self._threads, len(requests)))
-        ]
-        for done in [self._workers.submit(_run_alike, pool, shard) for shard in shards]:
-            done.result()
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            for _, group in groupby(ordered, key=_shape):
+                _run_alike(pool, list(group))
+        finally:
+            torch.set_num_threads(threads)
 
 
-def _work_alone(ready: Barrier) -> None:
-    torch.set_num_threads(1)
-    ready.wait()
-
-
-@torch.inference_mode()
 def _run_alike(pool: BudgetPool, due: list[DueRequest]) -> None:
-    """Rounds of requests of one shape. Requests own what is written, so threads do not meet."""
+    """Rounds of requests of one shape."""
     params = due[0].cache.params
     device = pool.token_positions.device
     queries = None
