@@ -1,13 +1,15 @@
 """`vase-sgl worker` with timers (`benchmarks.timers`): `python -m benchmarks.timed_worker`.
 
 A spawned child imports this module first, as `__mp_main__`, so the timers are in place before
-SGLang loads the plugin there.
+SGLang loads the plugin there. A child of the fork server would come too late, so there is none.
 """
 
+# ruff: noqa: E402  # SGLang is imported below, and not without the workaround
 from __future__ import annotations
 
-# First of all, for its torchvision workaround.
-from vase_sgl.engine import server  # isort: skip
+from vase_sgl.engine.torchvision_cpu import declare_torchvision_operators  # isort: skip
+
+declare_torchvision_operators()
 
 import dataclasses
 import sys
@@ -18,7 +20,16 @@ from vase_kernels.reference import evict as reference_evict
 from vase_kernels.reference import select as reference_select
 
 from benchmarks.timers import Timers
-from vase_sgl.engine import compaction, lifecycle, output, plugin, query_ring, server_info
+from vase_sgl.engine import (
+    compaction,
+    fork_server,
+    lifecycle,
+    output,
+    plugin,
+    query_ring,
+    server,
+    server_info,
+)
 
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _ATTENTION = "sglang.srt.layers.radix_attention.RadixAttention.forward"
@@ -34,6 +45,7 @@ _GROUPS = {
 def install() -> Timers:
     """Put timers around the plugin's functions, before SGLang loads the plugin."""
     timers = Timers()
+    fork_server.start = lambda model_path: None
     plugin.HOOKS = tuple(_timed(timers, hook) for hook in plugin.HOOKS)
     plugin._CPU_HOOKS = tuple(_timed(timers, hook) for hook in plugin._CPU_HOOKS)
     timers.method("scheduler.alloc_for_decode", lifecycle, "alloc_for_decode")

@@ -109,9 +109,38 @@ def test_scratch_size_and_threads_do_not_matter(policy, monkeypatch):
 def test_row_products_are_products():
     g = torch.Generator().manual_seed(1)
     for m, n, d in ((1, 1, 1), (5, 33, 20), (96, 128, 64)):
-        a = torch.randn(2, 3, m, d, generator=g)
-        b = torch.randn(2, 3, n, d, generator=g)
+        a = torch.randn(7, 3, m, d, generator=g)
+        b = torch.randn(7, 3, n, d, generator=g)
         torch.testing.assert_close(linear.row_products(a, b), a @ b.mT, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def untried():
+    linear._trial.cache_clear()
+    yield
+    linear._trial.cache_clear()
+
+
+@pytest.mark.parametrize("another_order", [False, True])
+def test_matrices_share_a_call_only_where_the_bits_are_those_of_one(
+    another_order, untried, monkeypatch
+):
+    """With this machine's BLAS as it is, and with one that sums a batch in another order."""
+    calls = []
+
+    def bmm(lefts, rights, *, out=None):
+        calls.append(len(lefts))
+        products = lefts.flip(-1) @ rights.flip(-2) if another_order else true_bmm(lefts, rights)
+        return products if out is None else out.copy_(products)
+
+    true_bmm = torch.bmm
+    monkeypatch.setattr(torch, "bmm", bmm)
+    g = torch.Generator().manual_seed(3)
+    a, b = torch.randn(21, 48, 64, generator=g), torch.randn(21, 80, 64, generator=g)
+    together = linear.row_products(a, b)
+    assert calls[0] == 8 and len(calls) in ((1,) if another_order else (1, 3))  # a trial, then two
+    for i in range(21):
+        assert_same_bits(linear.row_products(a[i : i + 1], b[i : i + 1])[0], together[i])
 
 
 def test_fold_sum_sums():

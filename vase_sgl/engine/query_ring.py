@@ -50,6 +50,9 @@ class QueryRing:
         self.row_of_request = torch.zeros(request_rows, dtype=torch.int32, device=device)
         self._owners: list[weakref.ref[Req] | None] = [None] * requests
         self._mapped: list[int] = [0] * request_rows  # host copy of row_of_request
+        # On a CPU, see `write`: entries of each layer, and where the step's tokens go.
+        self._entries = self.data.flatten(3).flatten(1, 2).unbind()
+        self._places = torch.empty(0, dtype=torch.int64)
 
     @property
     def nbytes(self) -> int:
@@ -95,12 +98,17 @@ class QueryRing:
     def write(
         self, layer_id: int, rows: torch.Tensor, positions: torch.Tensor, q: torch.Tensor
     ) -> None:
-        """Store q [tokens, q_heads * head_dim] of one layer. Static shapes, in place."""
-        ring = self.data[layer_id]
-        if ring.device.type == "cuda":
-            store_queries(ring, q.view(len(rows), -1), rows, positions, self.row_of_request)
-        else:
-            ring[self.row_of_request[rows], positions % self.window] = q.view(-1, *ring.shape[2:])
+        """Store q [tokens, q_heads * head_dim] of one layer. Static shapes, in place.
+
+        A step writes its layers from 0 on: on a CPU, layer 0 works out the places for all.
+        """
+        if self.data.device.type == "cuda":
+            queries = q.view(len(rows), -1)
+            store_queries(self.data[layer_id], queries, rows, positions, self.row_of_request)
+            return
+        if layer_id == 0:
+            self._places = self.row_of_request[rows] * self.window + positions % self.window
+        self._entries[layer_id].index_copy_(0, self._places, q.view(len(rows), -1))
 
     def last(self, ring_row: int, logical_length: int, window: int) -> torch.Tensor:
         """The queries of positions [logical_length - window, logical_length), oldest first.

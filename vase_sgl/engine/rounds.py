@@ -57,25 +57,13 @@ class Rounds(Protocol):
 
 
 class ReferenceRounds:
-    """The torch reference: requests of one shape in one call. Needs no scratch of its own.
-
-    A round is thousands of products of small matrices. Torch's threads would share each of them and
-    wait for one another most of the time (and for a busy neighbour, which is far worse), so a round
-    has one. Threads for whole requests were tried: they are faster by themselves, but the forward
-    took almost twice as long beside them.
-    """
+    """The torch reference: requests of one shape in one call. Needs no scratch of its own."""
 
     nbytes = 0
 
     def run(self, pool: BudgetPool, due: Sequence[DueRequest]) -> None:
-        ordered = sorted(due, key=_shape)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            for _, group in groupby(ordered, key=_shape):
-                _run_alike(pool, list(group))
-        finally:
-            torch.set_num_threads(threads)
+        for _, group in groupby(sorted(due, key=_shape), key=_shape):
+            _run_alike(pool, list(group))
 
 
 def _run_alike(pool: BudgetPool, due: list[DueRequest]) -> None:

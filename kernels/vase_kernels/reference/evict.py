@@ -146,8 +146,9 @@ def evict_reference(
             slots[:, :budget].flatten(),
             positions[..., :budget].permute(1, 0, 3, 2).flatten(1, 2).to(torch.int32),
         )
-        _move(k_buffers[group], row_ids, dst, src)
-        _move(v_buffers[group], row_ids, dst, src)
+        to, source = (_rows_of(columns, row_ids) for columns in (dst, src))
+        _move(k_buffers[group], to, source)
+        _move(v_buffers[group], to, source)
     return EvictResult(sums, torch.cat(inspected, dim=1) if return_victims else None)
 
 
@@ -171,6 +172,13 @@ def _row_ids(slots: Tensor, num_heads: int) -> Tensor:
     return slots[:, None, :] * num_heads + torch.arange(num_heads, device=slots.device)[:, None]
 
 
+def _rows_of(columns: Tensor, row_ids: Tensor) -> Tensor:
+    """Buffer rows [layers, ids] of columns [N, layers, kv_heads, count]."""
+    layers = columns.shape[1]
+    rows = row_ids[:, None].expand(-1, layers, -1, -1).gather(-1, columns)
+    return rows.transpose(0, 1).flatten(1)
+
+
 class _PoolRows:
     """`Layers` of a pool: rows [N, kv_heads, columns, head_dim] by layer, gathered when read."""
 
@@ -183,12 +191,9 @@ class _PoolRows:
         return rows.view(*self.row_ids.shape, -1)
 
 
-def _move(buffers: Sequence[Tensor], row_ids: Tensor, dst: Tensor, src: Tensor) -> None:
-    """Copy row src[n, l, h, i] over row dst[n, l, h, i] in every layer's buffer."""
-    for layer, buffer in enumerate(buffers):
-        rows = buffer.view(-1, buffer.shape[-1]).view(
-            torch.int64
-        )  # words: float8 has no index_copy_
-        to = row_ids.gather(-1, dst[:, layer]).flatten()
-        source = row_ids.gather(-1, src[:, layer]).flatten()
-        rows.index_copy_(0, to, rows.index_select(0, source))
+def _move(buffers: Sequence[Tensor], rows: Tensor, sources: Tensor) -> None:
+    """Copy row `sources`[l, i] of every layer's buffer over its row `rows`[l, i]."""
+    for buffer, to, source in zip(buffers, rows, sources, strict=True):
+        # As words: float8 has no index_copy_.
+        words = buffer.view(-1, buffer.shape[-1]).view(torch.int64)
+        words.index_copy_(0, to, words.index_select(0, source))

@@ -2,11 +2,13 @@
 
 A BLAS library picks its summation order by shape, batch count and alignment, so one request's
 product can differ in the last bit with its neighbours; one bit can flip a kept set for good.
-Here every matrix is multiplied by its own call on padded, aligned operands, and sums are
+Here every matrix is multiplied as if by its own call on padded, aligned operands, and sums are
 elementwise additions in a fixed order: a row's result depends on that row alone.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
@@ -17,6 +19,8 @@ from torch.nn import functional as F
 _ALIGN = 16
 #: Fewest rows: below it BLAS falls back to vector kernels, whose order depends on alignment.
 _MIN_ROWS = 32
+#: Matrices multiplied by one call, if a trial shows the bits of one at a time.
+_AT_ONCE = 8
 
 
 def _padded(x: Tensor) -> Tensor:
@@ -29,7 +33,7 @@ def _padded(x: Tensor) -> Tensor:
 
 
 def row_products(a: Tensor, b: Tensor) -> Tensor:
-    """All inner products of rows, `a @ b.mT`, one BLAS call per leading index.
+    """All inner products of rows, `a @ b.mT`, with the bits of one BLAS call per leading index.
 
     Parameters
     ----------
@@ -47,9 +51,29 @@ def row_products(a: Tensor, b: Tensor) -> Tensor:
     a, b = _padded(a), _padded(b)
     out = a.new_empty(*a.shape[:-1], b.shape[-2])
     lefts, rights, products = (x.flatten(0, -3) for x in (a, b.mT, out))
-    for i in range(len(products)):
+    done = 0
+    if len(products) >= _AT_ONCE and _may_share_a_call(lefts, rights):
+        for done in range(_AT_ONCE, len(products) + 1, _AT_ONCE):
+            some = slice(done - _AT_ONCE, done)
+            torch.bmm(lefts[some], rights[some], out=products[some])
+    for i in range(done, len(products)):
         torch.mm(lefts[i], rights[i], out=products[i])
     return out[..., :m, :n]
+
+
+def _may_share_a_call(lefts: Tensor, rights: Tensor) -> bool:
+    """Whether `_AT_ONCE` matrices of this shape get the same bits from one call as from many."""
+    _, rows, depth = lefts.shape
+    return not lefts.is_cuda and _trial(rows, depth, rights.shape[-1], torch.get_num_threads())
+
+
+@functools.lru_cache(maxsize=4096)
+def _trial(rows: int, depth: int, columns: int, threads: int) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    lefts = torch.randn(_AT_ONCE, rows, depth, generator=generator)
+    rights = torch.randn(_AT_ONCE, columns, depth, generator=generator).mT
+    alone = torch.stack([torch.mm(*pair) for pair in zip(lefts, rights, strict=True)])
+    return torch.equal(torch.bmm(lefts, rights), alone)
 
 
 def fold_sum(x: Tensor, dim: int) -> Tensor:

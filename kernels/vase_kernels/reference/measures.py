@@ -12,40 +12,55 @@ from vase_kernels.reference.candidates import Candidates, Layers
 from vase_kernels.reference.linear import fold_sum, row_products
 from vase_kernels.reference.philox import normal_pair
 
-#: Rows are measured in chunks of this many float32; the result does not depend on it.
-_SCRATCH_FLOATS = 1 << 18
+#: Rows are measured in pieces of this many float32; the result does not depend on it.
+_SCRATCH_FLOATS = 1 << 20
 
 
-def _chunks(floats_per_request: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Split tensors along the requests so that a chunk's float32 scratch stays in cache."""
-    step = max(1, _SCRATCH_FLOATS // floats_per_request)
-    for start in range(0, tensors[0].shape[0], step):
-        yield tuple(x[start : start + step] for x in tensors)
+def _pieces(
+    c: Candidates, layers: Layers, floats: int
+) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
+    """Cut requests and layers into pieces whose float32 scratch stays in cache.
+
+    floats: scratch of one layer of one request. Yields the piece's requests and layers, and its
+    rows [n, l, H, C, D].
+    """
+    requests, num_layers = c.positions.shape[:2]
+    layers_at_once = max(1, _SCRATCH_FLOATS // (floats * requests))
+    requests_at_once = max(1, _SCRATCH_FLOATS // floats)
+    for layer in range(0, num_layers, layers_at_once):
+        group = range(layer, min(layer + layers_at_once, num_layers))
+        rows = [layers[i] for i in group]
+        stacked = torch.stack(rows, dim=1) if len(rows) > 1 else rows[0][:, None]
+        for request in range(0, requests, requests_at_once):
+            some = slice(request, request + requests_at_once)
+            yield (some, slice(group.start, group.stop)), stacked[some]
+
+
+def _floats(c: Candidates, layers: Layers) -> int:
+    """Numbers in the rows of one layer of one request."""
+    return c.positions[0, 0].numel() * layers[0].shape[-1]
 
 
 def value_range(c: Candidates, values: Layers) -> Tensor:
     """max - min over head_dim, float32 [N, L, H, C]."""
     out = torch.empty(c.positions.shape, device=c.positions.device)
-    for layer in range(out.shape[1]):
-        rows = values[layer]
-        for x, difference in _chunks(rows[0].numel(), rows, out[:, layer]):
-            x = x.to(torch.float32)
-            difference.copy_(x.amax(-1)).sub_(x.amin(-1))
+    for piece, rows in _pieces(c, values, _floats(c, values)):
+        rows = rows.to(torch.float32)
+        out[piece] = rows.amax(-1).sub_(rows.amin(-1))
     return out
 
 
 def attention(c: Candidates, queries: Tensor, keys: Layers) -> Tensor:
     """Mean attention of a group's queries on each candidate, float32 [N, L, H, C]."""
     out = torch.empty(c.positions.shape, device=c.positions.device)
-    requests, num_layers, heads, num_candidates = out.shape
-    for layer in range(num_layers):
-        k, dim = keys[layer], queries.shape[-1]
-        # The query heads of a group one after another: [N, H, group * W, D].
-        q = queries[:, layer].reshape(requests, heads, -1, dim)
-        scratch = heads * q.shape[2] * num_candidates
-        for rows, columns, mean in _chunks(scratch, q, k, out[:, layer]):
-            probability = torch.softmax(row_products(rows, columns).mul_(dim**-0.5), dim=-1)
-            mean.copy_(fold_sum(probability, -2)).div_(q.shape[2])
+    heads, num_candidates = out.shape[2:]
+    query_heads, window, dim = queries.shape[2:]
+    for piece, rows in _pieces(c, keys, query_heads * window * num_candidates):
+        # The query heads of a group one after another: [n, l, H, group * W, D].
+        q = queries[piece].reshape(*rows.shape[:2], heads, -1, dim)
+        scores = row_products(q, rows).mul_(dim**-0.5)
+        probability = torch.softmax(scores, dim=-1, out=scores)  # fresh pages would cost more
+        out[piece] = fold_sum(probability, -2).div_(q.shape[-2])
     return out
 
 
@@ -72,20 +87,16 @@ def gaussian(c: Candidates, round: Tensor, rows: int, columns: int) -> Tensor:
 def energy(c: Candidates, layers: Layers, projection: Tensor) -> Tensor:
     """Squared norm of every row times its layer's `projection` [N, L, H, D, J], [N, L, H, C]."""
     out = torch.empty(c.positions.shape, device=c.positions.device)
-    for layer in range(out.shape[1]):
-        rows, g = layers[layer], projection[:, layer].mT
-        for x, columns, squares in _chunks(rows[0].numel(), rows, g, out[:, layer]):
-            squares.copy_(fold_sum(row_products(x, columns).square_(), -1))
+    for piece, rows in _pieces(c, layers, _floats(c, layers)):
+        out[piece] = fold_sum(row_products(rows, projection[piece].mT).square_(), -1)
     return out
 
 
 def squared_norm(c: Candidates, layers: Layers) -> Tensor:
     """Squared L2 norm of every row, float32 [N, L, H, C]."""
     out = torch.empty(c.positions.shape, device=c.positions.device)
-    for layer in range(out.shape[1]):
-        rows = layers[layer]
-        for x, squares in _chunks(rows[0].numel(), rows, out[:, layer]):
-            squares.copy_(fold_sum(x.to(torch.float32).square(), -1))
+    for piece, rows in _pieces(c, layers, _floats(c, layers)):
+        out[piece] = fold_sum(rows.to(torch.float32).square(), -1)
     return out
 
 
@@ -95,13 +106,11 @@ def mean_similarity(c: Candidates, layers: Layers) -> Tensor:
     Linear in C: for unit rows u and s their sum, the sum over j != i of u_i.u_j is u_i.s - u_i.u_i.
     """
     out = torch.empty(c.positions.shape, device=c.positions.device)
-    num_candidates = out.shape[-1]
-    for layer in range(out.shape[1]):
-        rows = layers[layer]
-        for x, similarity in _chunks(rows[0].numel(), rows, out[:, layer]):
-            x = x.to(torch.float32)
-            norm = fold_sum(x.square(), -1).sqrt_()
-            unit = x / (norm + 1e-8)[..., None]
-            total = fold_sum(unit.clone(), -2)[..., None, :]
-            similarity.copy_(fold_sum(unit * total, -1)).sub_(fold_sum(unit.square_(), -1))
-    return out.div_(num_candidates)
+    for piece, rows in _pieces(c, layers, _floats(c, layers)):
+        rows = rows.to(torch.float32)
+        norm = fold_sum(rows.square(), -1).sqrt_()
+        unit = rows / (norm + 1e-8)[..., None]
+        total = fold_sum(unit.clone(), -2)[..., None, :]
+        similarity = fold_sum(unit * total, -1)
+        out[piece] = similarity.sub_(fold_sum(unit.square_(), -1))
+    return out.div_(out.shape[-1])
