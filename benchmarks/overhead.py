@@ -30,6 +30,7 @@ from benchmarks.options import Model
 from benchmarks.results import Report, median, number, ratio
 from benchmarks.timers import Totals, decode_seconds, difference, shares
 from benchmarks.workers import Worker, WorkerSpec, running
+from vase_sgl.eviction import EvictionLimits, EvictionParams
 from vase_sgl.eviction.policies import POLICIES
 
 #: Decode steps that a trace covers; a round of the usual window lies in it.
@@ -40,9 +41,13 @@ def main(argv: list[str] | None = None) -> int:
     chosen = _parser().parse_args(argv)
     options.check(chosen)
     chosen.batch = chosen.batch or (16 if chosen.gpu else 8)
-    chosen.budget = chosen.budget or (2048 if chosen.gpu else 320)
-    if max(chosen.windows) >= chosen.budget:
-        raise SystemExit(f"--windows: must be below the budget of {chosen.budget}")
+    chosen.budget = chosen.budget or (2048 if chosen.gpu else 384)
+    largest = max(chosen.budget, *chosen.windows)
+    for window in chosen.windows:
+        try:
+            EvictionParams.parse(_vase(chosen, window, 0), EvictionLimits(largest, largest))
+        except ValueError as error:
+            raise SystemExit(f"--windows {window}: {error}") from error
     with tempfile.TemporaryDirectory() as folder:
         model = options.the_model(chosen, Path(folder))
         spec = _spec(chosen)
@@ -68,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     made = options.parser(__doc__ or "", name="overhead")
     add = made.add_argument
     add("--windows", type=int, nargs="+", default=[16, 32, 64, 128, 256])
-    add("--budget", type=int, default=None, help="320; on a GPU 2048")
+    add("--budget", type=int, default=None, help="384; on a GPU 2048")
     add("--batch", type=int, default=None, help="requests at once: 8; on a GPU 16")
     add("--steps", type=int, default=256, help="decode steps of a run, about")
     add("--rounds", type=int, default=2, help="turns of all arms")
