@@ -172,6 +172,11 @@ def _row_ids(slots: Tensor, num_heads: int) -> Tensor:
     return slots[:, None, :] * num_heads + torch.arange(num_heads, device=slots.device)[:, None]
 
 
+def _as_words(buffer: Tensor) -> Tensor:
+    """Its rows as int64: faster to gather than 16-bit floats, and float8 has no `index_copy_`."""
+    return buffer.view(-1, buffer.shape[-1]).view(torch.int64)
+
+
 def _rows_of(columns: Tensor, row_ids: Tensor) -> Tensor:
     """Buffer rows [layers, ids] of columns [N, layers, kv_heads, count]."""
     layers = columns.shape[1]
@@ -187,13 +192,12 @@ class _PoolRows:
         self.row_ids = row_ids
 
     def __getitem__(self, layer: int) -> Tensor:
-        rows = self.buffers[layer].flatten(0, 1).index_select(0, self.row_ids.flatten())
-        return rows.view(*self.row_ids.shape, -1)
+        rows = _as_words(self.buffers[layer]).index_select(0, self.row_ids.flatten())
+        return rows.view(self.buffers[layer].dtype).view(*self.row_ids.shape, -1)
 
 
 def _move(buffers: Sequence[Tensor], rows: Tensor, sources: Tensor) -> None:
     """Copy row `sources`[l, i] of every layer's buffer over its row `rows`[l, i]."""
     for buffer, to, source in zip(buffers, rows, sources, strict=True):
-        # As words: float8 has no index_copy_.
-        words = buffer.view(-1, buffer.shape[-1]).view(torch.int64)
+        words = _as_words(buffer)
         words.index_copy_(0, to, words.index_select(0, source))

@@ -20,7 +20,7 @@ _ALIGN = 16
 #: Fewest rows: below it BLAS falls back to vector kernels, whose order depends on alignment.
 _MIN_ROWS = 32
 #: Matrices multiplied by one call, if a trial shows the bits of one at a time.
-_AT_ONCE = 8
+_AT_ONCE = 4
 
 
 def _padded(x: Tensor) -> Tensor:
