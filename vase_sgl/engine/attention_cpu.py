@@ -3,7 +3,8 @@
 Upstream's torch_native backend decodes one request after another in Python. Here requests whose
 rows are about equally long go through one call of torch's flash attention. A request's row is
 padded to a length that follows from its own length alone, and flash attention computes every
-(request, KV head) by itself, so the bits do not depend on the batch.
+(request, KV head) by itself, on any of its threads. So the bits do not depend on the batch, as long
+as all threads' scratch is aligned alike; that is what queries are padded for.
 """
 
 from __future__ import annotations
@@ -14,10 +15,14 @@ from typing import Any
 import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 #: Rows are padded to multiples of this many columns, long ones to an eighth of a power of two.
 _COLUMNS = 64
+#: Queries of a KV head are padded to multiples of this many. The flash kernel gives a thread
+#: `queries * (columns + 2 + head_dim)` float32 of one allocation, and BLAS sums in another order
+#: where a matrix is not aligned to 64 bytes: with 8 queries and an even head_dim all are.
+_QUERIES = 8
 #: Gathered K (and V) rows of one call; they should stay in the CPU's cache.
 _SCRATCH_BYTES = 8 * 2**20
 
@@ -118,12 +123,14 @@ class BatchedDecodeBackend(TorchNativeAttnBackend):
                 req_to_token, req_pool_indices, seq_lens, bytes_a_column, query.dtype
             )
         kv_heads, head_dim = k_cache.shape[1:]
+        grouped = query.shape[1] // kv_heads
         for group in self._groups:
             n = len(group.members)
             k = self._gather(k_cache, group.slots, "_k_rows").to(query.dtype)
             v = self._gather(v_cache, group.slots, "_v_rows").to(query.dtype)
             # The query heads of a group are rows of one small matrix: K and V are read once.
             q = query[group.members].view(n, kv_heads, -1, head_dim)
+            q = pad(q, (0, 0, 0, -grouped % _QUERIES))
             with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
                 attended = scaled_dot_product_attention(
                     q,
@@ -132,7 +139,7 @@ class BatchedDecodeBackend(TorchNativeAttnBackend):
                     attn_mask=group.mask,
                     scale=scaling,
                 )
-            output[group.members] = attended.reshape(n, -1, head_dim)
+            output[group.members] = attended[:, :, :grouped].reshape(n, -1, head_dim)
         return output
 
     def _gather(self, cache: torch.Tensor, slots: torch.Tensor, scratch: str) -> torch.Tensor:
