@@ -21,6 +21,16 @@ from tests.engine.scheduler_harness import SteppedScheduler  # noqa: E402
 from tests.engine.tiny_model import write_tiny_model  # noqa: E402
 
 
+@pytest.fixture(params=[1, 2, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Threads of torch. Each has scratch of its own in kernels, aligned in its own way; the bits
+    must not follow the thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("tiny"))

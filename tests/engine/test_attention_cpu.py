@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -52,15 +51,6 @@ class Scene:
             scaling=0.1,
             enable_gqa=query.shape[1] != self.k.shape[1],
         )
-
-
-@pytest.fixture(params=[1, 2, 3])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """Each has scratch of its own in the flash kernel, which may be aligned in its own way."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 _RUNNER = SimpleNamespace(device="cpu", req_to_token_pool=None, token_to_kv_pool=None)

@@ -17,7 +17,7 @@ class TestLinear:
     @pytest.mark.parametrize(("inputs", "outputs"), [(64, 96), (576, 960), (1536, 576)])
     @pytest.mark.parametrize("tile", [linear_cpu.DECODE_TILE, linear_cpu.EXTEND_TILE])
     def test_a_row_is_the_same_in_any_batch(
-        self, dtype: torch.dtype, inputs: int, outputs: int, tile: int
+        self, dtype: torch.dtype, inputs: int, outputs: int, tile: int, threads: int
     ) -> None:
         generator = torch.Generator().manual_seed(1)
         weight = torch.randn(outputs, inputs, generator=generator).to(dtype)
@@ -34,7 +34,9 @@ class TestLinear:
                 assert torch.equal(part, whole[start : start + rows])
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-    def test_tiles_at_once_have_the_bits_of_tiles_alone(self, dtype: torch.dtype) -> None:
+    def test_tiles_at_once_have_the_bits_of_tiles_alone(
+        self, dtype: torch.dtype, threads: int
+    ) -> None:
         generator = torch.Generator().manual_seed(2)
         weight = torch.randn(576, 1536, generator=generator).to(dtype)
 
