@@ -16,8 +16,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -27,6 +25,7 @@ from typing import Any
 
 import grpc
 
+from benchmarks import environment
 from benchmarks.gateway_arms import (
     IDLE_TOKENS,
     Direct,
@@ -232,16 +231,19 @@ def main() -> None:
     engine.add_argument("--engine-repeats", type=int, default=3, help="pairs for each tokens/s")
     options = parser.parse_args()
     with_engine = options.model_path is not None
+    told = {
+        "environment": environment.describe(),
+        "options": {
+            name: value.name if isinstance(value, Path) else value
+            for name, value in vars(options).items()
+        },
+    }
     with tempfile.TemporaryDirectory() as folder:
         measure = measure_engine if with_engine else measure_alone
         results = asyncio.run(measure(options, Path(folder)))
     print((report_engine if with_engine else report_alone)(results))
     if options.json is not None:
-        told = {
-            "machine": {"cores": os.cpu_count(), "python": platform.python_version()},
-            "options": vars(options),
-        }
-        options.json.write_text(json.dumps(told | results, indent=2, default=str) + "\n")
+        options.json.write_text(json.dumps(told | results, indent=2) + "\n")
 
 
 if __name__ == "__main__":
