@@ -183,7 +183,11 @@ def main() -> None:
         print(f"this takes {ratio:.2f} of the other's time to the first token")
     if options.json is not None:
         machine = {"cores": os.cpu_count(), "python": platform.python_version()}
-        told = {"machine": machine, "options": vars(options), "results": results}
+        names = {
+            name: value.name if isinstance(value, Path) else value
+            for name, value in vars(options).items()
+        }
+        told = {"machine": machine, "options": names, "results": results}
         options.json.write_text(json.dumps(told, indent=2, default=str) + "\n")
 
 
