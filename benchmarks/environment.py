@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib.metadata
 import os
@@ -34,6 +35,14 @@ def describe() -> dict[str, Any]:
             for name, value in sorted(os.environ.items())
             if name.startswith(_VARIABLES)
         },
+    }
+
+
+def options(parsed: argparse.Namespace) -> dict[str, Any]:
+    """The options of a benchmark. Paths are reduced to their last part."""
+    return {
+        name: value.name if isinstance(value, Path) else value
+        for name, value in vars(parsed).items()
     }
 
 

@@ -231,13 +231,7 @@ def main() -> None:
     engine.add_argument("--engine-repeats", type=int, default=3, help="pairs for each tokens/s")
     options = parser.parse_args()
     with_engine = options.model_path is not None
-    told = {
-        "environment": environment.describe(),
-        "options": {
-            name: value.name if isinstance(value, Path) else value
-            for name, value in vars(options).items()
-        },
-    }
+    told = {"environment": environment.describe(), "options": environment.options(options)}
     with tempfile.TemporaryDirectory() as folder:
         measure = measure_engine if with_engine else measure_alone
         results = asyncio.run(measure(options, Path(folder)))

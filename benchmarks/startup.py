@@ -15,7 +15,6 @@ import dataclasses
 import json
 import math
 import os
-import platform
 import re
 import signal
 import socket
@@ -32,6 +31,7 @@ from typing import Any
 
 import psutil
 
+from benchmarks import environment
 from vase_sgl.parent_watch import PARENT_PID
 
 #: The end of each phase, as SGLang's log tells it.
@@ -182,13 +182,12 @@ def main() -> None:
         ratio = results["this"]["first_token_seconds"] / results["other"]["first_token_seconds"]
         print(f"this takes {ratio:.2f} of the other's time to the first token")
     if options.json is not None:
-        machine = {"cores": os.cpu_count(), "python": platform.python_version()}
-        names = {
-            name: value.name if isinstance(value, Path) else value
-            for name, value in vars(options).items()
+        told = {
+            "environment": environment.describe(),
+            "options": environment.options(options),
+            "results": results,
         }
-        told = {"machine": machine, "options": names, "results": results}
-        options.json.write_text(json.dumps(told, indent=2, default=str) + "\n")
+        options.json.write_text(json.dumps(told, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,34 +17,31 @@ _SCRATCH_FLOATS = 1 << 20
 
 
 def _pieces(
-    c: Candidates, layers: Layers, floats: int
+    c: Candidates, layers: Layers, floats: int | None = None
 ) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
     """Cut requests and layers into pieces whose float32 scratch stays in cache.
 
-    floats: scratch of one layer of one request. Yields the piece's requests and layers, and its
-    rows [n, l, H, C, D].
+    floats: scratch of one layer of one request; None: its rows. Yields the piece's requests and
+    layers, and its rows [n, l, H, C, D].
     """
     requests, num_layers = c.positions.shape[:2]
+    first = layers[0]  # to gather a layer is work, so once
+    floats = floats or first[0].numel()
     layers_at_once = max(1, _SCRATCH_FLOATS // (floats * requests))
     requests_at_once = max(1, _SCRATCH_FLOATS // floats)
     for layer in range(0, num_layers, layers_at_once):
         group = range(layer, min(layer + layers_at_once, num_layers))
-        rows = [layers[i] for i in group]
+        rows = [layers[i] if i else first for i in group]
         stacked = torch.stack(rows, dim=1) if len(rows) > 1 else rows[0][:, None]
         for request in range(0, requests, requests_at_once):
             some = slice(request, request + requests_at_once)
             yield (some, slice(group.start, group.stop)), stacked[some]
 
 
-def _floats(c: Candidates, layers: Layers) -> int:
-    """Numbers in the rows of one layer of one request."""
-    return c.positions[0, 0].numel() * layers[0].shape[-1]
-
-
 def value_range(c: Candidates, values: Layers) -> Tensor:
     """max - min over head_dim, float32 [N, L, H, C]."""
     out = torch.empty(c.positions.shape, device=c.positions.device)
-    for piece, rows in _pieces(c, values, _floats(c, values)):
+    for piece, rows in _pieces(c, values):
         rows = rows.to(torch.float32)
         out[piece] = rows.amax(-1).sub_(rows.amin(-1))
     return out
@@ -87,7 +84,7 @@ def gaussian(c: Candidates, round: Tensor, rows: int, columns: int) -> Tensor:
 def energy(c: Candidates, layers: Layers, projection: Tensor) -> Tensor:
     """Squared norm of every row times its layer's `projection` [N, L, H, D, J], [N, L, H, C]."""
     out = torch.empty(c.positions.shape, device=c.positions.device)
-    for piece, rows in _pieces(c, layers, _floats(c, layers)):
+    for piece, rows in _pieces(c, layers):
         out[piece] = fold_sum(row_products(rows, projection[piece].mT).square_(), -1)
     return out
 
@@ -95,7 +92,7 @@ def energy(c: Candidates, layers: Layers, projection: Tensor) -> Tensor:
 def squared_norm(c: Candidates, layers: Layers) -> Tensor:
     """Squared L2 norm of every row, float32 [N, L, H, C]."""
     out = torch.empty(c.positions.shape, device=c.positions.device)
-    for piece, rows in _pieces(c, layers, _floats(c, layers)):
+    for piece, rows in _pieces(c, layers):
         out[piece] = fold_sum(rows.to(torch.float32).square(), -1)
     return out
 
@@ -106,7 +103,7 @@ def mean_similarity(c: Candidates, layers: Layers) -> Tensor:
     Linear in C: for unit rows u and s their sum, the sum over j != i of u_i.u_j is u_i.s - u_i.u_i.
     """
     out = torch.empty(c.positions.shape, device=c.positions.device)
-    for piece, rows in _pieces(c, layers, _floats(c, layers)):
+    for piece, rows in _pieces(c, layers):
         rows = rows.to(torch.float32)
         norm = fold_sum(rows.square(), -1).sqrt_()
         unit = rows / (norm + 1e-8)[..., None]
