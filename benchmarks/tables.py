@@ -4,8 +4,8 @@
     python -m benchmarks.tables --check    # exit status 1 if the page is not what this would write
 
 Rewritten is what lies between `<!-- results: NAME -->` and `<!-- end -->`: the table and plot of
-benchmarks/results/NAME.json, or that it has not been measured and how to. `goals` and `floors` are
-made from several results and from model shapes.
+benchmarks/results/NAME.json, or that it has not been measured and how to. `goals` is made
+from several results, `floors` and `value_range` from model shapes.
 """
 
 from __future__ import annotations
@@ -75,6 +75,8 @@ def block(name: str, folder: Path) -> str:
         return goals(folder)
     if name == "floors":
         return floors()
+    if name == "value_range":
+        return value_range()
     if name not in COMMANDS:
         raise ValueError(f"no result is called {name!r}; there are {', '.join(COMMANDS)}")
     path = folder / f"{name}.json"
@@ -171,6 +173,40 @@ def floors() -> str:
         )
     head = ("Qwen3-14B, batch 16", "weights GB", "K and V GB", "floor ms a step", "tokens/s at it")
     return table(head, rows)
+
+
+def value_range() -> str:
+    """Tokens per second by bytes alone: vase-attnv with cached value ranges over reading V anew.
+
+    A cached range is 4 bytes a token, layer and head: it saves reading V of the budget's rows but
+    the `window` new ones each round, and takes memory that would hold further requests.
+    """
+    shape, budget, memory = SHAPES["qwen3-14b"], 2048, 40e9
+    ranges = 4 * shape.layers * shape.kv_heads
+    rows = []
+    for window in (16, 32, 64, 128, 256):
+        told: list[str] = []
+        for kv in (shape.kv_bytes_per_token, shape.kv_bytes_per_token // 2):
+            speeds = []
+            for column, read in ((0, budget), (ranges, window)):
+                batch = memory / ((budget + window) * (kv + column))
+                again = batch * (read * kv / 2 + (budget + window) * column) / window
+                step = shape.weight_bytes + batch * (budget + window / 2) * kv + again
+                if not column:
+                    told.append(f"{number(100 * again / step)} %")
+                speeds.append(batch / step)
+            told += [f"{number(100 * ranges / kv)} %", f"{speeds[1] / speeds[0]:.3f}"]
+        rows.append((str(window), *told))
+    head = [
+        f"{kind}: {what}"
+        for kind in ("bf16", "fp8")
+        for what in (
+            "reading V, of a step's bytes",
+            "cache, of KV memory",
+            "tokens/s cached / read",
+        )
+    ]
+    return table(("Qwen3-14B, budget 2,048, 40 GB for KV; window", *head), rows)
 
 
 if __name__ == "__main__":

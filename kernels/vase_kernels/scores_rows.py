@@ -1,8 +1,8 @@
 """Keys that are one number of one row: the value range, and the key norm of knorm.
 
 The value range is what evict-largest-values evicts and what vase-attnv protects. It is read here
-rather than cached at write time: per round of `window` tokens one read of V, against a write and a
-column of state for every token and head. Value ranges equal the reference bit for bit, norms up to
+rather than cached at write time: a cache takes 4 bytes a token and head from the KV pool, which
+costs as many tokens per second as the read (docs/performance.md has the sum). Value ranges equal the reference bit for bit, norms up to
 rounding.
 
 Bytes: V or K of the candidates once (C * head_dim * element size a head), 4 written a column.
