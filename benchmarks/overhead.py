@@ -110,7 +110,8 @@ async def measure(
     await _run(worker, chosen, model, min(chosen.windows), "budget", turn=-1)  # warms up
     for turn in range(chosen.rounds):
         for window in chosen.windows:
-            for arm in ("full", "budget"):
+            # Each arm first in turn: a machine that slows down or speeds up favours neither.
+            for arm in ("full", "budget") if turn % 2 == 0 else ("budget", "full"):
                 sample = await _run(worker, chosen, model, window, arm, turn)
                 samples.append(sample)
                 per_token = number(1e3 * (median(sample["tpot"]) or 0))

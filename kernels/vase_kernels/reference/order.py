@@ -28,4 +28,4 @@ def smallest(key: Tensor, positions: Tensor, count: int) -> Tensor:
     )
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # orders like the floats do
     packed = (ordered.to(torch.int64) << 32) | positions
-    return packed.argsort(dim=-1)[..., :count]
+    return packed.topk(count, dim=-1, largest=False).indices
