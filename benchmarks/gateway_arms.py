@@ -86,11 +86,11 @@ def serve_worker() -> None:
             "rounds": 0,
             "evicted_tokens": 0,
             "running_requests": 0,
+            "max_running_requests": 10**5,
             "context_length": 10**7,
             "vocab_size": 10**5,
         }
-        state = {"vase": vase, "effective_max_running_requests_per_dp": 10**5}
-        return web.json_response({"internal_states": [state]})
+        return web.json_response({"internal_states": [{"vase": vase}]})
 
     async def done(request: web.Request) -> web.Response:
         return web.Response()

@@ -2,8 +2,8 @@
 
 The value range is what evict-largest-values evicts and what vase-attnv protects. It is read here
 rather than cached at write time: a cache takes 4 bytes a token and head from the KV pool, which
-costs as many tokens per second as the read (docs/performance.md has the sum). Value ranges equal the reference bit for bit, norms up to
-rounding.
+costs as many tokens per second as the read (docs/performance.md has the sum). Value ranges equal
+the reference bit for bit, norms up to rounding.
 
 Bytes: V or K of the candidates once (C * head_dim * element size a head), 4 written a column.
 """
