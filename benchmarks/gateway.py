@@ -109,8 +109,25 @@ def in_turn(ways: dict[str, Tokens], number: int) -> list[str]:
     return names[number % len(names) :] + names[: number % len(names)]
 
 
+def latencies(seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """Medians of the ways, and of what the gateway adds over pairs of calls."""
+    added = [through - direct for direct, through in zip(*seconds.values(), strict=True)]
+    return {name: statistics.median(values) for name, values in seconds.items()} | {
+        "added": statistics.median(added),
+        "added_quartiles": statistics.quantiles(added),
+    }
+
+
+def rates(speed: dict[str, list[float]]) -> dict[str, float]:
+    """Medians of the ways, and of their ratio over pairs of runs."""
+    ratios = [through / direct for direct, through in zip(*speed.values(), strict=True)]
+    return {name: statistics.median(values) for name, values in speed.items()} | {
+        "ratio": statistics.median(ratios)
+    }
+
+
 async def measure_alone(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The gateway before a worker that costs nothing."""
+    """The gateway before a worker that costs nothing. Ratios and differences are as below."""
     with scripted_worker(folder) as url, gateway_to(url, folder) as (target, key, pid):
         async with Direct(url) as direct, Through(target, key) as through:
             ways: dict[str, Tokens] = {"direct": direct.tokens, "gateway": through.tokens}
@@ -120,18 +137,17 @@ async def measure_alone(options: argparse.Namespace, folder: Path) -> dict[str, 
             empty = []
             for number in range(options.repeats):
                 empty.append(await empty_call(through, options.calls))
+                for name, seconds in (await alternately(ways, options.calls)).items():
+                    ttft[name] += seconds
                 for name in in_turn(ways, number):
-                    ttft[name].append(await first_token(ways[name], options.calls))
                     speed[name].append(
                         await tokens_per_second(ways[name], options.streams, options.tokens)
                     )
             idle = await idle_streams(through, pid, options.idle)
             again = await idle_streams(through, pid, options.idle)
-    speeds = {name: statistics.median(values) for name, values in speed.items()}
-    ttfts = {name: statistics.median(values) for name, values in ttft.items()}
     return {
-        "tokens_per_second": speeds | {"ratio": speeds["gateway"] / speeds["direct"]},
-        "ttft_seconds": ttfts | {"added": ttfts["gateway"] - ttfts["direct"]},
+        "tokens_per_second": rates(speed),
+        "ttft_seconds": latencies(ttft),
         "empty_grpc_call_seconds": statistics.median(empty),
         "idle": idle,
         "idle_again": again,
@@ -159,21 +175,17 @@ async def measure_engine(options: argparse.Namespace, folder: Path) -> dict[str,
                         speed[streams][name].append(
                             await tokens_per_second(ways[name], streams, options.engine_tokens)
                         )
-    added = [through - direct for direct, through in zip(*ttft.values(), strict=True)]
     return {
-        "ttft_seconds": {name: statistics.median(values) for name, values in ttft.items()}
-        | {"added": statistics.median(added), "added_quartiles": statistics.quantiles(added)},
-        "tokens_per_second": {
-            streams: {name: statistics.median(values) for name, values in pairs.items()}
-            | {
-                "ratio": statistics.median(
-                    through / direct for direct, through in zip(*pairs.values(), strict=True)
-                )
-            }
-            for streams, pairs in speed.items()
-        },
+        "ttft_seconds": latencies(ttft),
+        "tokens_per_second": {streams: rates(pairs) for streams, pairs in speed.items()},
         "all": {"tokens_per_second": speed, "ttft_seconds": ttft},
     }
+
+
+def added(ttft: dict[str, Any]) -> str:
+    """What the gateway adds to the first token."""
+    low, _, high = ttft["added_quartiles"]
+    return f"{ttft['added'] * 1e3:.2f} added (quartiles {low * 1e3:.2f}, {high * 1e3:.2f})"
 
 
 def report_alone(results: dict[str, Any]) -> str:
@@ -185,7 +197,7 @@ def report_alone(results: dict[str, Any]) -> str:
             f"{'tokens/s, streamed':24}{speed['direct']:12,.0f}{speed['gateway']:12,.0f}"
             f"    {speed['ratio']:.2f} of direct",
             f"{'TTFT, ms':24}{ttft['direct'] * 1e3:12.2f}{ttft['gateway'] * 1e3:12.2f}"
-            f"    {ttft['added'] * 1e3:.2f} added; an empty gRPC call takes "
+            f"    {added(ttft)}; an empty gRPC call takes "
             f"{results['empty_grpc_call_seconds'] * 1e3:.2f}",
             f"{idle['streams']:.0f} idle streams: {idle['kib_per_stream']:.0f} KiB each, "
             f"TTFT beside them {idle['ttft_seconds'] * 1e3:.2f} ms, gateway's memory "
@@ -204,10 +216,8 @@ def report_engine(results: dict[str, Any]) -> str:
         f"    {speed['ratio']:.3f} of direct"
         for streams, speed in results["tokens_per_second"].items()
     ]
-    low, _, high = ttft["added_quartiles"]
     lines.append(
-        f"{'TTFT, ms':24}{ttft['direct'] * 1e3:12.1f}{ttft['gateway'] * 1e3:12.1f}"
-        f"    {ttft['added'] * 1e3:.2f} added (quartiles {low * 1e3:.2f}, {high * 1e3:.2f})"
+        f"{'TTFT, ms':24}{ttft['direct'] * 1e3:12.1f}{ttft['gateway'] * 1e3:12.1f}    {added(ttft)}"
     )
     return "\n".join(lines)
 
@@ -218,7 +228,7 @@ def main() -> None:
     alone = parser.add_argument_group("with a worker without a model")
     alone.add_argument("--streams", type=int, default=32, help="streams side by side")
     alone.add_argument("--tokens", type=int, default=512, help="tokens of each")
-    alone.add_argument("--calls", type=int, default=50, help="requests for each median TTFT")
+    alone.add_argument("--calls", type=int, default=50, help="pairs of requests for TTFT")
     alone.add_argument("--idle", type=int, default=1000, help="open streams that wait")
     alone.add_argument("--repeats", type=int, default=5, help="of each measurement, in turn")
     engine = parser.add_argument_group("with a real engine")
