@@ -9,24 +9,25 @@ import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
 from vase_sgl.engine import plugin
-from vase_sgl.engine.attention_cpu import OVERRIDDEN, BatchedDecodeBackend, padded_length
+from vase_sgl.engine.attention_cpu import OVERRIDDEN, BatchedDecodeBackend, padded_shape
 
-LENGTHS = [1, 2, 63, 64, 65, 128, 129, 192, 192, 511, 512, 513, 700]
-HEAD_DIM = 64
+LENGTHS = [1, 2, 62, 63, 65, 126, 129, 192, 192, 510, 511, 513, 700]
 
 
 class Scene:
     """A KV pool whose free slots hold NaN, and one row of shuffled slots per request."""
 
-    def __init__(self, kv_heads: int, group: int, dtype: torch.dtype, *, seed: int = 0) -> None:
+    def __init__(
+        self, kv_heads: int, group: int, head_dim: int, dtype: torch.dtype, *, seed: int = 0
+    ) -> None:
         generator = torch.Generator().manual_seed(7)  # a request's data; `seed` places them
         self.rows = [
-            torch.randn(2, length, kv_heads, HEAD_DIM, generator=generator) for length in LENGTHS
+            torch.randn(2, length, kv_heads, head_dim, generator=generator) for length in LENGTHS
         ]
-        self.query = torch.randn(len(LENGTHS), kv_heads * group, HEAD_DIM, generator=generator)
+        self.query = torch.randn(len(LENGTHS), kv_heads * group, head_dim, generator=generator)
         self.query = self.query.to(dtype)
         slots = 1 + sum(LENGTHS) + 50
-        self.k, self.v = torch.full((2, slots, kv_heads, HEAD_DIM), float("nan")).to(dtype)
+        self.k, self.v = torch.full((2, slots, kv_heads, head_dim), float("nan")).to(dtype)
         free = 1 + torch.randperm(slots - 1, generator=torch.Generator().manual_seed(seed))
         self.req_to_token = torch.zeros(len(LENGTHS) + 3, 1024, dtype=torch.int32)
         self.request_rows = torch.randperm(len(LENGTHS) + 3)[: len(LENGTHS)]
@@ -57,10 +58,14 @@ _RUNNER = SimpleNamespace(device="cpu", req_to_token_pool=None, token_to_kv_pool
 EVERYONE = list(range(len(LENGTHS)))
 
 
-@pytest.mark.parametrize(("kv_heads", "group"), [(1, 1), (3, 3), (2, 8), (4, 1)])
+@pytest.mark.parametrize(
+    ("kv_heads", "group", "head_dim"), [(1, 1, 64), (3, 3, 64), (2, 8, 128), (4, 1, 80)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_equals_attention_in_float64(kv_heads: int, group: int, dtype: torch.dtype) -> None:
-    scene = Scene(kv_heads, group, dtype)
+def test_it_equals_attention_in_float64(
+    kv_heads: int, group: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    scene = Scene(kv_heads, group, head_dim, dtype)
     found = scene.attend(EVERYONE, BatchedDecodeBackend)
     for (k, v), q, out in zip(scene.rows, scene.query, found, strict=True):
         k, v = (x.to(dtype).double().repeat_interleave(group, 1) for x in (k, v))
@@ -70,30 +75,35 @@ def test_it_equals_attention_in_float64(kv_heads: int, group: int, dtype: torch.
         torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize(("kv_heads", "group"), [(1, 1), (3, 3), (2, 5)])
+@pytest.mark.parametrize(
+    ("kv_heads", "group", "head_dim"),
+    [(1, 1, 64), (3, 3, 64), (2, 5, 64), (3, 2, 128), (2, 6, 80), (1, 7, 72), (2, 3, 100)],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_request_has_the_same_bits_in_any_batch(
     kv_heads: int,
     group: int,
+    head_dim: int,
     dtype: torch.dtype,
     threads: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    scene = Scene(kv_heads, group, dtype)
+    scene = Scene(kv_heads, group, head_dim, dtype)
     together = scene.attend(EVERYONE, BatchedDecodeBackend)
     for batch in (EVERYONE[::-1], EVERYONE[3:9], [8, 7], [7, 8, 6, 12]):
         assert torch.equal(scene.attend(batch, BatchedDecodeBackend), together[batch])
     for one in EVERYONE:
         assert torch.equal(scene.attend([one], BatchedDecodeBackend)[0], together[one])
     assert torch.equal(
-        Scene(kv_heads, group, dtype, seed=1).attend(EVERYONE, BatchedDecodeBackend), together
+        Scene(kv_heads, group, head_dim, dtype, seed=1).attend(EVERYONE, BatchedDecodeBackend),
+        together,
     ), "slot numbers"
     monkeypatch.setattr("vase_sgl.engine.attention_cpu._SCRATCH_BYTES", 1)
     assert torch.equal(scene.attend(EVERYONE, BatchedDecodeBackend), together), "one at a time"
 
 
 def test_scratch_of_an_earlier_batch_does_not_matter() -> None:
-    scene = Scene(2, 2, torch.float32)
+    scene = Scene(2, 2, 64, torch.float32)
     backend = BatchedDecodeBackend(_RUNNER)
     first = scene.attend([12], BatchedDecodeBackend)
 
@@ -108,7 +118,7 @@ def test_scratch_of_an_earlier_batch_does_not_matter() -> None:
 
 
 def test_a_sliding_window_takes_upstreams_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    scene = Scene(2, 1, torch.float32)
+    scene = Scene(2, 1, 64, torch.float32)
     arguments = (scene.query[:1], torch.empty_like(scene.query[:1]), scene.k, scene.v)
     place = (scene.req_to_token, scene.request_rows[:1], torch.tensor([1]))
     outputs = [
@@ -118,11 +128,16 @@ def test_a_sliding_window_takes_upstreams_loop(monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(*outputs)
 
 
-def test_padding_is_bounded_and_holds_the_row() -> None:
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 100, 128, 256])
+@pytest.mark.parametrize("queries", range(1, 17))
+def test_padding_is_bounded_holds_the_row_and_aligns_scratch(queries: int, head_dim: int) -> None:
     for length in range(1, 40_000, 7):
-        padded = padded_length(length)
-        assert 0 <= padded - length < max(64, length / 8 + 1)
-        assert padded_length(padded) == padded
+        columns, padded = padded_shape(length, queries, head_dim)
+        assert 0 <= columns - length < max(64, length / 8 + 1)
+        assert queries <= padded < queries + 8
+        assert padded * (min(columns, 512) + 2 + head_dim) % 16 == 0
+        # 64 bytes of a type of two bytes: rows of every request's queries, keys and values.
+        assert padded * head_dim % 32 == 0 and columns * head_dim % 32 == 0
 
 
 def test_upstream_still_has_what_is_overridden() -> None:

@@ -4,12 +4,13 @@ Upstream's torch_native backend decodes one request after another in Python. Her
 rows are about equally long go through one call of torch's flash attention. A request's row is
 padded to a length that follows from its own length alone, and flash attention computes every
 (request, KV head) by itself, on any of its threads. So the bits do not depend on the batch, as long
-as all threads' scratch is aligned alike; that is what queries are padded for.
+as all threads' scratch is aligned alike (`padded_shape`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -19,10 +20,8 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 #: Rows are padded to multiples of this many columns, long ones to an eighth of a power of two.
 _COLUMNS = 64
-#: Queries of a KV head are padded to multiples of this many. The flash kernel gives a thread
-#: `queries * (columns + 2 + head_dim)` float32 of one allocation, and BLAS sums in another order
-#: where a matrix is not aligned to 64 bytes: with 8 queries and an even head_dim all are.
-_QUERIES = 8
+#: Columns that the flash kernel works on at a time, and float32 in 64 bytes.
+_BLOCK, _ALIGN = 512, 16
 #: Gathered K (and V) rows of one call; they should stay in the CPU's cache.
 _SCRATCH_BYTES = 8 * 2**20
 
@@ -49,23 +48,36 @@ OVERRIDDEN = (
 )
 
 
-def padded_length(length: int) -> int:
-    """Columns that a row of `length` cached tokens is padded to: at most 63 or an eighth more."""
+def padded_shape(length: int, queries: int, head_dim: int) -> tuple[int, int]:
+    """Columns, and queries of a KV head, that a row of `length` cached tokens is padded to.
+
+    The columns are at most 63 or an eighth more. The flash kernel gives each thread
+    `queries * (min(columns, 512) + 2 + head_dim)` float32 of one allocation, and BLAS sums in
+    another order where a matrix is not aligned to 64 bytes. So that all threads' are, a short row
+    has a few columns less than a multiple of 64. Beyond 512, or with a head_dim whose own rows are
+    not aligned, queries are added, which costs more.
+    """
+    less = (2 + head_dim) % (_ALIGN // math.gcd(queries, _ALIGN))
+    columns = -(-(length + less) // _COLUMNS) * _COLUMNS - less
+    if columns <= _BLOCK and head_dim % 32 == 0:
+        return columns, queries
     step = max(_COLUMNS, 1 << max(0, length.bit_length() - 4))
-    return -(-length // step) * step
+    return -(-length // step) * step, queries + -queries % 8
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Group:
-    """Requests of one padded length: one call of flash attention in every layer.
+    """Requests of one padded shape: one call of flash attention in every layer.
 
     members: int64 [n], their places in the batch. slots: int64 [n * columns]; a column past the
-    end repeats the request's first slot. mask: [n, 1, 1, columns], 0 or -inf.
+    end repeats the request's first slot. mask: [n, 1, 1, columns], 0 or -inf. queries: of a KV
+    head, padded.
     """
 
     members: torch.Tensor
     slots: torch.Tensor
     mask: torch.Tensor
+    queries: int
 
 
 class BatchedDecodeBackend(TorchNativeAttnBackend):
@@ -117,20 +129,21 @@ class BatchedDecodeBackend(TorchNativeAttnBackend):
                 is_cross_attn,
                 sliding_window_size,
             )
-        if self._groups is None:
-            bytes_a_column = k_cache[0].numel() * query.element_size()
-            self._groups = _group(
-                req_to_token, req_pool_indices, seq_lens, bytes_a_column, query.dtype
-            )
         kv_heads, head_dim = k_cache.shape[1:]
         grouped = query.shape[1] // kv_heads
+        if self._groups is None:
+            bytes_a_column = k_cache[0].numel() * query.element_size()
+            shapes = [padded_shape(n, grouped, head_dim) for n in seq_lens.tolist()]
+            self._groups = _group(
+                req_to_token, req_pool_indices, seq_lens, shapes, bytes_a_column, query.dtype
+            )
         for group in self._groups:
             n = len(group.members)
             k = self._gather(k_cache, group.slots, "_k_rows").to(query.dtype)
             v = self._gather(v_cache, group.slots, "_v_rows").to(query.dtype)
             # The query heads of a group are rows of one small matrix: K and V are read once.
             q = query[group.members].view(n, kv_heads, -1, head_dim)
-            q = pad(q, (0, 0, 0, -grouped % _QUERIES))
+            q = pad(q, (0, 0, 0, group.queries - grouped))
             with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
                 attended = scaled_dot_product_attention(
                     q,
@@ -156,15 +169,16 @@ def _group(
     req_to_token: torch.Tensor,
     req_pool_indices: torch.Tensor,
     seq_lens: torch.Tensor,
+    shapes: list[tuple[int, int]],
     bytes_a_column: int,
     dtype: torch.dtype,
 ) -> list[_Group]:
-    """Group a batch by padded length, and cut groups to what the scratch is meant to hold."""
-    members: dict[int, list[int]] = {}
-    for index, length in enumerate(seq_lens.tolist()):
-        members.setdefault(padded_length(length), []).append(index)
+    """Group a batch by padded shape, and cut groups to what the scratch is meant to hold."""
+    members: dict[tuple[int, int], list[int]] = {}
+    for index, shape in enumerate(shapes):
+        members.setdefault(shape, []).append(index)
     groups = []
-    for columns, indices in sorted(members.items()):
+    for (columns, queries), indices in sorted(members.items()):
         count = max(1, _SCRATCH_BYTES // (columns * bytes_a_column))
         for start in range(0, len(indices), count):
             chosen = torch.tensor(indices[start : start + count])
@@ -174,5 +188,5 @@ def _group(
             at = torch.where(inside, row, 0)
             slots = req_to_token[req_pool_indices[chosen, None], at].to(torch.int64)
             mask = torch.zeros(inside.shape, dtype=dtype).masked_fill_(~inside, float("-inf"))
-            groups.append(_Group(chosen, slots.flatten(), mask[:, None, None]))
+            groups.append(_Group(chosen, slots.flatten(), mask[:, None, None], queries))
     return groups

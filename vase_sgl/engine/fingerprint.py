@@ -26,7 +26,7 @@ def fingerprint(scheduler: Any) -> dict[str, str]:
         "weights_digest": _weights_digest(args.model_path, str(args.load_format)),
         "vase_sgl": __version__,
         "sglang": version("sglang"),
-        "kernels": f"{BudgetPool.of(scheduler.req_to_token_pool).kernels}-4",
+        "kernels": f"{BudgetPool.of(scheduler.req_to_token_pool).kernels}-5",
         "torch": torch.__version__,
         "dtype": str(runner.dtype).removeprefix("torch."),
         "kv_cache_dtype": str(runner.token_to_kv_pool.dtype).removeprefix("torch."),
