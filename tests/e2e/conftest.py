@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.otlp_receiver import OtlpReceiver
-from tests.e2e.worker_process import WorkerProcess
+from tests.e2e.worker_process import SECOND_KEY, WorkerProcess
 from vase_sgl.demo.model import ensure_model
+from vase_sgl.worker_key import WORKER_KEY
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +37,10 @@ def worker(
 
 @pytest.fixture(scope="session")
 def second_worker(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
-    """Another process with the same model; `test_worker_lost.py`, which runs last, kills it."""
-    with WorkerProcess(model, tmp_path_factory.mktemp("second")) as process:
+    """Another process with the same model, which asks for a key.
+
+    `test_worker_lost.py`, which runs last, kills it.
+    """
+    key = {WORKER_KEY: SECOND_KEY}
+    with WorkerProcess(model, tmp_path_factory.mktemp("second"), **key) as process:
         yield process

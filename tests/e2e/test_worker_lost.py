@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import httpx
 import pytest
 
-from tests.e2e.worker_process import WorkerProcess
+from tests.e2e.worker_process import SECOND_KEY, WorkerProcess
 from tests.gateway.running import add_tenant, until_ready
 from vase_sgl.client import NEVER, AsyncClient, Message, Unavailable
 from vase_sgl.gateway.config import load_config
@@ -19,6 +20,14 @@ PROMPT = [Message(role="user", content="Tell me about the sea.")]
 REQUEST = {"budget": 48, "window": 16, "policy": "vase-attnv", "ignore_eos": True}
 
 
+def test_a_worker_with_a_key(second_worker: WorkerProcess) -> None:
+    for path in ("/server_info", "/generate", "/v1/models", "/v1/tokenize", "/abort_request"):
+        assert httpx.post(second_worker.url + path, json={}).status_code == 401, path
+    assert httpx.get(f"{second_worker.url}/health").status_code == 200
+    second_worker.state()
+    assert SECOND_KEY not in second_worker.log.read_text()
+
+
 async def test_answers_of_a_lost_worker_fail_clearly_and_are_replayed_by_the_other(
     worker: WorkerProcess, second_worker: WorkerProcess, tmp_path: Path
 ) -> None:
@@ -27,7 +36,11 @@ async def test_answers_of_a_lost_worker_fail_clearly_and_are_replayed_by_the_oth
     config = load_config(
         overrides={
             "listen": {"port": 0},
-            "worker": {"urls": [worker.url, second_worker.url], "health_interval_seconds": 0.3},
+            "worker": {
+                "urls": [worker.url, second_worker.url],
+                "health_interval_seconds": 0.3,
+                "api_key": SECOND_KEY,  # the first asks for none
+            },
             "audit": {"url": f"sqlite+aiosqlite:///{tmp_path / 'audit.sqlite3'}"},
             "tenants_file": tenants_file,
         }

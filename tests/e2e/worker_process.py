@@ -14,7 +14,11 @@ from typing import Any, Self
 
 import httpx
 
+from vase_sgl.worker_key import WORKER_KEY
+
 TOTAL_SLOTS = 4096
+#: What the second worker of these tests asks its callers for.
+SECOND_KEY = "a-key-of-the-second-worker"
 _FLAGS = (
     "--max-total-tokens",
     str(TOTAL_SLOTS),
@@ -35,7 +39,8 @@ class WorkerProcess:
             *("--port", str(self.port), *_FLAGS, *flags),
         ]
         self._env = {**os.environ, **env}
-        self.http = httpx.Client(base_url=self.url, timeout=300)
+        headers = {"Authorization": f"Bearer {env[WORKER_KEY]}"} if WORKER_KEY in env else {}
+        self.http = httpx.Client(base_url=self.url, timeout=300, headers=headers)
 
     def __enter__(self) -> Self:
         with self.log.open("wb") as output:

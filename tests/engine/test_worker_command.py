@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import socket
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from vase_sgl.engine import server
 from vase_sgl.engine.config import EngineConfig
 from vase_sgl.eviction import ParameterError
+from vase_sgl.worker_key import WORKER_KEY, HiddenKey
 
 
 def test_cpu_defaults_fill_in_what_the_user_left_out() -> None:
@@ -62,6 +64,31 @@ def test_wrong_settings(
         monkeypatch.setenv(name, "")  # restored afterwards, whatever the command exports
         monkeypatch.delenv(name)
     assert text in _fails(capsys, "--model-path", str(tiny_model), *flags)
+
+
+@pytest.mark.parametrize(
+    ("key", "flags", "text"),
+    [
+        ("a key", (), "VASE_WORKER__API_KEY must be ASCII without spaces"),
+        ("", (), "VASE_WORKER__API_KEY must be ASCII without spaces, and not empty"),
+        ("k", ("--api-key", "l"), "both --api-key and VASE_WORKER__API_KEY are set"),
+    ],
+)
+def test_wrong_keys(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    key: str,
+    flags: tuple[str, ...],
+    text: str,
+) -> None:
+    monkeypatch.setenv(WORKER_KEY, key)
+    assert text in _fails(capsys, *flags)
+
+
+def test_a_key_does_not_show() -> None:
+    key = HiddenKey("secret")
+    assert f"Bearer {key}" == "Bearer secret" and "secret" not in repr({"api_key": key})
+    assert "secret" not in repr(pickle.loads(pickle.dumps(key)))
 
 
 def test_settings_come_from_the_environment() -> None:

@@ -12,9 +12,12 @@ import asyncio
 import dataclasses
 import hashlib
 import json
+import os
 from typing import Any, Self
 
 from aiohttp import web
+
+from vase_sgl.worker_key import WORKER_KEY
 
 VOCAB = 50_000
 
@@ -44,7 +47,7 @@ class Faults:
 class ScriptedWorker:
     """Serve with `async with ScriptedWorker() as worker`, at `worker.url`."""
 
-    def __init__(self, port: int = 0, host: str = "127.0.0.1") -> None:
+    def __init__(self, port: int = 0, host: str = "127.0.0.1", api_key: str | None = None) -> None:
         self.url = ""
         self.faults = Faults()
         self.fingerprint = dict(FINGERPRINT)
@@ -68,12 +71,13 @@ class ScriptedWorker:
         self.max_query_requests = 64
         self.prefix_cache = True
         self.tokens_written = 0
+        self._api_key = api_key
         self._host = host
         self._port = port
         self._runner: web.AppRunner | None = None
 
     async def __aenter__(self) -> Self:
-        app = web.Application(client_max_size=2**26)
+        app = web.Application(client_max_size=2**26, middlewares=[self._authenticate])
         app.router.add_post("/generate", self._generate)
         app.router.add_post("/v1/tokenize", self._tokenize)
         app.router.add_post("/abort_request", self._abort)
@@ -113,6 +117,15 @@ class ScriptedWorker:
         async with asyncio.timeout(5):
             while len(self.aborted) < count:
                 await asyncio.sleep(0.01)
+
+    @web.middleware
+    async def _authenticate(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        """As SGLang's: everything but the health checks asks for the key."""
+        given = request.headers.get("Authorization")
+        if self._api_key and request.path != "/health" and given != f"Bearer {self._api_key}":
+            return web.json_response({"error": "Unauthorized"}, status=401)
+        response: web.StreamResponse = await handler(request)
+        return response
 
     async def _tokenize(self, request: web.Request) -> web.Response:
         body = await request.json()
@@ -304,7 +317,7 @@ def _event(content: dict[str, Any]) -> bytes:
 
 
 async def _serve(port: int) -> None:
-    async with ScriptedWorker(port):
+    async with ScriptedWorker(port, api_key=os.environ.get(WORKER_KEY)):
         await asyncio.Event().wait()
 
 

@@ -53,6 +53,9 @@ def test_a_variable_of_another_part_is_no_error(monkeypatch: pytest.MonkeyPatch)
         ("drain_seconds: 3", "no worker: set worker.model_path (or --model-path)"),
         ("worker: {urls: ['x:1']}", "'x:1' is not a URL; one looks like http://"),
         ("worker: {urls: ['http://x', 'http://x']}", "a worker is named twice"),
+        ("worker: {urls: ['http://x'], api_key: short}", "at least 16"),
+        ("worker: {urls: ['http://x'], api_key: 'with spaces, and long'}", "ASCII without spaces"),
+        ("worker: {model_path: m, args: [--api-key=x]}", "be seen by all users of the machine"),
         ("worker: {dns: ['https://x:1']}", "a certificate names no addresses"),
         ("worker: {dns: ['http://x']}", "has no port; one looks like http://workers:30000"),
         ("worker: {model_path: m, dns: ['http://x:1']}", "exclude each other; set one"),
@@ -70,6 +73,20 @@ def test_what_is_wrong_is_named(tmp_path: Path, text: str, problem: str) -> None
     with pytest.raises(ConfigError) as error:
         load_config(file)
     assert problem in str(error.value) and str(file) in str(error.value)
+
+
+def test_the_key_of_the_workers_does_not_show(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VASE_WORKER__API_KEY", "sixteen-letters-and-more")
+    config = load_config(overrides={"worker": {"urls": ["http://x"]}})
+    assert config.worker.api_key is not None
+    assert config.worker.api_key.get_secret_value() == "sixteen-letters-and-more"
+    assert "sixteen" not in repr(config)
+    monkeypatch.setenv("VASE_WORKER__API_KEY", "fifteen letters")
+    with pytest.raises(ConfigError) as error:
+        load_config(overrides={"worker": {"urls": ["http://x"]}})
+    assert "fifteen" not in str(error.value)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

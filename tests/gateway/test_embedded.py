@@ -15,6 +15,7 @@ from vase_sgl.gateway import server
 from vase_sgl.gateway.config import load_config
 from vase_sgl.gateway.errors import WorkerUnavailable
 from vase_sgl.gateway.worker_embedded import EmbeddedWorker, WorkerStartError, worker_command
+from vase_sgl.gateway.worker_http import HttpWorker
 from vase_sgl.gateway.workers import WorkerRequest
 
 SCRIPTED = (sys.executable, "-m", "tests.gateway.scripted_worker")
@@ -64,6 +65,20 @@ async def test_it_starts_serves_and_stops(tmp_path: Path) -> None:
     assert len(chunks[-1].token_ids) == 3
     await worker.close()
     assert not is_alive(process.pid)
+
+
+async def test_only_its_owner_may_use_it(tmp_path: Path) -> None:
+    worker = embedded(SCRIPTED, tmp_path)
+    await worker.start(quiet)
+    stranger = HttpWorker(worker.name, stall_seconds=1)
+    try:
+        await worker.info()
+        await stranger.check_health()
+        with pytest.raises(WorkerUnavailable, match="refuses this gateway's key"):
+            await stranger.info()
+    finally:
+        await stranger.close()
+        await worker.close()
 
 
 async def test_it_is_told_whom_to_die_with(tmp_path: Path) -> None:

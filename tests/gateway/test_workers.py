@@ -19,6 +19,7 @@ from vase_sgl.gateway.breaker import BreakerState, CircuitBreaker
 from vase_sgl.gateway.config import BreakerSection
 from vase_sgl.gateway.discovery import discover, resolve
 from vase_sgl.gateway.worker_http import HttpWorker
+from vase_sgl.worker_key import WORKER_KEY
 
 
 @dataclasses.dataclass
@@ -41,6 +42,23 @@ async def fleet(folder: Path, **worker: Any) -> AsyncIterator[Fleet]:
                 while len(running.gateway._router.ready()) < 2:
                     await asyncio.sleep(0.01)
             yield Fleet(running, one, two)
+
+
+async def test_workers_that_ask_for_a_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(WORKER_KEY, "0123456789abcdef")
+    async with (
+        ScriptedWorker(api_key="0123456789abcdef") as one,
+        ScriptedWorker(api_key="fedcba9876543210") as two,
+    ):
+        section = {"urls": [one.url, two.url]}
+        async with run_gateway(tmp_path, worker=section) as running:
+            answer = await running.client.generate_once("tell me", max_new_tokens=5)
+            assert len(answer.token_ids) == 5
+            assert [worker.name for worker, _ in running.gateway._router.ready()] == [one.url]
+    assert f"worker {two.url} refuses this gateway's key" in caplog.text
+    assert "0123456789abcdef" not in caplog.text
 
 
 @pytest.mark.parametrize("fault", [{"refuse_status": 500}, {"cut_after_tokens": 0}])

@@ -60,6 +60,7 @@ VARIANTS: dict[str, Values] = {
         "gateway.podAnnotations": {"a": "b"},
         "gateway.env": [{"name": "OTEL_SERVICE_NAME", "value": "vase"}],
         "model.tokenSecret.name": "hub",
+        "worker.apiKeySecret.name": "worker-key",
     },
 }
 

@@ -189,6 +189,17 @@ def test_hub_token_is_a_reference() -> None:
     assert "HF_TOKEN" not in {e["name"] for e in render().worker()["env"]}
 
 
+def test_gateways_know_the_key_of_the_workers() -> None:
+    reference = {
+        "name": "VASE_WORKER__API_KEY",
+        "valueFrom": {"secretKeyRef": {"name": "worker-key", "key": "api-key"}},
+    }
+    rendered = render({"worker.apiKeySecret.name": "worker-key"})
+    assert reference in rendered.worker()["env"] and reference in rendered.gateway()["env"]
+    for container in (render().worker(), render().gateway()):
+        assert reference["name"] not in {e["name"] for e in container["env"]}
+
+
 def test_startup_probe_lasts_as_long_as_a_load() -> None:
     probe = render({"worker.startup.timeoutSeconds": 1805}).worker()["startupProbe"]
     assert probe["httpGet"] == {"path": "/health", "port": "http"}

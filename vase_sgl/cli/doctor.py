@@ -35,6 +35,7 @@ GATEWAY = (
     "pydantic-settings",
     "PyYAML",
     "SQLAlchemy",
+    "uvloop",
 )
 WORKER = ("torch", "sglang", "jsonschema", "soundfile")
 

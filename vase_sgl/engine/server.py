@@ -27,6 +27,7 @@ from vase_sgl.engine.device import has_accelerator, is_plain_cpu
 from vase_sgl.engine.importing import without_collector
 from vase_sgl.eviction import EvictionLimits
 from vase_sgl.parent_watch import end_with_parent
+from vase_sgl.worker_key import WORKER_KEY, HiddenKey
 
 if __name__ == "__mp_main__":
     from vase_sgl.engine.torchvision_cpu import declare_torchvision_operators
@@ -59,6 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     options, sglang_argv = _parse(sys.argv[1:] if argv is None else argv)
     try:
         _export_settings(options)
+        check_key(sglang_argv, os.environ.get(WORKER_KEY))
         model_path = check_model(value_of(sglang_argv, "--model-path"))
         check_port(
             value_of(sglang_argv, "--host") or "127.0.0.1",
@@ -160,6 +162,16 @@ def check_model(path: str | None) -> str:
     return path
 
 
+def check_key(argv: list[str], key: str | None) -> None:
+    """Raise `WorkerError` for a key that callers could not send, or two keys."""
+    if key is None:
+        return
+    if not key or not key.isascii() or any(character.isspace() for character in key):
+        raise WorkerError(f"{WORKER_KEY} must be ASCII without spaces, and not empty")
+    if value_of(argv, "--api-key") is not None:
+        raise WorkerError(f"both --api-key and {WORKER_KEY} are set; leave one out")
+
+
 def check_port(host: str, port: int) -> None:
     """Raise `WorkerError` if the port is taken, before the model is loaded."""
     with socket.socket() as probe:
@@ -189,6 +201,8 @@ def _serve(argv: list[str]) -> int:
 
     plugin.verify_applied()
     server_args = prepare_server_args(argv)
+    if key := os.environ.get(WORKER_KEY):
+        server_args.api_key = HiddenKey(key)
     try:
         limits.refuse_unsupported_flags(server_args)
     except limits.UnsupportedConfiguration as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from vase_sgl.eval.targets import (
     TargetError,
     WorkerTarget,
 )
+from vase_sgl.worker_key import WORKER_KEY
 
 if TYPE_CHECKING:
     from vase_sgl.client import AsyncClient
@@ -89,7 +91,10 @@ async def connect(
     elif worker in places.workers:
         from vase_sgl.gateway.worker_http import HttpWorker
 
-        running = WorkerTarget(HttpWorker(places.workers[worker], stall_seconds=STALL_SECONDS))
+        key = os.environ.get(WORKER_KEY)
+        running = WorkerTarget(
+            HttpWorker(places.workers[worker], stall_seconds=STALL_SECONDS, api_key=key)
+        )
         try:
             yield running
         finally:

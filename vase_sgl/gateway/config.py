@@ -15,7 +15,15 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -113,6 +121,9 @@ class WorkerSection(_Section):
     urls: tuple[str, ...] = ()
     #: Base URLs whose host name stands for one worker per address, such as a headless Service.
     dns: tuple[str, ...] = ()
+    #: The key that the workers ask for. They and this gateway read it from the variable
+    #: VASE_WORKER__API_KEY. None: remote workers are open; an embedded one gets a key of its own.
+    api_key: SecretStr | None = Field(default=None, min_length=16)
     #: Seconds between look-ups of the names in `dns`.
     dns_interval_seconds: float = Field(default=10.0, gt=0)
     #: Requests one worker is given at once. None: what it reports as its own maximum.
@@ -133,6 +144,21 @@ class WorkerSection(_Section):
     stall_seconds: float = Field(default=600.0, gt=0)
     #: Seconds between health checks of a worker.
     health_interval_seconds: float = Field(default=5.0, gt=0)
+
+    @field_validator("args")
+    @classmethod
+    def _check_args(cls, args: tuple[str, ...]) -> tuple[str, ...]:
+        if any(arg == "--api-key" or arg.startswith("--api-key=") for arg in args):
+            raise ValueError("--api-key would be seen by all users of the machine; set api_key")
+        return args
+
+    @field_validator("api_key")
+    @classmethod
+    def _check_key(cls, key: SecretStr | None) -> SecretStr | None:
+        text = "" if key is None else key.get_secret_value()
+        if not text.isascii() or any(character.isspace() for character in text):
+            raise ValueError("must be ASCII without spaces; `openssl rand -hex 32` makes one")
+        return key
 
     @field_validator("urls", "dns")
     @classmethod

@@ -320,6 +320,8 @@ class WorkerRouter:
         except GatewayError as error:
             if entry.info is not None:
                 logger.error("worker %s is lost: %s", worker.name, error)
+            elif str(error) != entry.failure:
+                logger.warning("worker %s is not ready: %s", worker.name, error)
             entry.info, entry.failure = None, str(error)
         else:
             if entry.info is None:

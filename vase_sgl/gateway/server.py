@@ -20,7 +20,7 @@ from vase_sgl.gateway.auth import (
     KeyAuthenticator,
     NoAuthenticator,
 )
-from vase_sgl.gateway.config import Audit, ConfigError, GatewayConfig, Tls
+from vase_sgl.gateway.config import Audit, ConfigError, GatewayConfig, Tls, WorkerSection
 from vase_sgl.gateway.discovery import discover, resolve
 from vase_sgl.gateway.fair_queue import FairQueue
 from vase_sgl.gateway.generation import Generations
@@ -177,7 +177,8 @@ class Gateway:
         await asyncio.gather(self._server.stop(None), self._door.close())
 
     def _remote(self, url: str) -> HttpWorker:
-        return HttpWorker(url, stall_seconds=self._config.worker.stall_seconds)
+        section = self._config.worker
+        return HttpWorker(url, stall_seconds=section.stall_seconds, api_key=_key(section))
 
     async def _serve(self, progress: Progress) -> None:
         gate: ReplayGate[Lease] = ReplayGate(**self._config.replay.model_dump())
@@ -235,7 +236,12 @@ def _embedded_worker(config: GatewayConfig) -> EmbeddedWorker | None:
         start_timeout_seconds=section.start_timeout_seconds,
         stop_grace_seconds=section.stop_grace_seconds,
         stall_seconds=section.stall_seconds,
+        api_key=_key(section),
     )
+
+
+def _key(section: WorkerSection) -> str | None:
+    return None if section.api_key is None else section.api_key.get_secret_value()
 
 
 def _bind(server: grpc.aio.Server, config: GatewayConfig) -> int:

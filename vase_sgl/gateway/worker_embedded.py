@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 from vase_sgl.gateway.errors import WorkerUnavailable
 from vase_sgl.gateway.worker_http import HttpWorker
 from vase_sgl.parent_watch import PARENT_PID
+from vase_sgl.worker_key import WORKER_KEY
 
 #: Seconds between looks at a worker that is starting.
 _POLL_SECONDS = 0.5
@@ -40,10 +42,15 @@ class EmbeddedWorker(HttpWorker):
         start_timeout_seconds: float,
         stop_grace_seconds: float,
         stall_seconds: float,
+        api_key: str | None = None,
     ) -> None:
-        """Will run `command --host 127.0.0.1 --port FREE` with its output in the file `log`."""
-        port = _free_port()
-        super().__init__(f"http://127.0.0.1:{port}", stall_seconds=stall_seconds)
+        """Will run `command --host 127.0.0.1 --port FREE` with its output in the file `log`.
+
+        `api_key`: what it will ask its callers for; None makes one, so that no other user of this
+        machine reaches it.
+        """
+        port, self._key = _free_port(), api_key or secrets.token_urlsafe(32)
+        super().__init__(f"http://127.0.0.1:{port}", stall_seconds=stall_seconds, api_key=self._key)
         self._command = (*command, "--host", "127.0.0.1", "--port", str(port))
         self._log = log
         self._start_timeout = start_timeout_seconds
@@ -66,7 +73,7 @@ class EmbeddedWorker(HttpWorker):
                     stderr=output,
                     # Ctrl-C reaches the gateway alone, which then stops the worker in order.
                     start_new_session=True,
-                    env={**os.environ, PARENT_PID: str(os.getpid())},
+                    env={**os.environ, PARENT_PID: str(os.getpid()), WORKER_KEY: self._key},
                 )
         except OSError as error:
             raise WorkerStartError(

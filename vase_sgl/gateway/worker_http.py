@@ -14,6 +14,7 @@ from vase_sgl.gateway import telemetry
 from vase_sgl.gateway.errors import GatewayError, InvalidRequest, WorkerUnavailable
 from vase_sgl.gateway.sse import events
 from vase_sgl.gateway.workers import CacheStats, Finish, WorkerChunk, WorkerInfo, WorkerRequest
+from vase_sgl.worker_key import WORKER_KEY
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +31,14 @@ READ_AHEAD_BYTES = 2**16
 class HttpWorker:
     """`Worker` over HTTP. Needs a running event loop from the first call on."""
 
-    def __init__(self, url: str, *, stall_seconds: float) -> None:
-        """`stall_seconds`: a worker that sends nothing for so long is given up."""
+    def __init__(self, url: str, *, stall_seconds: float, api_key: str | None = None) -> None:
+        """`stall_seconds`: a worker that sends nothing for so long is given up.
+
+        `api_key`: what the worker asks its callers for; None if it asks for nothing.
+        """
         self._url = url.rstrip("/")
         self._stall = stall_seconds
+        self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._session: aiohttp.ClientSession | None = None
 
     @property
@@ -137,6 +142,10 @@ class HttpWorker:
         if response.status < 400:
             return
         message = _error_text(await response.read())
+        if response.status == 401:
+            raise WorkerUnavailable(
+                f"worker {self.name} refuses this gateway's key; give both the same {WORKER_KEY}"
+            )
         if response.status in (400, 413, 422):
             raise InvalidRequest(f"the worker refused the request: {message or call}")
         raise WorkerUnavailable(
@@ -164,6 +173,7 @@ class HttpWorker:
                 # connections go before uvicorn (5 s) closes them under a new request.
                 connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2),
                 read_bufsize=READ_AHEAD_BYTES,
+                headers=self._headers,
             )
         return self._session
 

@@ -105,6 +105,15 @@ vase-sgl/track: {{ .track }}
 {{- end }}
 {{- end -}}
 
+{{/* The key of the workers, in the pods of both sides. */}}
+{{- define "vase-sgl.workerKeyEnv" -}}
+{{- if .Values.worker.apiKeySecret.name }}
+- name: VASE_WORKER__API_KEY
+  valueFrom:
+    secretKeyRef: {{- toYaml .Values.worker.apiKeySecret | nindent 6 }}
+{{- end }}
+{{- end -}}
+
 {{- define "vase-sgl.workerPod" -}}
 {{- $model := .root.Values.model -}}
 metadata:
@@ -143,6 +152,7 @@ spec:
         {{- if .worker.checkIntegrity }}
         - {name: VASE_CHECK_INTEGRITY, value: "1"}
         {{- end }}
+        {{- include "vase-sgl.workerKeyEnv" .root | nindent 8 }}
         {{- with .worker.env }}
         {{- toYaml . | nindent 8 }}
         {{- end }}
