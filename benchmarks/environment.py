@@ -18,6 +18,8 @@ _PACKAGES = (
     *("vase-sgl", "grpcio", "numpy"),
 )
 _VARIABLES = ("VASE_", "SGLANG_", "TRITON_", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+#: Of variables with these in their names only that they are set: results are published.
+_SECRET = ("KEY", "SECRET", "TOKEN", "PASSWORD", "URL")
 #: What a benchmark itself writes; changes there do not make the measured code another one.
 _WRITTEN = (":!benchmarks/results", ":!docs/performance.md", ":!docs/images")
 
@@ -31,7 +33,7 @@ def describe() -> dict[str, Any]:
         "hardware": hardware(),
         "versions": {"python": platform.python_version()} | _versions(),
         "variables": {
-            name: _last_part(value)
+            name: "(set)" if any(part in name for part in _SECRET) else _last_part(value)
             for name, value in sorted(os.environ.items())
             if name.startswith(_VARIABLES)
         },

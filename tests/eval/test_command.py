@@ -100,6 +100,28 @@ async def test_another_configuration_in_the_same_folder_is_refused(
     assert "weights_digest: there 0123456789abcdef, now another" in error
 
 
+async def test_a_thought_that_the_template_opened_is_no_answer(
+    worker: ScriptedWorker, tmp_path: Path
+) -> None:
+    where = ("--policies", "full", "--worker", worker.url, "--concurrency", 1)
+    worker.opening = "so it is. </think> "
+    _, shown = await run_eval(*TINY, *where, "-o", tmp_path / "unaware")
+    assert shown.count("closes a think block that it never opened") == 1
+    assert "--opens-think" in shown
+    _, shown = await run_eval(*TINY, *where, "-o", tmp_path / "closed", "--opens-think")
+    assert "never opened" not in shown
+    assert all(
+        r["malformed"] == ["truncated", "no_final_answer"] for r in rows(tmp_path / "closed")
+    )
+
+    worker.opening = "The passkey is 12345. "
+    for folder, flags, found in (("graded", (), "12345"), ("thought", ("--opens-think",), None)):
+        await run_eval(*TINY, *where, "-o", tmp_path / folder, *flags)
+        for row in rows(tmp_path / folder):
+            assert row["extracted"] == found and row["text"].startswith("The passkey")
+            assert ("unclosed_think" in row["malformed"]) is (found is None)
+
+
 async def test_failures_are_rows_and_run_again(worker: ScriptedWorker, tmp_path: Path) -> None:
     where = ("--policies", "full", "--worker", worker.url, "-o", tmp_path, "--concurrency", 1)
     worker.faults.cut_after_tokens = 3

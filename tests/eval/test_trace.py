@@ -72,6 +72,11 @@ def test_each_assistant_turn_is_asked_after_the_recorded_context(tmp_path: Path)
         ('<tool_call>{"name": "weather", "arguments": {"city"</tool_call>', False, "not JSON"),
         ('<tool_call>{"name": "weather"', False, "not JSON"),
         ("It rains.", False, "called none; recorded were weather"),
+        (
+            '<think>so <tool_call>{"name": "weather", "arguments": {"city": "Oslo"}}</tool_call>',
+            False,
+            "called none",
+        ),
     ],
 )
 def test_a_turn_is_right_if_it_calls_what_was_called(

@@ -87,6 +87,13 @@ MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1)]
 Temperature = Annotated[float, typer.Option(help="0 is greedy, with one seed.", min=0)]
 TopP = Annotated[float, typer.Option(min=0, max=1)]
 TopK = Annotated[int, typer.Option(help="-1: all.", min=-1)]
+OpensThink = Annotated[
+    bool,
+    typer.Option(
+        "--opens-think",
+        help="The model's chat template ends in `<think>`, so answers begin inside a thought.",
+    ),
+]
 Concurrency = Annotated[int, typer.Option(help="Requests at once.", min=1)]
 Price = Annotated[
     float | None,
@@ -138,6 +145,7 @@ def run(
     temperature: Temperature = 0.6,
     top_p: TopP = 0.95,
     top_k: TopK = -1,
+    opens_think: OpensThink = False,
     concurrency: Concurrency = 16,
     price_per_hour: Price = None,
     worker_arg: WorkerArgs = None,
@@ -173,7 +181,7 @@ def run(
         output=output,
         limit=limit,
         seed=seed,
-        sampling=(max_new_tokens, temperature, top_p, top_k),
+        sampling=(max_new_tokens, temperature, top_p, top_k, opens_think),
         concurrency=concurrency,
         price_per_hour=price_per_hour,
         worker_arg=worker_arg,
@@ -204,6 +212,7 @@ def trace(
     temperature: Temperature = 0.6,
     top_p: TopP = 0.95,
     top_k: TopK = -1,
+    opens_think: OpensThink = False,
     concurrency: Concurrency = 16,
     price_per_hour: Price = None,
     worker_arg: WorkerArgs = None,
@@ -234,7 +243,7 @@ def trace(
         output=output,
         limit=None,
         seed=seed,
-        sampling=(max_new_tokens, temperature, top_p, top_k),
+        sampling=(max_new_tokens, temperature, top_p, top_k, opens_think),
         concurrency=concurrency,
         price_per_hour=price_per_hour,
         worker_arg=worker_arg,
@@ -345,7 +354,7 @@ def _evaluate(
     output: Path,
     limit: int | None,
     seed: int,
-    sampling: tuple[int, float, float, int],
+    sampling: tuple[int, float, float, int, bool],
     concurrency: int,
     price_per_hour: float | None,
     worker_arg: list[str] | None,
@@ -389,7 +398,9 @@ def _evaluate(
         )
         evaluation = Run(output, configuration, asked)
         try:
-            with Progress(total=evaluation.total, left=len(evaluation.left)) as progress:
+            with Progress(
+                evaluation.total, len(evaluation.left), warn_of_unopened=not sampling[4]
+            ) as progress:
                 asyncio.run(
                     evaluation.execute(
                         partial(

@@ -27,6 +27,11 @@ def after_thinking(text: str) -> str:
     return visible.partition(THINK_OPEN)[0] if THINK_OPEN in visible else visible
 
 
+def closes_unopened(text: str) -> bool:
+    """Whether it begins inside a think block that it did not open."""
+    return THINK_CLOSE in text.partition(THINK_OPEN)[0]
+
+
 def final_answer(text: str) -> str | None:
     """The final answer by the rule of this module, stripped; None if there is none."""
     visible = after_thinking(text)

@@ -19,31 +19,22 @@ from vase_sgl.eval.items import Grade
 Sign = Literal["truncated", "unclosed_think", "invalid_utf8", "no_final_answer"]
 
 
-def malformed(
-    text: str | bytes, *, finish_reason: str, grade: Grade | None = None, thinking: bool = False
-) -> list[Sign]:
+def malformed(text: str | bytes, *, finish_reason: str, grade: Grade | None = None) -> list[Sign]:
     """The signs found, in the order of the list above; empty for a well-formed answer.
 
     Args:
-        text: the whole answer, think block included.
+        text: the whole answer, from the opening of its think block on.
         finish_reason: as the client reports it; `length` is a truncation.
         grade: of the same text; None where the task has no final answer.
-        thinking: the prompt's template opened the think block, so the text starts inside it.
     """
     signs: list[Sign] = []
     if finish_reason == "length":
         signs.append("truncated")
     readable = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
-    if _think_block_open(readable, thinking):
+    if readable.rfind(THINK_CLOSE) < readable.rfind(THINK_OPEN):
         signs.append("unclosed_think")
     if "\N{REPLACEMENT CHARACTER}" in readable or any(0xD800 <= ord(c) <= 0xDFFF for c in readable):
         signs.append("invalid_utf8")
     if grade is not None and grade.extracted is None:
         signs.append("no_final_answer")
     return signs
-
-
-def _think_block_open(text: str, thinking: bool) -> bool:
-    opened = text.rfind(THINK_OPEN)
-    closed = text.rfind(THINK_CLOSE)
-    return closed < opened if opened >= 0 else thinking and closed < 0

@@ -9,6 +9,7 @@ from typing import Self
 import rich.progress
 from rich.console import Console
 
+from vase_sgl.eval.answers import closes_unopened
 from vase_sgl.eval.rows import Row
 
 #: Seconds between lines where there is no terminal.
@@ -18,7 +19,9 @@ _LINE_SECONDS = 30.0
 class Progress:
     """Use as `with Progress(…) as progress`, then `progress.add(row)`."""
 
-    def __init__(self, total: int, left: int) -> None:
+    def __init__(self, total: int, left: int, *, warn_of_unopened: bool = False) -> None:
+        """warn_of_unopened: say so when an answer closes a think block that it did not open."""
+        self._warn_of_unopened = warn_of_unopened
         self._console = Console(stderr=True)
         self._total, self._done, self._first = total, total - left, total - left
         self._correct = self._graded = self._failed = 0
@@ -49,6 +52,13 @@ class Progress:
         if row.correct is not None:
             self._graded += 1
             self._correct += row.correct
+        if self._warn_of_unopened and closes_unopened(row.text or ""):
+            self._warn_of_unopened = False
+            self._console.print(
+                f"warning: the answer to {row.item_id} closes a think block that it never opened. "
+                "If the model's chat template opens it, thoughts without an end are graded as "
+                "answers; use --opens-think and another --output"
+            )
         arm = row.arm if row.budget is None else f"{row.arm} @ {row.budget}"
         state = f"{arm}  correct {self._correct}/{self._graded}  failed {self._failed}"
         self._bar.update(self._task, completed=self._done, state=state)

@@ -174,7 +174,9 @@ class Run:
             )
         seconds = time.monotonic() - start
         # Grading may run programs and take seconds.
-        found = await asyncio.to_thread(assess, sample.task, sample.item, answer)
+        found = await asyncio.to_thread(
+            assess, sample.task, sample.item, answer, opens_think=self._sampling.opens_think
+        )
         return self._row(sample, "completed", started, seconds, **_measured(answer), **found)
 
     def _row(

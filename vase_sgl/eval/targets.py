@@ -40,12 +40,16 @@ class RequestAborted(TargetError):
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn. top_k -1: all."""
+    """How answers are drawn, and how they begin. top_k -1: all.
+
+    opens_think: the model's chat template ends in an open think block, so answers begin inside it.
+    """
 
     max_new_tokens: int
     temperature: float
     top_p: float
     top_k: int
+    opens_think: bool = False
 
     def options(self) -> dict[str, Any]:
         """As the SDK names them, but for max_new_tokens."""

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from vase_sgl.client.types import Message
+from vase_sgl.eval.answers import after_thinking
 from vase_sgl.eval.items import Grade, Item
 
 #: Begins the name of every such task.
@@ -40,7 +41,6 @@ For each function call, return a json object with function name and arguments wi
 {{"name": <function-name>, "arguments": <args-json-object>}}
 </tool_call>"""
 _CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
-_THOUGHT_END = "</think>"
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -92,10 +92,9 @@ class TraceTask:
     def grade(self, item: Item, text: str) -> Grade:
         """Right if the text calls the tools that the recorded turn called, and no others.
 
-        Order counts, and arguments are compared as JSON values. What stands before the end of a
-        thought is not looked at.
+        Order counts, and arguments are compared as JSON values. Calls inside a thought do not.
         """
-        called, broken = _called(text.rpartition(_THOUGHT_END)[2])
+        called, broken = _called(after_thinking(text))
         if broken:
             return Grade(False, None, f"a tool call is not JSON: {broken[:80]}")
         extracted = _canonical(called)
