@@ -69,9 +69,10 @@ def test_wrong_settings(
 @pytest.mark.parametrize(
     ("key", "flags", "text"),
     [
-        ("a key", (), "VASE_WORKER__API_KEY must be ASCII without spaces"),
-        ("", (), "VASE_WORKER__API_KEY must be ASCII without spaces, and not empty"),
-        ("k", ("--api-key", "l"), "both --api-key and VASE_WORKER__API_KEY are set"),
+        ("a key with spaces", (), "VASE_WORKER__API_KEY must be at least 16 ASCII letters"),
+        ("a-key-with-é-in-it", (), "VASE_WORKER__API_KEY must be at least 16 ASCII letters"),
+        ("", (), "VASE_WORKER__API_KEY must be at least 16 ASCII letters"),
+        ("k" * 16, ("--api-key", "l"), "both --api-key and VASE_WORKER__API_KEY are set"),
     ],
 )
 def test_wrong_keys(

@@ -59,6 +59,8 @@ class ScriptedWorker:
         self.available_slots = 9_000
         #: Pause before each token. Without one, tokens reach the gateway many at a time.
         self.token_seconds = 0.0
+        #: What every answer's text begins with.
+        self.opening = ""
         #: Letters added to each token's text, to make chunks big.
         self.padding = 0
         self.bodies: list[dict[str, Any]] = []
@@ -200,7 +202,7 @@ class ScriptedWorker:
             return
         sampling = body["sampling_params"]
         run = Run(body["input_ids"], sampling, self.faults)
-        text = ""
+        text = self.opening
         while run.finish is None:
             if self.token_seconds:
                 await asyncio.sleep(self.token_seconds)

@@ -27,7 +27,7 @@ from vase_sgl.engine.device import has_accelerator, is_plain_cpu
 from vase_sgl.engine.importing import without_collector
 from vase_sgl.eviction import EvictionLimits
 from vase_sgl.parent_watch import end_with_parent
-from vase_sgl.worker_key import WORKER_KEY, HiddenKey
+from vase_sgl.worker_key import WORKER_KEY, HiddenKey, check_key
 
 if __name__ == "__mp_main__":
     from vase_sgl.engine.torchvision_cpu import declare_torchvision_operators
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     options, sglang_argv = _parse(sys.argv[1:] if argv is None else argv)
     try:
         _export_settings(options)
-        check_key(sglang_argv, os.environ.get(WORKER_KEY))
+        check_one_key(sglang_argv, os.environ.get(WORKER_KEY))
         model_path = check_model(value_of(sglang_argv, "--model-path"))
         check_port(
             value_of(sglang_argv, "--host") or "127.0.0.1",
@@ -162,12 +162,14 @@ def check_model(path: str | None) -> str:
     return path
 
 
-def check_key(argv: list[str], key: str | None) -> None:
-    """Raise `WorkerError` for a key that callers could not send, or two keys."""
+def check_one_key(argv: list[str], key: str | None) -> None:
+    """Raise `WorkerError` for a wrong key in the environment, or one beside SGLang's flag."""
     if key is None:
         return
-    if not key or not key.isascii() or any(character.isspace() for character in key):
-        raise WorkerError(f"{WORKER_KEY} must be ASCII without spaces, and not empty")
+    try:
+        check_key(key)
+    except ValueError as error:
+        raise WorkerError(f"{WORKER_KEY} {error}") from error
     if value_of(argv, "--api-key") is not None:
         raise WorkerError(f"both --api-key and {WORKER_KEY} are set; leave one out")
 

@@ -33,6 +33,7 @@ from pydantic_settings import (
 
 from vase_sgl.eviction import EvictionLimits, EvictionParams
 from vase_sgl.gateway.problems import describe
+from vase_sgl.worker_key import check_key
 
 
 class ConfigError(Exception):
@@ -123,7 +124,7 @@ class WorkerSection(_Section):
     dns: tuple[str, ...] = ()
     #: The key that the workers ask for. They and this gateway read it from the variable
     #: VASE_WORKER__API_KEY. None: remote workers are open; an embedded one gets a key of its own.
-    api_key: SecretStr | None = Field(default=None, min_length=16)
+    api_key: SecretStr | None = None
     #: Seconds between look-ups of the names in `dns`.
     dns_interval_seconds: float = Field(default=10.0, gt=0)
     #: Requests one worker is given at once. None: what it reports as its own maximum.
@@ -155,9 +156,8 @@ class WorkerSection(_Section):
     @field_validator("api_key")
     @classmethod
     def _check_key(cls, key: SecretStr | None) -> SecretStr | None:
-        text = "" if key is None else key.get_secret_value()
-        if not text.isascii() or any(character.isspace() for character in text):
-            raise ValueError("must be ASCII without spaces; `openssl rand -hex 32` makes one")
+        if key is not None:
+            check_key(key.get_secret_value())
         return key
 
     @field_validator("urls", "dns")
