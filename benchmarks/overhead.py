@@ -7,9 +7,10 @@ One worker with timers (`benchmarks.timers`) and room for everything. For each w
     full      prompts of `--budget` tokens, R decode steps, full KV cache, several times over
     budget    the same prompts with that budget: a round every R steps
 
-So both see the same context lengths, budget to budget + R, and the ratio of their times per output
-token is eviction with all that comes with it. Prefill is in neither. The parts are host times; on
-a GPU kernels run behind them, so there the parts come from a trace of SGLang's profiler.
+So both see the same context lengths, budget to budget + R, and the ratio of their decode steps, by
+the worker's clock, is eviction with all that comes with it. (Clients see the first token late,
+which weighs more in short answers.) Prefill is in neither. The parts are host times; on a GPU
+kernels run behind them, so there the parts come from a trace of SGLang's profiler.
 
 `floor` is the time in which the weights and the cached K and V of a step could be copied at the
 copy bandwidth measured here.
@@ -27,7 +28,7 @@ from typing import Any
 from benchmarks import load, options, plots, results, traces
 from benchmarks.environment import machine_line
 from benchmarks.options import Model
-from benchmarks.results import Report, median, number, ratio
+from benchmarks.results import Report, median, number
 from benchmarks.timers import Totals, decode_seconds, difference, shares
 from benchmarks.workers import Worker, WorkerSpec, running
 from vase_sgl.eviction import EvictionLimits, EvictionParams
@@ -114,8 +115,8 @@ async def measure(
             for arm in ("full", "budget") if turn % 2 == 0 else ("budget", "full"):
                 sample = await _run(worker, chosen, model, window, arm, turn)
                 samples.append(sample)
-                per_token = number(1e3 * (median(sample["tpot"]) or 0))
-                line = f"round {turn} window {window} {arm}: {per_token} ms per token"
+                per_step = number(1e3 * _step_seconds(sample))
+                line = f"round {turn} window {window} {arm}: {per_step} ms a step"
                 print(line, file=sys.stderr, flush=True)
 
 
@@ -151,6 +152,12 @@ async def _run(
     }
 
 
+def _step_seconds(sample: dict[str, Any]) -> float:
+    """Of a decode step."""
+    steps: float = sample["timers"]["step.run"][0]
+    return decode_seconds(sample["timers"]) / steps
+
+
 def _vase(chosen: argparse.Namespace, window: int, seed: int) -> dict[str, Any]:
     return {"policy": chosen.policy, "budget": chosen.budget, "window": window, "seed": seed}
 
@@ -178,7 +185,7 @@ async def trace(
 
 
 def summarize(report: Report, model: Model) -> None:
-    """Medians over rounds and requests, per window."""
+    """Medians over rounds, per window; the overhead is that of the ratios within a round."""
     chosen = report["settings"]
     report["summary"] = []
     for window in chosen["windows"]:
@@ -186,25 +193,21 @@ def summarize(report: Report, model: Model) -> None:
             arm: [s for s in report["samples"] if (s["window"], s["arm"]) == (window, arm)]
             for arm in ("full", "budget")
         }
-        if not mine["budget"]:
+        if not mine["budget"] or not mine["full"]:
             continue  # cut before
-        tpot = {arm: median(t for s in mine[arm] for t in s["tpot"]) for arm in mine}
+        steps = {arm: {s["round"]: _step_seconds(s) for s in mine[arm]} for arm in mine}
+        pairs = steps["full"].keys() & steps["budget"].keys()
+        over = median(steps["budget"][turn] / steps["full"][turn] for turn in pairs)
         parts = [shares(sample["timers"]) for sample in mine["budget"]]
         names = dict.fromkeys(name for part in parts for name in part)
-        steps = [s["timers"]["step.run"][0] for s in mine["budget"]]
-        seconds = [decode_seconds(sample["timers"]) for sample in mine["budget"]]
         floor = model.shape.floor_seconds(
             chosen["batch"], chosen["budget"] + window / 2, report["copy_bytes_per_second"]
         )
         report["summary"].append(
             {
                 "window": window,
-                "tpot_full": tpot["full"],
-                "tpot_budget": tpot["budget"],
-                "overhead": None
-                if (over := ratio(tpot["budget"], tpot["full"])) is None
-                else over - 1,
-                "step_seconds": sum(seconds) / sum(steps),
+                "step_seconds": {arm: median(found.values()) for arm, found in steps.items()},
+                "overhead": None if over is None else over - 1,
                 "floor_seconds": floor,
                 "shares": {name: median(part.get(name, 0.0) for part in parts) for name in names},
             }
@@ -221,7 +224,7 @@ def markdown(report: Report) -> str:
         "",
         results.table(
             (
-                *("window", "TPOT full ms", "TPOT budget ms", "overhead %", "step ms", "floor ms"),
+                *("window", "step, full ms", "step, budget ms", "overhead %", "floor ms"),
                 *(f"{name} %" for name in _PARTS),
             ),
             [_row(line) for line in report["summary"]],
@@ -246,10 +249,9 @@ def _row(line: dict[str, Any]) -> tuple[str, ...]:
 
     return (
         str(line["window"]),
-        milliseconds(line["tpot_full"]),
-        milliseconds(line["tpot_budget"]),
+        milliseconds(line["step_seconds"]["full"]),
+        milliseconds(line["step_seconds"]["budget"]),
         number(None if line["overhead"] is None else 100 * line["overhead"]),
-        milliseconds(line["step_seconds"]),
         milliseconds(line["floor_seconds"]),
         *(number(100 * line["shares"].get(name, 0.0)) for name in _PARTS),
     )
