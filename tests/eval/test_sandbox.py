@@ -245,6 +245,23 @@ def test_fork_bomb(scene: Scene) -> None:
     assert scene.left_behind() == []
 
 
+def test_a_fork_that_the_first_look_missed_is_found() -> None:
+    """As when a parent was stopped in the middle of its fork, which is carried out later."""
+    script = """
+import os, time, launcher
+look, looks = launcher._descendants, []
+def blind_at_first():
+    looks.append(1)
+    return look() if len(looks) > 1 else set()
+launcher._descendants = blind_at_first
+if os.fork() == 0:
+    time.sleep(60)
+launcher._kill_descendants()
+"""
+    folder = _ROOT / "vase_sgl" / "eval" / "sandbox"
+    subprocess.run([sys.executable, "-c", script], cwd=folder, check=True, timeout=30)
+
+
 def test_an_endless_loop_ends_by_its_cpu_time() -> None:
     execution = run_program("while True: pass", Limits(wall_seconds=60, cpu_seconds=1))
     assert (execution.outcome, execution.status) == ("signal", -signal.SIGXCPU)

@@ -182,19 +182,25 @@ def _wait_until(child: int, deadline: float) -> int | None:
 
 
 def _kill_descendants() -> None:
-    """Kill every descendant. They are stopped first, so that none forks while it is looked for."""
-    stopped: set[int] = set()
-    while fresh := _descendants() - stopped:
-        for process in fresh:
-            _signal(process, signal.SIGSTOP)
-        stopped |= fresh
-    for process in stopped:
-        _signal(process, signal.SIGKILL)
+    """Kill every descendant. They are stopped first, so that none forks while it is looked for.
+
+    A fork that is under way when its parent is stopped is still carried out, and may be so after
+    the last look. So it is looked again until there is no child any more; orphans become children.
+    """
     while True:
+        stopped: set[int] = set()
+        while fresh := _descendants() - stopped:
+            for process in fresh:
+                _signal(process, signal.SIGSTOP)
+            stopped |= fresh
+        for process in stopped:
+            _signal(process, signal.SIGKILL)
         try:
-            os.wait()
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
         except ChildProcessError:
             return
+        time.sleep(0.001)
 
 
 def _descendants() -> set[int]:
@@ -253,4 +259,5 @@ def _stop(_number: int, _frame: object) -> None:
     raise _Stopped
 
 
-main()
+if __name__ == "__main__":
+    main()
