@@ -109,6 +109,15 @@ async def test_gateways_that_start_together_migrate_once(old: str) -> None:
         await store.close()
 
 
+async def test_a_file_that_several_open_at_once_is_locked_for_none(tmp_path: Path) -> None:
+    for number in range(8):
+        url = f"sqlite+aiosqlite:///{tmp_path / f'{number}.sqlite3'}"
+        await execute(url, "PRAGMA user_version = 0")  # a file without a write-ahead log
+        opening = (AuditStore.open(url, migrate=True) for _ in range(6))
+        for store in await asyncio.gather(*opening):
+            await store.close()
+
+
 async def test_a_store_of_a_newer_version_is_refused(audit_url: str) -> None:
     await (await AuditStore.open(audit_url, migrate=True)).close()
     await execute(audit_url, "UPDATE alembic_version SET version_num = '0099'")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import sqlite3
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import aiosqlite
 from sqlalchemy import Connection, event, text
+from sqlalchemy.dialects.sqlite.aiosqlite import AsyncAdapt_aiosqlite_connection
 from sqlalchemy.engine import make_url
-from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry
@@ -124,19 +128,33 @@ def _find_file(file: Path, create: bool) -> None:
         raise AuditError(f"cannot open the audit store {file}: {error}") from error
 
 
+async def _use_wal(connection: aiosqlite.Connection) -> None:
+    """Of two that turn to the WAL at once SQLite refuses one without waiting."""
+    give_up = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        try:
+            await (await connection.execute("PRAGMA journal_mode=WAL")).close()
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > give_up:
+                raise
+            await asyncio.sleep(0.01)
+        else:
+            return
+
+
 def _prepare_sqlite(engine: AsyncEngine, create: bool) -> None:
     name = engine.url.database
     if name not in (None, "", ":memory:"):
         _find_file(Path(str(name)), create)
 
     @event.listens_for(engine.sync_engine, "connect")
-    def configure(connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:
+    def configure(connection: AsyncAdapt_aiosqlite_connection, _: ConnectionPoolEntry) -> None:
         # Python's driver would begin transactions itself, and late: see `begin`.
         connection.isolation_level = None
-        cursor = connection.cursor()
         # Readers do not block the writer, nor the writer them, and a commit is one write of one
         # file. FULL syncs that file in each commit: NORMAL would lose the last ones with the power.
-        cursor.execute("PRAGMA journal_mode=WAL")
+        connection.run_async(_use_wal)
+        cursor = connection.cursor()
         cursor.execute("PRAGMA synchronous=FULL")
         # Another process, such as `audit prune`, may hold the write lock for a moment.
         cursor.execute(f"PRAGMA busy_timeout={int(_PATIENCE_SECONDS * 1000)}")
