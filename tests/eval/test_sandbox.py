@@ -19,7 +19,6 @@ import pytest
 from vase_sgl.eval.sandbox import LAYERS, Limits, SandboxError, check_sandbox, run_program
 
 _ROOT = Path(__file__).parents[2]
-_PLAIN_USER = 65533
 _LIMITS = {
     "wall_seconds": 60.0,
     "cpu_seconds": 5,
@@ -45,6 +44,15 @@ for started in range(10_000):
         break
     if child == 0:
         bomb()
+"""
+_SLEEPERS = """
+for started in range(10_000):
+    try:
+        if os.fork() == 0:
+            time.sleep(100)
+    except OSError:
+        print(started)
+        break
 """
 _DAEMON = """
 if os.fork() == 0:
@@ -186,7 +194,9 @@ def scene(
     folder = Path(f"/tmp/vase-test-{secrets.token_hex(6)}")
     folder.mkdir()
     folder.chmod(0o777)
-    yield Scene(folder, _PLAIN_USER if who == "plain" else None, python, layers)
+    # Of this scene alone: where there are no namespaces, all tasks of a user count together.
+    user = 50_000 + secrets.randbelow(10_000) if who == "plain" else None
+    yield Scene(folder, user, python, layers)
     shutil.rmtree(folder)
 
 
@@ -241,7 +251,23 @@ def test_fork_bomb(scene: Scene) -> None:
     result = scene.run(bomb=_FORK_BOMB)["bomb"]
     assert result["outcome"] == "exited", result
     assert "refused after" in result["stdout"]
-    assert int(result["stdout"].split()[2]) <= _LIMITS["processes"]
+    assert int(result["stdout"].split()[2]) < _LIMITS["processes"]
+    assert scene.left_behind() == []
+
+
+def test_the_number_of_processes_is_exact(scene: Scene) -> None:
+    others = "[threading.Thread(target=time.sleep, args=[100]).start() for _ in range(20)]"
+    busy = subprocess.Popen(
+        [scene.python, "-c", f"import threading, time; {others}; print('busy', flush=True)"],
+        stdout=subprocess.PIPE,
+        **scene.as_user(),
+    )
+    assert busy.stdout and busy.stdout.readline() == b"busy\n"
+    result = scene.run(sleepers=_SLEEPERS)["sleepers"]
+    busy.kill()
+    busy.communicate()
+    assert result["outcome"] == "exited", result
+    assert int(result["stdout"]) == _LIMITS["processes"] - 1
     assert scene.left_behind() == []
 
 

@@ -24,10 +24,11 @@ Where the kernel permits:
 NOT protected: this is no virtual machine, and a hole in the kernel goes through it. Total memory is
 bounded only by processes times address space. Names and sizes of files anywhere can be seen.
 Without `namespaces`, UDP and Unix sockets are open, and the total size of the files in the working
-folder is not bounded. Without `landlock`, the program can read what its user can read and write
-where that user can write. Without both, and not as root, it can also read the environment of its
-user's other processes; without `namespaces`, `landlock-signals` and `user` it can signal them, the
-launcher included, and so outlive it. For code from an adversary use a virtual machine.
+folder is not bounded; a plain user's programs then share what each may start, because the kernel
+counts all that the user runs. Without `landlock`, the program can read what its user can read and
+write where that user can write. Without both, and not as root, it can also read the environment of
+its user's other processes; without `namespaces`, `landlock-signals` and `user` it can signal them,
+the launcher included, and so outlive it. For code from an adversary use a virtual machine.
 """
 
 from __future__ import annotations

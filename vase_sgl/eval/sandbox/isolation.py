@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import stat
 from collections.abc import Iterable
 from pathlib import Path
@@ -91,6 +92,12 @@ def enter_namespaces(*, as_root: bool) -> bool:
         _write("/proc/self/uid_map", f"{USER_INSIDE} {user} 1")
         _write("/proc/self/gid_map", f"{USER_INSIDE} {group} 1")
     return True
+
+
+def counts_tasks_by_user_namespace() -> bool:
+    """Whether RLIMIT_NPROC counts a user's tasks in its own user namespace alone (Linux 5.14)."""
+    major, minor = re.findall(r"\d+", os.uname().release)[:2]
+    return (int(major), int(minor)) >= (5, 14)
 
 
 def mount_folder(folder: str, size: int, owner: int) -> None:

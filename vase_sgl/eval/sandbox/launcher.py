@@ -66,8 +66,9 @@ def _launch(request: dict[str, Any], report: int) -> None:
     version = isolation.landlock_version() if "landlock" in request["layers"] else 0
     if namespaces:
         held.add("namespaces")
-        # One process more: the namespace's init counts where its user is the program's.
-        processes += 1
+        if own_user is None:  # its user is the program's, so the namespace's init counts too
+            alone = isolation.counts_tasks_by_user_namespace()
+            processes = limits["processes"] + 2 if alone else processes + 1  # 2: this process, init
     held |= isolation.landlock_names(version)
     _tell(report, isolation=sorted(held))
 
