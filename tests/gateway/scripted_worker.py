@@ -51,6 +51,8 @@ class ScriptedWorker:
         self.url = ""
         self.faults = Faults()
         self.fingerprint = dict(FINGERPRINT)
+        #: None: as a worker that does not report it.
+        self.model_name: str | None = None
         self.default_eviction: dict[str, Any] | None = None
         self.max_budget = 4096
         self.context_length = 8192
@@ -69,6 +71,7 @@ class ScriptedWorker:
         self.aborted: list[str] = []
         self.running: set[str] = set()
         self.most_running = 0
+        self.health_checks = 0
         self.max_running_requests = 64
         self.max_query_requests = 64
         self.prefix_cache = True
@@ -106,6 +109,16 @@ class ScriptedWorker:
                 connection.transport.abort()
         for site in list(self._runner.sites):
             await site.stop()
+
+    async def noticed(self) -> None:
+        """Return when the gateway has seen this worker as it is now.
+
+        The next check may have begun before now; at the one after the next, the next is done with.
+        """
+        after = self.health_checks + 3
+        async with asyncio.timeout(10):
+            while self.health_checks < after:
+                await asyncio.sleep(0.01)
 
     async def wait_for_abort(self, seconds: float = 5.0) -> str:
         """The first aborted request id, as soon as nothing runs any more."""
@@ -149,10 +162,12 @@ class ScriptedWorker:
         return web.Response()
 
     async def _health(self, request: web.Request) -> web.Response:
+        self.health_checks += 1
         return web.Response(status=200 if self.faults.healthy else 503)
 
     async def _server_info(self, request: web.Request) -> web.Response:
         vase = {
+            **({} if self.model_name is None else {"model_name": self.model_name}),
             "fingerprint": self.fingerprint,
             "limits": {
                 "max_budget": self.max_budget,

@@ -13,7 +13,7 @@ import asyncpg
 import pytest
 
 from tests.gateway.audit_records import numbered
-from tests.gateway.running import Running, run_gateway
+from tests.gateway.running import Running, run_gateway, until
 from tests.gateway.test_audit_store import problems
 from vase_sgl.client import Unavailable
 from vase_sgl.gateway.audit import AuditStore, database
@@ -171,8 +171,8 @@ async def test_back_pressure_instead_of_loss(
     monkeypatch.setattr(store, "_write", stalled)
     store._commits._queue._maxsize = 20  # type: ignore[attr-defined]
     waiting = [asyncio.create_task(store.append(numbered(n))) for n in range(100)]
-    await asyncio.sleep(0.3)
-    assert not any(task.done() for task in waiting) and store._commits._queue.qsize() == 20
+    await until(lambda: store._commits._queue.qsize() == 20)
+    assert not any(task.done() for task in waiting)
     go_on.set()
     assert len(await asyncio.gather(*waiting)) == 100
     assert await problems(audit_url) == {"alice": None}

@@ -9,7 +9,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from tests.gateway.running import Running, run_gateway
+from tests.gateway.running import Running, run_gateway, until
 from tests.gateway.scripted_worker import ScriptedWorker
 from vase_sgl.client import NEVER, AsyncClient, Client, InvalidRequest, Unavailable, VaseError
 from vase_sgl.gateway.config import load_config
@@ -56,7 +56,7 @@ async def test_a_worker_that_is_not_there_yet(tmp_path: Path) -> None:
 
 async def test_a_worker_without_the_plugin_is_not_ready(running: Running) -> None:
     running.worker.fingerprint = None  # type: ignore[assignment]
-    await asyncio.sleep(0.3)
+    await running.worker.noticed()
     with pytest.raises(Unavailable, match=r"does not report vase_sgl's state.*`vase-sgl worker`"):
         await running.client.generate_once("tell me")
 
@@ -129,7 +129,7 @@ async def test_a_worker_that_falls_silent_is_given_up(tmp_path: Path) -> None:
 async def test_token_ids_that_cannot_be_checked_are_refused(running: Running) -> None:
     """An id outside the vocabulary would end the worker."""
     running.worker.hides_vocabulary = True
-    await asyncio.sleep(0.3)
+    await running.worker.noticed()
     with pytest.raises(InvalidRequest, match="does not report its vocabulary size"):
         await running.client.generate_once([1, 2], max_new_tokens=2)
     await running.client.generate_once("tell me", max_new_tokens=2)
@@ -139,13 +139,13 @@ async def test_requests_go_to_workers_in_turn_and_around_a_dead_one(tmp_path: Pa
     async with ScriptedWorker() as first, ScriptedWorker() as second:
         workers = {"urls": [first.url, second.url], "health_interval_seconds": 0.1}
         async with run_gateway(tmp_path, worker=workers) as running:
-            await asyncio.sleep(0.2)
+            await until(lambda: len(running.gateway._router.ready()) == 2)
             for _ in range(4):
                 await running.client.generate_once("tell me", max_new_tokens=2)
             assert len(first.bodies) == len(second.bodies) == 2
             assert (await running.client.capacity()).total_slots == 20_000
             first.faults.healthy = False
-            await asyncio.sleep(0.3)
+            await first.noticed()
             for _ in range(2):
                 await running.client.generate_once("tell me", max_new_tokens=2)
             assert (len(first.bodies), len(second.bodies)) == (2, 4)

@@ -48,7 +48,7 @@ async def test_a_workers_own_maximum_bounds_what_it_gets(tmp_path: Path) -> None
     async with run_gateway(tmp_path) as running:
         running.worker.max_running_requests = 3
         running.worker.token_seconds = 0.01
-        await asyncio.sleep(0.3)
+        await running.worker.noticed()
         calls = [running.client.generate_once("tell me", max_new_tokens=5) for _ in range(12)]
         await asyncio.gather(*calls)
         assert running.worker.most_running == 3
@@ -88,7 +88,7 @@ async def test_query_rings_bound_what_a_worker_gets(tmp_path: Path) -> None:
     async with run_gateway(tmp_path) as running:
         running.worker.max_query_requests = 2
         running.worker.token_seconds = 0.01
-        await asyncio.sleep(0.3)
+        await running.worker.noticed()
         for policy in ("vase-attnv", "streaming"):
             calls = [
                 running.client.generate_once(

@@ -171,7 +171,7 @@ async def test_a_stop_string_never_reaches_the_client(running: Running) -> None:
 
 async def test_the_workers_own_default_budget_is_made_explicit(running: Running) -> None:
     running.worker.default_eviction = {"budget": 32, "window": 8, "policy": "random"}
-    await asyncio.sleep(0.3)  # until the next health check has seen it
+    await running.worker.noticed()
     answer = await running.client.generate_once("tell me", max_new_tokens=60)
     assert answer.result.cache is not None and answer.result.cache.rounds > 0
     record = await running.client.get_record(answer.request_id)

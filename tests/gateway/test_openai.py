@@ -14,7 +14,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 
-from tests.gateway.running import Running, run_gateway
+from tests.gateway.running import Running, run_gateway, until
 from tests.gateway.test_abort import record_of
 from tests.gateway.test_transport import certificate
 from vase_sgl.client import Tls
@@ -144,6 +144,11 @@ async def test_models(door: Running) -> None:
             await api.models.retrieve("gpt-9")
         with pytest.raises(openai.NotFoundError):
             await api.chat.completions.create(model="gpt-9", messages=CHAT)
+        door.worker.model_name = "assistant"
+        await door.worker.noticed()
+        assert [model.id async for model in api.models.list()] == ["assistant"]
+        answer = await api.chat.completions.create(model="assistant", messages=CHAT, max_tokens=1)
+        assert answer.model == "assistant"
 
 
 @pytest.mark.parametrize(
@@ -200,7 +205,7 @@ async def test_errors_have_openais_shape_and_status(door: Running) -> None:
     headers = error.value.response.headers
     assert 8 <= int(headers["retry-after"]) <= 10 and 8000 < int(headers["retry-after-ms"]) < 10001
     door.worker.faults.healthy = False
-    await asyncio.sleep(0.3)
+    await door.worker.noticed()
     with pytest.raises(openai.InternalServerError) as unavailable:
         await ask(door.key)
     assert unavailable.value.status_code == 503 and "no worker is ready" in str(unavailable.value)
@@ -252,7 +257,7 @@ async def test_leaving_aborts_in_the_worker(door: Running) -> None:
         waiting = asyncio.create_task(
             api.chat.completions.create(model="scripted", messages=CHAT, max_tokens=4000)
         )
-        await asyncio.sleep(0.3)
+        await until(lambda: len(door.worker.bodies) == 2)
         waiting.cancel()
         await door.worker.wait_for_abort_of(2)
 
@@ -280,7 +285,7 @@ async def test_draining_ends_running_streams_well_and_refuses_new_ones(tmp_path:
                 model="scripted", messages=CHAT, max_tokens=50, stream=True
             )
             stopping = asyncio.create_task(door.gateway.stop())
-            await asyncio.sleep(0.3)
+            await until(lambda: door.gateway._door._draining)
             with pytest.raises(openai.InternalServerError, match="shutting down"):
                 await api.models.retrieve("scripted")
             chunks = [chunk async for chunk in stream]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-import hashlib
+import logging
+import secrets
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,43 @@ import torch
 from vase_sgl import __version__
 from vase_sgl.engine import platform_cpu
 from vase_sgl.engine.pool import BudgetPool
+from vase_sgl.engine.weights import WeightsNotFound, weights_digest
 
-_CHUNK = 1 << 20
+logger = logging.getLogger(__name__)
+
+#: SGLang's flags that change the numbers of a model whose weights are the same, beside those with
+#: an entry of their own.
+_ARITHMETIC = (
+    "model_impl",
+    "json_model_override_args",
+    "quantization",
+    "rl_quant_profile",
+    "modelopt_quant",
+    "enable_fp32_lm_head",
+    "enable_tf32_matmul",
+    "enable_torch_compile",
+    "enable_fused_qk_norm_rope",
+    "sampling_backend",
+    "prefill_attention_backend",
+    "decode_attention_backend",
+    "triton_attention_num_kv_splits",
+    "triton_attention_split_tile_size",
+    "triton_attention_reduce_in_fp32",
+    "fp8_gemm_runner_backend",
+    "fp4_gemm_runner_backend",
+    "bf16_gemm_backend",
+    "moe_runner_backend",
+    "moe_a2a_backend",
+    "ep_size",
+    "disable_custom_all_reduce",
+    "enable_mscclpp",
+    "enable_nccl_nvls",
+    "enable_torch_symm_mem",
+    "enable_flashinfer_allreduce_fusion",
+    "enable_quant_communications",
+    "rl_on_policy_target",
+)
+_NOT_IN_USE = (None, False, "", "{}", "auto", "none")
 
 
 def fingerprint(scheduler: Any) -> dict[str, str]:
@@ -23,7 +59,9 @@ def fingerprint(scheduler: Any) -> dict[str, str]:
     runner = scheduler.tp_worker.model_runner
     return {
         "model": Path(args.model_path).name,
-        "weights_digest": _weights_digest(args.model_path, str(args.load_format)),
+        "weights_digest": "dummy"
+        if args.load_format == "dummy"
+        else _weights(args.model_path, args.revision, args.download_dir),
         "vase_sgl": __version__,
         "sglang": version("sglang"),
         "kernels": f"{BudgetPool.of(scheduler.req_to_token_pool).kernels}-5",
@@ -37,6 +75,7 @@ def fingerprint(scheduler: Any) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "tp_size": str(args.tp_size),
         **_prefill_layout(scheduler),
+        **_arithmetic(args),
     }
 
 
@@ -54,6 +93,12 @@ def _prefill_layout(scheduler: Any) -> dict[str, str]:
     }
 
 
+def _arithmetic(args: Any) -> dict[str, str]:
+    """Flags in use that choose how numbers are computed."""
+    values = {name: getattr(args, name) for name in _ARITHMETIC}
+    return {name: str(value) for name, value in values.items() if value not in _NOT_IN_USE}
+
+
 def _is_deterministic(args: Any) -> bool:
     # Our CPU platform always brings batch-invariant layers and seeded sampling.
     return bool(args.enable_deterministic_inference) or platform_cpu.is_active()
@@ -64,15 +109,10 @@ def _device_name() -> str:
 
 
 @functools.cache
-def _weights_digest(model_path: str, load_format: str) -> str:
-    """SHA-256 over the names and bytes of configuration and weights, 32 hex digits of it."""
-    if load_format == "dummy":
-        return "dummy"
-    digest = hashlib.sha256()
-    for path in sorted(Path(model_path).glob("*")):
-        if path.suffix in (".safetensors", ".bin", ".gguf") or path.name == "config.json":
-            digest.update(path.name.encode())
-            with path.open("rb") as file:
-                while chunk := file.read(_CHUNK):
-                    digest.update(chunk)
-    return digest.hexdigest()[:32]
+def _weights(model_path: str, revision: str | None, download_dir: str | None) -> str:
+    """The weights' digest; where it cannot be had, what no other process reports."""
+    try:
+        return weights_digest(model_path, revision=revision, download_dir=download_dir)
+    except WeightsNotFound as error:
+        logger.warning("%s; replays of this process's answers will be INCOMPARABLE", error)
+        return f"unknown-{secrets.token_hex(8)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from vase_sgl.engine.config import engine_config
@@ -23,6 +24,7 @@ def describe(scheduler: Any) -> dict[str, Any]:
     pool = BudgetPool.of(scheduler.req_to_token_pool)
     slots = Slots.of(scheduler)
     return {
+        "model_name": _model_name(scheduler.server_args),
         "fingerprint": fingerprint(scheduler),
         "limits": {
             "max_budget": config.limits.max_budget,
@@ -52,3 +54,12 @@ def describe(scheduler: Any) -> dict[str, Any]:
             "token_positions": pool.token_positions.nbytes / 2**20,
         },
     }
+
+
+def _model_name(args: Any) -> str:
+    """What clients call the model: `--served-model-name`, or the last part of the model's path.
+
+    Without the flag SGLang sets it to the path.
+    """
+    name = args.served_model_name
+    return str(name) if name and name != args.model_path else Path(args.model_path).name

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from vase_sgl.engine.weights import weights_digest
 from vase_sgl.eval.arms import PRODUCTION, Arm, ArmError
 from vase_sgl.eval.cells import IN_PROCESS
 from vase_sgl.eval.configuration import (
@@ -188,15 +189,9 @@ def fingerprint(model: str, dtype: str) -> dict[str, str]:
 
     from vase_sgl import __version__
 
-    digest = hashlib.sha256()
-    for path in sorted(Path(model).glob("*")):
-        if path.suffix in (".safetensors", ".bin") or path.name == "config.json":
-            digest.update(path.name.encode())
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
     return {
         "model": Path(model).name,
-        "weights_digest": digest.hexdigest()[:32],
+        "weights_digest": weights_digest(model),
         "vase_sgl": __version__,
         "torch": torch.__version__,
         "transformers": version("transformers"),

@@ -281,6 +281,7 @@ def worker_info(answer: Mapping[str, Any]) -> WorkerInfo:
         running_requests=sum(int(state["running_requests"]) for state in states),
         rounds=sum(int(state["rounds"]) for state in states),
         evicted_tokens=sum(int(state["evicted_tokens"]) for state in states),
+        model_name=str(first.get("model_name") or first["fingerprint"]["model"]),
         max_running_requests=_sum(state.get("max_running_requests") for state in states),
         max_query_requests=_sum(state["limits"].get("max_requests") for state in states),
         prefix_cache=bool(first.get("prefix_cache", True)),

@@ -67,6 +67,7 @@ class WorkerInfo:
     default_eviction: eviction parameters it would give a request that brings none.
     available_slots: slots that no running request owns.
     reserved_slots: slots that its running requests may come to own.
+    model_name: what clients call its model.
     max_running_requests: requests its scheduler runs at once, if it says so.
     max_query_requests: of these, requests whose policy reads queries, if it says so.
     prefix_cache, page_size: how its slots are shared and handed out.
@@ -85,6 +86,7 @@ class WorkerInfo:
     running_requests: int
     rounds: int
     evicted_tokens: int
+    model_name: str = ""
     max_running_requests: int | None = None
     max_query_requests: int | None = None
     prefix_cache: bool = True

@@ -114,7 +114,7 @@ class OpenAIDoor:
         return web.json_response(_model(self._known(request.match_info["model"])))
 
     def _names(self) -> list[str]:
-        return sorted({info.fingerprint["model"] for _, info in self._router.ready()})
+        return sorted({info.model_name for _, info in self._router.ready()})
 
     def _known(self, model: str) -> str:
         names = self._names()

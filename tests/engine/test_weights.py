@@ -1,0 +1,124 @@
+"""The digest of a model's weights, wherever SGLang would find them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub.constants
+import pytest
+
+from vase_sgl.engine import fingerprint
+from vase_sgl.engine.server_info import _model_name
+from vase_sgl.engine.weights import WeightsNotFound, weights_digest
+
+_OLD, _NEW = "a" * 40, "b" * 40
+
+
+@pytest.fixture(autouse=True)
+def _read_anew() -> None:
+    weights_digest.cache_clear()
+
+
+def _write(folder: Path, weights: bytes, config: bytes | None = b"{}") -> Path:
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(weights)
+    (folder / "README.md").write_text("no part of it")
+    if config is not None:
+        (folder / "config.json").write_bytes(config)
+    return folder
+
+
+def _snapshot(cache: Path, revision: str, weights: bytes, config: bytes | None = b"{}") -> None:
+    """As the hub's library leaves a download behind; `main` is the last one."""
+    repository = cache / "models--org--name"
+    _write(repository / "snapshots" / revision, weights, config)
+    (repository / "refs").mkdir(exist_ok=True)
+    (repository / "refs" / "main").write_text(revision)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def test_names_and_bytes_of_weights_and_configuration_count(tmp_path: Path) -> None:
+    digest = weights_digest(str(_write(tmp_path / "a", b"1")))
+    assert len(digest) == 32
+    assert weights_digest(str(_write(tmp_path / "b", b"1"))) == digest
+    assert weights_digest(str(_write(tmp_path / "c", b"2"))) != digest
+    assert weights_digest(str(_write(tmp_path / "d", b"1", b'{"x": 1}'))) != digest
+
+
+def test_a_name_on_the_hub_has_the_digest_of_its_files(cache: Path, tmp_path: Path) -> None:
+    _snapshot(cache, _OLD, b"1")
+    _snapshot(cache, _NEW, b"2")
+    old = weights_digest(str(_write(tmp_path / "old", b"1")))
+    new = weights_digest(str(_write(tmp_path / "new", b"2")))
+    assert weights_digest("org/name") == new
+    assert weights_digest("org/name", revision=_OLD) == old
+    assert weights_digest("org/name", revision=_NEW) == new != old
+
+
+def test_weights_in_a_download_folder_go_before_the_cache(cache: Path, tmp_path: Path) -> None:
+    downloads = tmp_path / "downloads"
+    _snapshot(downloads, _OLD, b"1", config=None)
+    _snapshot(cache, _OLD, b"2", config=b"of the cache")
+    both = weights_digest(str(_write(tmp_path / "both", b"1", b"of the cache")))
+    assert weights_digest("org/name", download_dir=str(downloads)) == both
+    assert weights_digest("org/name", download_dir=str(tmp_path / "empty")) != both
+
+
+def test_a_single_file(tmp_path: Path) -> None:
+    for name, content in (("a", b"1"), ("b", b"2")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.gguf").write_bytes(content)
+    one, other = (weights_digest(str(tmp_path / name / "model.gguf")) for name in "ab")
+    assert one != other
+
+
+@pytest.mark.parametrize("path", ["org/name", "s3://bucket/model", "an/impossible/name"])
+def test_weights_that_are_not_here(cache: Path, path: str) -> None:
+    with pytest.raises(WeightsNotFound, match="no weights"):
+        weights_digest(path)
+
+
+def test_a_folder_without_weights(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(WeightsNotFound, match=str(tmp_path)):
+        weights_digest(str(tmp_path))
+
+
+def test_unknown_weights_equal_no_other_process(
+    cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = []
+    for _ in range(2):
+        fingerprint._weights.cache_clear()  # as another process
+        with caplog.at_level(logging.WARNING):
+            names += [fingerprint._weights("org/name", None, None) for _ in range(2)]
+    assert names[0] == names[1] != names[2] == names[3]
+    assert names[0].startswith("unknown-")
+    assert caplog.text.count("INCOMPARABLE") == 2
+
+
+def test_only_flags_in_use_are_entries() -> None:
+    args = SimpleNamespace(**dict.fromkeys(fingerprint._ARITHMETIC))
+    args.json_model_override_args = "{}"
+    args.enable_tf32_matmul = False
+    args.quantization = "fp8"
+    assert fingerprint._arithmetic(args) == {"quantization": "fp8"}
+
+
+@pytest.mark.parametrize(
+    ("path", "served", "name"),
+    [
+        ("/models/a", "/models/a", "a"),
+        ("org/a", None, "a"),
+        ("org/a", "assistant", "assistant"),
+    ],
+)
+def test_what_clients_call_the_model(path: str, served: str | None, name: str) -> None:
+    assert _model_name(SimpleNamespace(model_path=path, served_model_name=served)) == name
