@@ -31,6 +31,12 @@ Manifest = dict[str, Any]
 #: Values by dotted path, as in `{"gateway.tls.enabled": True}`.
 Values = dict[str, Any]
 
+#: Records in a database that gateways may reach.
+POSTGRESQL: Values = {
+    "gateway.audit.store": "postgresql",
+    "networkPolicy.gatewayEgress": [{"ports": [{"port": 5432, "protocol": "TCP"}]}],
+}
+
 
 class RenderError(Exception):
     """helm refused. The text is what it said."""

@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 
-from tests.k8s.chart import Values, render
+from tests.k8s.chart import POSTGRESQL, Values, render
 from tests.k8s.test_gateway_config import MUTUAL_TLS
 
-POSTGRESQL: Values = {"gateway.audit.store": "postgresql"}
 CERT_MANAGER: Values = {
     "gateway.tls.enabled": True,
     "gateway.tls.certManager.enabled": True,
@@ -133,6 +132,30 @@ def test_tables_are_brought_up_to_date_before_the_gateways() -> None:
     assert secret({}) == {"name": "vase-sgl-audit", "key": "url"}
     owner = {"gateway.audit.postgresql.migrate.urlSecret.name": "owner"}
     assert secret(owner) == {"name": "owner", "key": "url"}
+
+
+def test_the_migration_runs_where_gateways_run_and_with_their_variables() -> None:
+    values: Values = {
+        **POSTGRESQL,
+        "gateway.nodeSelector": {"pool": "cpu"},
+        "gateway.tolerations": [{"key": "dedicated", "operator": "Exists"}],
+        "gateway.env": [{"name": "PGPASSWORD", "value": "x"}],
+    }
+    rendered = render(values)
+    migration = rendered.one("Job", "-migrate")["spec"]["template"]["spec"]
+    for spec in (migration, rendered.one("Pod", "-test")["spec"]):
+        for key in ("nodeSelector", "tolerations"):
+            assert spec[key] == rendered.gateway_pod()[key]
+    assert {"name": "PGPASSWORD", "value": "x"} in migration["containers"][0]["env"]
+
+
+def test_the_way_to_the_database_is_open_before_the_migration() -> None:
+    """On an upgrade the Job meets the policies of the release before."""
+    rendered = render(POSTGRESQL)
+    policy = rendered.one("NetworkPolicy", "-migrate")["metadata"]["annotations"]
+    job = rendered.one("Job", "-migrate")["metadata"]["annotations"]
+    assert policy["helm.sh/hook"] == job["helm.sh/hook"]
+    assert int(policy["helm.sh/hook-weight"]) < int(job.get("helm.sh/hook-weight", 0))
 
 
 def test_no_migration_where_none_is_wanted() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.k8s.chart import PROFILES, Rendered, Values, render
+from tests.k8s.chart import POSTGRESQL, PROFILES, Rendered, Values, render
 from vase_sgl.cli import build_app
 from vase_sgl.cli.serve import serve
 from vase_sgl.gateway.config import ConfigError, GatewayConfig, load_config
@@ -119,7 +119,7 @@ def test_sqlite_is_on_the_state_volume(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_postgresql_comes_from_the_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rendered = render({"gateway.audit.store": "postgresql"})
+    rendered = render(POSTGRESQL)
     assert "audit" not in rendered.gateway_config()
     config = load(rendered, tmp_path, monkeypatch)
     assert config.audit.url.startswith("postgresql+asyncpg://")
@@ -165,9 +165,7 @@ def test_pod_restarts_when_the_configuration_changes() -> None:
 
 
 def test_variables_are_keys_of_the_configuration() -> None:
-    rendered = render(
-        {"gateway.audit.store": "postgresql", "gateway.redis.urlSecret.name": "redis"}
-    )
+    rendered = render({**POSTGRESQL, "gateway.redis.urlSecret.name": "redis"})
     given = {v["name"] for v in rendered.gateway()["env"] if v["name"].startswith("VASE_")}
     assert len(given) == 2
     assert {name for name in given if not _is_key(name)} == set()
@@ -187,7 +185,7 @@ def test_options_are_those_of_the_command() -> None:
 
 
 def test_migration_is_a_command() -> None:
-    (job,) = render({"gateway.audit.store": "postgresql"}).of("Job")
+    (job,) = render(POSTGRESQL).of("Job")
     (container,) = job["spec"]["template"]["spec"]["containers"]
     group, command = container["args"]
     (commands,) = (g.typer_instance for g in build_app().registered_groups if g.name == group)

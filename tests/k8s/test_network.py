@@ -122,6 +122,19 @@ def test_further_egress() -> None:
     assert not allowed(rendered, migration, pod(rendered, "worker"), WORKER)
 
 
+def test_a_canary_can_be_called_directly_by_whom_is_named() -> None:
+    values: Values = {"canary.enabled": True, "canary.inRotation": False}
+    named: Values = {"canary.clients": [{"podSelector": {"matchLabels": NEIGHBOUR.labels}}]}
+    for rendered, reached in ((render(values), False), (render({**values, **named}), True)):
+        stable, canary = (
+            Peer(labels=rendered.one("StatefulSet", n)["spec"]["template"]["metadata"]["labels"])
+            for n in ("-worker", "-worker-canary")
+        )
+        assert allowed(rendered, NEIGHBOUR, canary, WORKER) == reached
+        assert not allowed(rendered, NEIGHBOUR, stable, WORKER)
+        assert not allowed(rendered, OUTSIDER, canary, WORKER)
+
+
 def test_ranks_of_a_group_talk_freely() -> None:
     values: Values = {"worker.multiNode.enabled": True, "worker.tensorParallelSize": 2}
     rendered = render(values)

@@ -117,6 +117,13 @@ def test_wrong_value_is_refused(values: Values, key: str) -> None:
 IMPOSSIBLE: list[tuple[Values, str]] = [
     ({"gateway.replicas": 2}, "gateway.audit.store=postgresql"),
     ({"gateway.autoscaling.enabled": True}, "gateway.audit.store=postgresql"),
+    ({"gateway.audit.store": "postgresql"}, "networkPolicy.gatewayEgress"),
+    ({"gateway.redis.urlSecret.name": "redis"}, "networkPolicy.gatewayEgress"),
+    ({"canary.enabled": True, "canary.modelPath": "other/model"}, "canary.inRotation=false"),
+    (
+        {"canary.enabled": True, "canary.evictionDefault": {"budget": 1024}},
+        "canary.inRotation=false",
+    ),
     ({"gateway.tls.enabled": True}, "gateway.tls.existingSecret"),
     ({"gateway.tls.certManager.enabled": True}, "gateway.tls.enabled"),
     (

@@ -48,8 +48,15 @@ def test_keda_scales_on_reserved_slots_and_queue_time() -> None:
         query = trigger["metadata"]["query"]
         promql_parser.parse(query)
         assert 'vase_release="r"' in query and 'namespace="ns"' in query
-        assert 'track="stable"' in query  # canaries are not scaled, so they do not count
         assert "authenticationRef" not in trigger
+
+
+def test_keda_counts_workers_that_it_scales_and_the_gateways_queue() -> None:
+    """Canaries are not scaled; and SGLang's own queue is empty, for gateways hold requests back."""
+    found = triggers(render(KEDA))
+    assert 'track="stable"' in found["reserved-slots"]["metadata"]["query"]
+    assert "rate(vase_queue_duration_seconds_bucket{" in found["queue-time"]["metadata"]["query"]
+    assert set(triggers(render({**KEDA, "gateway.metrics.enabled": False}))) == {"reserved-slots"}
 
 
 def test_keda_can_authenticate() -> None:

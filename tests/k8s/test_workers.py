@@ -175,6 +175,7 @@ def test_without_download_the_cache_is_read_only_and_the_hub_is_off() -> None:
 
     read_only, variables = facts(render({"model.download": False, "model.path": "/models/q"}))
     assert read_only and variables["HF_HUB_OFFLINE"] == "1" and "HF_HOME" not in variables
+    assert variables["HF_HUB_CACHE"] == "/models/huggingface/hub"  # where HF_HOME below puts it
     read_only, variables = facts(render())
     assert not read_only and variables["HF_HOME"] == "/models/huggingface"
     assert "HF_HUB_OFFLINE" not in variables
@@ -240,9 +241,24 @@ def test_disruption_budget() -> None:
     assert not render({"worker.podDisruptionBudget.enabled": False}).of("PodDisruptionBudget")
 
 
+def test_inspection_has_a_folder_and_the_gateways_consent() -> None:
+    """Refused by a worker: a folder that is not there or cannot be written."""
+    rendered = render({"worker.inspect.enabled": True, "worker.inspect.sizeLimit": "2Gi"})
+    (folder,) = (a.partition("=")[2] for a in arguments(rendered) if "--vase-inspect-dir" in a)
+    worker = rendered.worker()
+    (mount,) = (m for m in worker["volumeMounts"] if m["mountPath"] == folder)
+    template = rendered.one("StatefulSet")["spec"]["template"]["spec"]
+    (volume,) = (v for v in template["volumes"] if v["name"] == mount["name"])
+    assert volume["emptyDir"] == {"sizeLimit": "2Gi"} and not mount.get("readOnly")
+    assert rendered.gateway_config()["allow_inspect"] is True
+    assert "allow_inspect" not in render().gateway_config()
+    assert not any("inspect" in argument for argument in arguments(render()))
+
+
 class TestCanary:
     VALUES: ClassVar[Values] = {
         "canary.enabled": True,
+        "canary.inRotation": False,
         "canary.replicas": 2,
         "canary.image.tag": "0.2.0",
         "canary.extraArgs": ["--log-requests"],

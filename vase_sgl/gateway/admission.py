@@ -51,11 +51,14 @@ class Passage:
         Raises `WorkerUnavailable`, and `LimitExceeded` after the longest wait.
         """
         arrived = time.monotonic()
-        with telemetry.waiting():
-            lease = await self._place.wait(
-                lambda: self._router.take(need, exclude=exclude, only=only)
-            )
-        self._metrics.waited(self.tenant.name, time.monotonic() - arrived)
+        try:
+            with telemetry.waiting():
+                lease = await self._place.wait(
+                    lambda: self._router.take(need, exclude=exclude, only=only)
+                )
+        finally:
+            # Of those too that waited in vain: they are what a full fleet looks like.
+            self._metrics.waited(self.tenant.name, time.monotonic() - arrived)
         self._waiting.close()
         try:
             yield lease

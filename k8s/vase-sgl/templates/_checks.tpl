@@ -47,6 +47,12 @@
 {{- if and .Values.monitoring.serviceMonitor.enabled (not $g.metrics.enabled) -}}
 {{- fail "monitoring.serviceMonitor needs gateway.metrics.enabled" -}}
 {{- end -}}
+{{- if and .Values.networkPolicy.enabled (not .Values.networkPolicy.gatewayEgress) (or (eq $g.audit.store "postgresql") $g.redis.urlSecret.name) -}}
+{{- fail "gateways reach neither PostgreSQL nor Redis: name where these run in networkPolicy.gatewayEgress, or set networkPolicy.enabled=false" -}}
+{{- end -}}
+{{- if and .Values.canary.enabled .Values.canary.inRotation (or .Values.canary.modelPath .Values.canary.evictionDefault) -}}
+{{- fail "workers in rotation serve one model with one default, for the gateway tokenizes and completes a request before it picks one: set canary.inRotation=false with canary.modelPath or canary.evictionDefault" -}}
+{{- end -}}
 {{- if ge (int .Values.helmTest.window) (int .Values.helmTest.budget) -}}
 {{- fail "helmTest.window must be below helmTest.budget" -}}
 {{- end -}}

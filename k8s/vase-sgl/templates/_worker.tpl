@@ -100,6 +100,9 @@ vase-sgl/track: {{ .track }}
 {{- with .worker.eviction.maxWindow }}
 - --vase-max-window={{ . | int }}
 {{- end }}
+{{- if .worker.inspect.enabled }}
+- --vase-inspect-dir=/var/lib/vase-sgl/kept
+{{- end }}
 {{- range .worker.extraArgs }}
 - {{ . | quote }}
 {{- end }}
@@ -142,6 +145,8 @@ spec:
         {{- if $model.download }}
         - {name: HF_HOME, value: {{ $model.cache.mountPath }}/huggingface}
         {{- else }}
+        # Where downloads were put; the rest of HF_HOME must be writable.
+        - {name: HF_HUB_CACHE, value: {{ $model.cache.mountPath }}/huggingface/hub}
         - {name: HF_HUB_OFFLINE, value: "1"}
         {{- end }}
         {{- with $model.tokenSecret.name }}
@@ -190,6 +195,9 @@ spec:
         - {name: home, mountPath: /home/vase}
         - {name: tmp, mountPath: /tmp}
         - {name: shm, mountPath: /dev/shm}
+        {{- if .worker.inspect.enabled }}
+        - {name: kept, mountPath: /var/lib/vase-sgl/kept}
+        {{- end }}
         - name: models
           mountPath: {{ $model.cache.mountPath }}
           {{- if not $model.download }}
@@ -202,6 +210,10 @@ spec:
       emptyDir: {sizeLimit: {{ .worker.scratchSize }}}
     - name: shm
       emptyDir: {medium: Memory, sizeLimit: {{ .worker.shmSize }}}
+    {{- if .worker.inspect.enabled }}
+    - name: kept
+      emptyDir: {sizeLimit: {{ .worker.inspect.sizeLimit }}}
+    {{- end }}
     - name: models
       {{- if eq $model.cache.type "pvc" }}
       persistentVolumeClaim:

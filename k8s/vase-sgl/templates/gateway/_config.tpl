@@ -51,6 +51,9 @@ variables that carry secrets into it, its health services and its commands.
 {{- with $gateway.defaultEviction -}}
 {{- $_ := set $config "default_eviction" . -}}
 {{- end -}}
+{{- if .Values.worker.inspect.enabled -}}
+{{- $_ := set $config "allow_inspect" true -}}
+{{- end -}}
 {{- if $gateway.metrics.enabled -}}
 {{- $_ := set $config "telemetry" (dict "metrics_port" (int $gateway.metrics.port)) -}}
 {{- end -}}
