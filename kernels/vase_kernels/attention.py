@@ -18,7 +18,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vase_kernels.requests import LENGTH, LOGICAL_LENGTH, RING_ROW, WINDOW, field, rows_of
+from vase_kernels.requests import (
+    LENGTH,
+    LOGICAL_LENGTH,
+    OF_THE_BATCH,
+    RING_ROW,
+    WINDOW,
+    field,
+    rows_of,
+)
 
 
 @triton.jit
@@ -50,7 +58,7 @@ def _query_rows(
     return tl.load(tl.multiple_of(at, [1, 16]), mask=mask, other=0.0).to(DOT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_THE_BATCH)
 def stats_kernel(
     stats,
     k_pointers,
@@ -121,7 +129,7 @@ def stats_kernel(
     tl.store(at + max_queries, total, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_THE_BATCH)
 def weights_kernel(
     weights,
     stats,

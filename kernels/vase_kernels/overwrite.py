@@ -20,6 +20,7 @@ from vase_kernels.requests import (
     BUDGET,
     LENGTH,
     LOGICAL_LENGTH,
+    OF_THE_BATCH,
     ROUND,
     WINDOW,
     field,
@@ -29,7 +30,7 @@ from vase_kernels.requests import (
 from vase_kernels.select import packed
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_THE_BATCH)
 def plan_kernel(
     order,
     edges,
@@ -100,7 +101,7 @@ def plan_kernel(
     tl.atomic_add(round_sums + n, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_THE_BATCH)
 def move_kernel(
     k_pointers,
     v_pointers,

@@ -128,6 +128,12 @@ def pack(requests: Sequence[DueRequest], max_requests: int) -> Tensor:
     return table
 
 
+#: Integer arguments of kernels that follow the largest request of a batch. Triton compiles a kernel
+#: anew for a number that is 1 or divisible by 16; nobody's round may wait for that, or run in other
+#: instructions, because of a neighbour.
+OF_THE_BATCH = ("context", "max_columns", "max_pairs", "max_queries")
+
+
 @triton.jit
 def field(requests, n, NAME: tl.constexpr):
     """One field of request `n`: an int64 scalar."""

@@ -22,6 +22,7 @@ from vase_kernels.philox import gumbel, words
 from vase_kernels.requests import (
     LENGTH,
     NUM_SINKS,
+    OF_THE_BATCH,
     POOL_WIDTH,
     ROUND,
     WINDOW,
@@ -31,7 +32,7 @@ from vase_kernels.requests import (
 from vase_kernels.select import order_of, packed
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_THE_BATCH)
 def draw_kernel(
     order,
     weights,

@@ -20,6 +20,7 @@ from vase_kernels.philox import normal, words
 from vase_kernels.requests import (
     LENGTH,
     NUM_SINKS,
+    OF_THE_BATCH,
     PROJECTION_DIM,
     ROUND,
     WINDOW,
@@ -72,7 +73,7 @@ def _energy(rows, high, middle, low, projection, BLOCK_J: tl.constexpr, PART: tl
     return tl.sum(tl.where(real, products * products, 0.0), 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_THE_BATCH)
 def dkv_kernel(
     order,
     k_pointers,

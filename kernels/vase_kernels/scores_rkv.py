@@ -24,6 +24,7 @@ from vase_kernels.requests import (
     LENGTH,
     MIX_LAMBDA,
     NUM_SINKS,
+    OF_THE_BATCH,
     POOL_WIDTH,
     WINDOW,
     field,
@@ -55,7 +56,7 @@ def _unit_rows(
     return rows / (norm + 1e-8)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_THE_BATCH)
 def similarity_kernel(
     order,
     k_pointers,
@@ -110,7 +111,7 @@ def similarity_kernel(
         tl.store(order + at * max_columns + columns, bits, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_THE_BATCH)
 def mix_kernel(
     order,
     weights,

@@ -14,11 +14,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vase_kernels.requests import LENGTH, NUM_SINKS, WINDOW, field, positions_of, rows_of
+from vase_kernels.requests import (
+    LENGTH,
+    NUM_SINKS,
+    OF_THE_BATCH,
+    WINDOW,
+    field,
+    positions_of,
+    rows_of,
+)
 from vase_kernels.select import order_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_THE_BATCH)
 def ranges_kernel(
     order,
     v_pointers,
@@ -83,7 +91,7 @@ def ranges_kernel(
         tl.store(order + at * max_columns + columns, order_of(key), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_THE_BATCH)
 def norms_kernel(
     order,
     k_pointers,

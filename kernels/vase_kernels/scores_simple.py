@@ -10,11 +10,19 @@ import triton
 import triton.language as tl
 
 from vase_kernels.philox import uniform, words
-from vase_kernels.requests import LENGTH, NUM_SINKS, ROUND, WINDOW, field, positions_of
+from vase_kernels.requests import (
+    LENGTH,
+    NUM_SINKS,
+    OF_THE_BATCH,
+    ROUND,
+    WINDOW,
+    field,
+    positions_of,
+)
 from vase_kernels.select import order_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_THE_BATCH)
 def simple_kernel(
     order,
     requests,

@@ -11,11 +11,19 @@ import triton
 import triton.language as tl
 
 from vase_kernels.attention import pooled
-from vase_kernels.requests import LENGTH, NUM_SINKS, POOL_WIDTH, WINDOW, field, positions_of
+from vase_kernels.requests import (
+    LENGTH,
+    NUM_SINKS,
+    OF_THE_BATCH,
+    POOL_WIDTH,
+    WINDOW,
+    field,
+    positions_of,
+)
 from vase_kernels.select import order_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_THE_BATCH)
 def snapkv_kernel(
     order,
     weights,

@@ -14,7 +14,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vase_kernels.requests import BUDGET, LENGTH, NUM_PROTECTED, WINDOW, field, positions_of
+from vase_kernels.requests import (
+    BUDGET,
+    LENGTH,
+    NUM_PROTECTED,
+    OF_THE_BATCH,
+    WINDOW,
+    field,
+    positions_of,
+)
 
 _INT32_MIN = tl.constexpr(-(2**31))
 _INF_ORDER = tl.constexpr(0x7F800000)
@@ -50,7 +58,7 @@ def _digit_of_rank(counts, rank):
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_THE_BATCH)
 def select_kernel(
     order,
     edges,

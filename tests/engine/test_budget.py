@@ -242,11 +242,22 @@ class TestRefusals:
         assert text in answer.finish["message"]
         assert len(_answer(stepped, BUDGET, new=20).tokens) == 20
 
-    def test_prompt_beyond_the_pool(self, stepped: SteppedScheduler) -> None:
-        answer = _answer(stepped, BUDGET, prompt=[5] * 395)
+    @pytest.mark.parametrize("length", [395, 400, 450])
+    def test_prompt_beyond_the_pool(self, stepped: SteppedScheduler, length: int) -> None:
+        """It waits for no slots: neither while others hold them, nor for more than there are."""
+        stepped.submit("other", PROMPT, max_new_tokens=60, vase=BUDGET)
+        stepped.step()
+        stepped.submit("large", [5] * length, max_new_tokens=60, vase=BUDGET)
+        stepped.submit("behind", PROMPT, max_new_tokens=4)
+        for _ in range(20):
+            stepped.step()
+        answer = stepped.answers["large"]
         assert answer.finish is not None and answer.finish["type"] == "abort"
-        assert "prompt 395" in answer.finish["message"]
+        assert f"prompt {length}" in answer.finish["message"]
         assert "shorten the prompt" in answer.finish["message"]
+        assert stepped.answers["behind"].finish is not None
+        stepped.run()
+        assert len(stepped.answers["other"].tokens) == 60
 
 
 def test_beam_search_beside_a_budget(stepped: SteppedScheduler) -> None:

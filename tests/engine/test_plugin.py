@@ -7,17 +7,24 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fastapi import HTTPException
 from prometheus_client import CollectorRegistry
+from sglang.srt.arg_groups.overrides import declare_resolution
+from sglang.srt.managers.io_struct import PauseGenerationReqInput
+from sglang.srt.managers.multi_tokenizer_mixin import TokenizerWorker
 from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang.srt.server_args import ServerArgs
 
 from tests.engine.scheduler_harness import SteppedScheduler
-from vase_sgl.engine import limits, plugin
+from vase_sgl.engine import admission, fingerprint, limits, plugin
 from vase_sgl.engine.prometheus import EngineMetrics
+from vase_sgl.eviction import ParameterError
 
 
 @pytest.mark.parametrize(
@@ -85,6 +92,74 @@ def test_a_foreign_kv_pool_is_refused(stepped: SteppedScheduler) -> None:
 
     with pytest.raises(limits.UnsupportedConfiguration, match="KV pool is LatentPool"):
         limits.refuse_unsupported_pool(Runner())
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"sliding_window_size": 4096}, "has attention over a sliding window"),
+        ({"model_config.model_is_mrope": True}, "has multimodal rotary positions"),
+        ({"model_config.is_encoder_decoder": True}, "has an encoder"),
+        ({"decode_attention_backend_str": "trtllm_mha"}, "than trtllm_mha: use --attention-"),
+    ],
+)
+def test_models_and_backends_that_go_by_columns_are_refused(
+    stepped: SteppedScheduler,
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, object],
+    text: str,
+) -> None:
+    runner = stepped.scheduler.tp_worker.model_runner
+    limits.refuse_unsupported_model(runner, plugin._BACKENDS)
+    for name, value in change.items():
+        owner, _, attribute = f"runner.{name}".rpartition(".")
+        monkeypatch.setattr(
+            runner.model_config if owner.endswith("model_config") else runner, attribute, value
+        )
+    with pytest.raises(limits.UnsupportedConfiguration, match=text):
+        limits.refuse_unsupported_model(runner, plugin._BACKENDS)
+
+
+def test_flags_that_others_turn_on_are_refused(tiny_model: Path) -> None:
+    args = ServerArgs(model_path=str(tiny_model), lora_paths=["x=/nowhere"])
+    declare_resolution(args, "as SGLang does for --lora-paths", enable_lora=True)
+    with pytest.raises(limits.UnsupportedConfiguration, match="leave out --enable-lora"):
+        limits.refuse_unsupported_flags(args)
+
+
+@pytest.mark.parametrize("manager", [TokenizerManager, TokenizerWorker])
+async def test_a_pause_that_restarts_requests_is_refused(
+    stepped: SteppedScheduler, manager: type
+) -> None:
+    with pytest.raises(HTTPException, match="use mode in_place or abort"):
+        await manager.pause_generation(None, PauseGenerationReqInput(mode="retract"))
+
+
+def test_a_budget_with_images_is_refused(stepped: SteppedScheduler) -> None:
+    """Their placeholders are expanded after the budget was given."""
+    sampling = SimpleNamespace(beam_width=None)
+    plain: dict[str, object] = dict.fromkeys(
+        ("session_params", "return_routed_experts", "return_indexer_topk", "input_embeds")
+    )
+    request = SimpleNamespace(sampling_params=sampling, mm_inputs=None, **plain)
+    admission._refuse_unsupported(request)
+    request.mm_inputs = object()
+    with pytest.raises(ParameterError, match="cannot be used with images, audio or video"):
+        admission._refuse_unsupported(request)
+
+
+def test_updated_weights_are_not_those_of_the_files(
+    stepped: SteppedScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fingerprint, "_updated", None)
+    scheduler = stepped.scheduler
+    first = fingerprint.fingerprint(scheduler)["weights_digest"]
+    assert fingerprint.fingerprint(scheduler)["weights_digest"] == first
+    digests = {first}
+    for version in ("2", "3"):
+        scheduler.weight_updater.record_weight_version_after_update(version)
+        digests.add(fingerprint.fingerprint(scheduler)["weights_digest"])
+    assert len(digests) == 3
 
 
 def test_sglang_itself_is_unmodified() -> None:

@@ -94,14 +94,19 @@ def test_a_folder_without_weights(tmp_path: Path) -> None:
 def test_unknown_weights_equal_no_other_process(
     cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    args = SimpleNamespace(
+        model_path="org/name", revision=None, download_dir=None, load_format="auto"
+    )
     names = []
     for _ in range(2):
-        fingerprint._weights.cache_clear()  # as another process
+        fingerprint._begin_to_read.cache_clear()  # as another process
         with caplog.at_level(logging.WARNING):
-            names += [fingerprint._weights("org/name", None, None) for _ in range(2)]
+            names += [fingerprint.begin_to_read_weights(args).result() for _ in range(2)]
     assert names[0] == names[1] != names[2] == names[3]
     assert names[0].startswith("unknown-")
     assert caplog.text.count("INCOMPARABLE") == 2
+    args.load_format = "dummy"
+    assert fingerprint.begin_to_read_weights(args).result() == "dummy"
 
 
 def test_only_flags_in_use_are_entries() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from vase_kernels.evict import POLICIES, evict
 
 from tests.engine.scheduler_harness import SteppedScheduler
 from vase_sgl.engine import rounds
@@ -47,3 +48,23 @@ def test_little_scratch_only_means_more_launches(
     monkeypatch.setattr(runner, "_memory", runner._memory[:largest])
     assert answers() == together
     assert max(batches) == 1
+
+
+@torch.inference_mode()
+def test_warming_up_launches_every_policy_and_changes_nothing(
+    stepped: SteppedScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = BudgetPool.of(stepped.scheduler.req_to_token_pool)
+    launched: list[str] = []
+
+    def spied(policy: str, *arguments: Any) -> Any:
+        launched.append(policy)
+        return evict(policy, *arguments)
+
+    monkeypatch.setattr(rounds, "evict", spied)
+    buffers = (*pool.k_buffers, *pool.v_buffers, pool.token_positions, pool.query_ring.data)
+    before = [buffer.clone() for buffer in buffers]
+    runner: Any = pool.compaction._rounds
+    runner.warm_up(pool)
+    assert launched == list(POLICIES)
+    assert all(torch.equal(now, then) for now, then in zip(buffers, before, strict=True))

@@ -18,7 +18,7 @@ from vase_kernels.attention import stats_kernel, weights_kernel
 from vase_kernels.evict import BLOCK_PAIRS
 from vase_kernels.overwrite import move_kernel, plan_kernel
 from vase_kernels.pool import ELEMENTS
-from vase_kernels.requests import MAX_PROJECTION
+from vase_kernels.requests import MAX_PROJECTION, OF_THE_BATCH
 from vase_kernels.scores_attnv import draw_kernel
 from vase_kernels.scores_dkv import dkv_kernel
 from vase_kernels.scores_rkv import mix_kernel, similarity_kernel
@@ -126,6 +126,21 @@ def dkv(dtype: torch.dtype, head_dim: int, fixed: bool) -> dict[str, Any]:
     }
 
 
+KERNELS = (
+    stats_kernel,
+    weights_kernel,
+    ranges_kernel,
+    norms_kernel,
+    similarity_kernel,
+    mix_kernel,
+    dkv_kernel,
+    draw_kernel,
+    snapkv_kernel,
+    simple_kernel,
+    select_kernel,
+    plan_kernel,
+    move_kernel,
+)
 COLUMNS = {"HEADS": 8, "BLOCK": scoring.BLOCK_COLUMNS}
 
 
@@ -174,3 +189,14 @@ def test_moves(bits, head_dim, tmp_path):
 )
 def test_kernels_that_read_columns(kernel, constants, tmp_path):
     check(compiled(kernel, **COLUMNS, **constants), tmp_path)
+
+
+def test_no_kernel_is_compiled_anew_for_the_shape_of_a_batch():
+    """So the instructions of a request's round do not depend on its neighbours."""
+    seen = set()
+    for kernel in KERNELS:
+        for parameter in kernel.params:
+            if parameter.name in OF_THE_BATCH:
+                assert parameter.do_not_specialize, f"{kernel.__name__}: {parameter.name}"
+                seen.add(parameter.name)
+    assert seen == set(OF_THE_BATCH)

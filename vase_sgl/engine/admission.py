@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from fastapi import HTTPException
 from sglang.srt.beam_search.batch_tail import num_beam_member_rows
 from sglang.srt.managers import schedule_policy
 from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
@@ -18,6 +19,7 @@ from vase_sgl.engine.request_cache import (
     RequestCache,
     attach,
     cache_of,
+    detach,
     evicting_cache_of,
 )
 from vase_sgl.eviction import EvictionParams, ParameterError
@@ -69,6 +71,8 @@ def create_request(
 def _prompt_problem(req: Req, recv_req: Any, vocabulary: int) -> str | None:
     """Why the prompt cannot run; upstream does not check, and its scheduler ends on the error."""
     ids = req.origin_input_ids
+    if recv_req.mm_inputs is not None:
+        return None  # placeholders of images lie beyond the vocabulary of some models
     if not ids and recv_req.input_embeds is None:
         return "the prompt is empty; send at least one token"
     for token in (min(ids), max(ids)):
@@ -85,6 +89,8 @@ def _refuse_unsupported(recv_req: Any) -> None:
         "return_routed_experts": bool(recv_req.return_routed_experts),
         "return_indexer_topk": bool(recv_req.return_indexer_topk),
         "input_embeds": recv_req.input_embeds is not None,
+        # Placeholders are expanded after a request was given its budget.
+        "images, audio or video": recv_req.mm_inputs is not None,
     }
     for name, used in unsupported.items():
         if used:
@@ -92,7 +98,9 @@ def _refuse_unsupported(recv_req: Any) -> None:
 
 
 def _abort(req: Req, message: str) -> None:
-    """Answer with a 400. Upstream still admits the request once, so it must fit any pool."""
+    """Answer with a 400. Upstream still admits the request once, so it must fit any pool: as one
+    token, and without the slots that its prompt would have reserved."""
+    detach(req)
     req.set_finish_with_abort(message)
     req.sampling_params.max_new_tokens, req.sampling_params.min_new_tokens = 1, 0
 
@@ -227,3 +235,14 @@ def release_for_retraction(original: Callable[..., bool], *, req: Req, **kwargs:
     """
     resumable = original(req=req, **kwargs)
     return resumable and evicting_cache_of(req) is None
+
+
+def refuse_retracting_pause(_manager: Any, obj: Any, *_: Any, **__: Any) -> None:
+    """BEFORE `TokenizerManager.pause_generation`: a 400 for mode `retract`, which restarts all.
+
+    A restart rebuilds a cache that eviction had changed; see `release_for_retraction`.
+    """
+    if obj.mode == "retract":
+        raise HTTPException(
+            400, "with KV budgets there is no pause that retracts; use mode in_place or abort"
+        )

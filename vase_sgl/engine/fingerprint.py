@@ -5,11 +5,14 @@ from __future__ import annotations
 import functools
 import logging
 import secrets
+import threading
+from concurrent.futures import Future
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from sglang.srt.arg_groups.overrides import resolving_view
 
 from vase_sgl import __version__
 from vase_sgl.engine import platform_cpu
@@ -50,18 +53,21 @@ _ARITHMETIC = (
     "enable_quant_communications",
     "rl_on_policy_target",
 )
+_dummy: Future[str] = Future()
+_dummy.set_result("dummy")
+#: In place of the digest, after weights were updated while serving.
+_updated: str | None = None
+
 _NOT_IN_USE = (None, False, "", "{}", "auto", "none")
 
 
 def fingerprint(scheduler: Any) -> dict[str, str]:
     """Everything beside the request that decides its tokens. Keys and values are strings."""
-    args = scheduler.server_args
+    args = resolving_view(scheduler.server_args)
     runner = scheduler.tp_worker.model_runner
     return {
         "model": Path(args.model_path).name,
-        "weights_digest": "dummy"
-        if args.load_format == "dummy"
-        else _weights(args.model_path, args.revision, args.download_dir),
+        "weights_digest": _updated or begin_to_read_weights(scheduler.server_args).result(),
         "vase_sgl": __version__,
         "sglang": version("sglang"),
         "kernels": f"{BudgetPool.of(scheduler.req_to_token_pool).kernels}-5",
@@ -108,7 +114,38 @@ def _device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
+def begin_to_read_weights(server_args: Any) -> Future[str]:
+    """The digest of the weights, once a thread has read them; the scheduler must not wait for it.
+
+    Read once per process.
+    """
+    args = resolving_view(server_args)
+    if args.load_format == "dummy":
+        return _dummy
+    return _begin_to_read(args.model_path, args.revision, args.download_dir)
+
+
+def note_updated_weights(_result: None, *_: Any, **__: Any) -> None:
+    """AFTER every update of weights while serving: nobody knows these weights' files."""
+    global _updated
+    _updated = f"updated-{secrets.token_hex(8)}"
+
+
 @functools.cache
+def _begin_to_read(model_path: str, revision: str | None, download_dir: str | None) -> Future[str]:
+    future: Future[str] = Future()
+
+    def read() -> None:
+        try:
+            future.set_result(_weights(model_path, revision, download_dir))
+        except BaseException as error:
+            future.set_exception(error)
+
+    # A daemon: the process may end while tens of gigabytes are being read.
+    threading.Thread(target=read, name="vase-weights", daemon=True).start()
+    return future
+
+
 def _weights(model_path: str, revision: str | None, download_dir: str | None) -> str:
     """The weights' digest; where it cannot be had, what no other process reports."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 #: flag -> (value that is refused unless it equals this, what to do)
@@ -22,6 +23,8 @@ _REQUIRED: dict[str, tuple[object, str]] = {
     "dllm_algorithm": (None, "leave out --dllm-algorithm"),
     "kv_canary": ("none", "leave out --kv-canary"),
     "pp_size": (1, "use --pp-size 1"),
+    "dcp_size": (1, "use --dcp-size 1"),
+    "attn_dp_size": (1, "leave out --enable-dp-attention"),
 }
 
 
@@ -31,9 +34,13 @@ class UnsupportedConfiguration(RuntimeError):
 
 def refuse_unsupported_flags(server_args: Any) -> None:
     """Raise `UnsupportedConfiguration` naming every refused flag and its cure."""
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    # Some flags turn on others, which SGLang notes beside what was given.
+    resolved = resolving_view(server_args)
     cures = []
     for name, (required, cure) in _REQUIRED.items():
-        value = getattr(server_args, name)
+        value = getattr(resolved, name)
         if (value or None) != (required or None):
             cures.append(f"{cure} ({name} is {value!r})")
     if cures:
@@ -53,6 +60,32 @@ def refuse_scaled_kv(model: Any) -> None:
                     f"{scale} {getattr(module, scale)}: leave out --kv-cache-dtype, or use a "
                     "checkpoint without KV scales"
                 )
+
+
+def refuse_unsupported_model(model_runner: Any, backends: Collection[str]) -> None:
+    """Raise `UnsupportedConfiguration` for a model or backend that reads the cache in another way.
+
+    A round moves rows to other columns, so what goes by columns must not mean positions: neither a
+    sliding window over them, nor multimodal positions, nor encoder entries before them. And the
+    queries of decode steps must be seen, which only `backends` are made to show.
+    """
+    config = model_runner.model_config
+    unsupported = {
+        "attention over a sliding window": model_runner.sliding_window_size is not None,
+        "multimodal rotary positions": config.model_is_mrope,
+        "an encoder": config.is_encoder_decoder,
+    }
+    for what, has in unsupported.items():
+        if has:
+            raise UnsupportedConfiguration(
+                f"a static KV budget needs a decoder with full attention; this model has {what}"
+            )
+    backend = model_runner.decode_attention_backend_str
+    if backend not in backends:
+        raise UnsupportedConfiguration(
+            f"a static KV budget needs another attention backend for decoding than {backend}: use "
+            f"--attention-backend {' or '.join(backends)}"
+        )
 
 
 def refuse_unsupported_pool(model_runner: Any) -> None:

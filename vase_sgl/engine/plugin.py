@@ -24,6 +24,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from vase_sgl.engine import (
     admission,
     attention_cpu,
+    fingerprint,
     fork_server,
     inspector,
     integrity,
@@ -68,8 +69,11 @@ class Hook:
 
 def _check_start(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER `Scheduler.__init__`: refuse what would corrupt, or hooks that are missing."""
-    limits.refuse_unsupported_pool(scheduler.tp_worker.model_runner)
-    limits.refuse_scaled_kv(scheduler.tp_worker.model_runner.model)
+    runner = scheduler.tp_worker.model_runner
+    limits.refuse_unsupported_pool(runner)
+    limits.refuse_unsupported_model(runner, _BACKENDS)
+    limits.refuse_scaled_kv(runner.model)
+    fingerprint.begin_to_read_weights(scheduler.server_args)
     verify_applied()
     prometheus.start_metrics(scheduler)
 
@@ -165,6 +169,28 @@ HOOKS: tuple[Hook, ...] = (
         HookType.AFTER,
         positions.prepare_forward,
         "logical positions; due rounds run before the forward",
+    ),
+    Hook(
+        "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
+        "record_weight_version_after_update",
+        ("self", "weight_version"),
+        HookType.AFTER,
+        fingerprint.note_updated_weights,
+        "answers of updated weights are not taken for those of the model's files",
+    ),
+    Hook(
+        "managers.tokenizer_manager.TokenizerManager.pause_generation",
+        ("self", "obj"),
+        HookType.BEFORE,
+        admission.refuse_retracting_pause,
+        "a pause must not rebuild caches that eviction has changed",
+    ),
+    Hook(
+        "managers.multi_tokenizer_mixin.TokenizerWorker.pause_generation",
+        ("self", "obj"),
+        HookType.BEFORE,
+        admission.refuse_retracting_pause,
+        "the same with several tokenizer processes",
     ),
     Hook(
         "managers.scheduler.Scheduler.get_output_streamer_class",

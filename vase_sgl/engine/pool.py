@@ -71,11 +71,13 @@ class BudgetPool:
         self.kernels = chosen_kernels(config, device.type)
         rounds: Rounds = ReferenceRounds()
         if self.kernels == "triton":
-            rounds = TritonRounds(
+            rounds = triton = TritonRounds(
                 self,
                 context_length=model.context_len,
                 max_budget=config.limits.max_budget,
             )
+            if device.type == "cuda":  # the interpreter compiles nothing
+                triton.warm_up(self)
         self.scratch_bytes = rounds.nbytes
         self.compaction = Compaction(rounds)
         logger.info(

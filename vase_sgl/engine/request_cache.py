@@ -149,6 +149,11 @@ def attach(req: Req, cache: RequestCache) -> None:
     _caches[req] = cache
 
 
+def detach(req: Req) -> None:
+    """The request runs on as in stock SGLang."""
+    _caches.pop(req, None)
+
+
 def cache_of(req: Req) -> RequestCache | None:
     """The request's cache, or None: full KV, as in stock SGLang."""
     return _caches.get(req)

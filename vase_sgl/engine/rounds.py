@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 from triton import knobs  # type: ignore[import-untyped]
-from vase_kernels.evict import evict
+from vase_kernels.evict import POLICIES, evict
 from vase_kernels.pool import PoolView
 from vase_kernels.reference import evict_reference
 from vase_kernels.requests import DueRequest as TableRow
@@ -153,6 +153,15 @@ class TritonRounds:
     def nbytes(self) -> int:
         return self._memory.nbytes
 
+    def warm_up(self, pool: BudgetPool) -> None:
+        """Compile the kernels of every policy: else all requests wait when one policy comes first.
+
+        Mutates nothing; the table holds no request.
+        """
+        rows = torch.zeros(1, 4, dtype=torch.int32, device=self._memory.device)
+        for policy in POLICIES:
+            self._evict(policy, [], rows, pool.query_ring.data, self._maxima(1, 4, 2, 1))
+
     def run(self, pool: BudgetPool, due: Sequence[DueRequest]) -> None:
         ordered = sorted(due, key=lambda one: (one.cache.params.policy.name, len(one.slots)))
         for policy, group in groupby(ordered, key=lambda one: one.cache.params.policy.name):
@@ -164,18 +173,31 @@ class TritonRounds:
 
     def _launch(self, policy: str, pool: BudgetPool, batch: list[DueRequest]) -> None:
         maxima = self._maxima_of(batch)
-        device = self._memory.device
-        rows = torch.zeros(len(batch), maxima.columns, dtype=torch.int32, device=device)
+        rows = torch.zeros(
+            len(batch), maxima.columns, dtype=torch.int32, device=self._memory.device
+        )
         for row, due in zip(rows, batch, strict=True):
             row[: len(due.slots)] = due.slots
         entries = [_table_row(row, due) for row, due in enumerate(batch)]
-        table = to_device(pack(entries, len(batch)), device)
         queries = pool.query_ring.data if batch[0].cache.params.policy.needs_queries else None
+        _report(batch, self._evict(policy, entries, rows, queries, maxima))
+
+    def _evict(
+        self,
+        policy: str,
+        entries: Sequence[TableRow],
+        rows: torch.Tensor,
+        queries: torch.Tensor | None,
+        maxima: Maxima,
+    ) -> torch.Tensor:
+        """Round sums, int64 [maxima.requests]; the next call reuses them."""
+        device = self._memory.device
+        table = to_device(pack(entries, maxima.requests), device)
         workspace = Workspace(
             maxima, layers=self._layers, kv_heads=self._heads, device=device, memory=self._memory
         )
         view = dataclasses.replace(self._view, req_to_token=rows)
-        _report(batch, evict(policy, view, table, queries, workspace).round_sums)
+        return evict(policy, view, table, queries, workspace).round_sums
 
     def _that_fit(self, waiting: list[DueRequest]) -> int:
         """How many of the first requests the scratch holds; at least one always fits."""
