@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,26 @@ async def test_tenants_add_list_remove(running: Running) -> None:
     assert "there is no tenant bob" in errors
 
 
+async def test_another_key_changes_nothing_else(running: Running) -> None:
+    add = ("tenants", "add", "alice", "--file", str(running.tenants_file), "--another-key")
+    before = running.tenants_file.read_bytes()
+    for option in (
+        ("--retention", "hash"),
+        ("--retention", "full"),  # its default, but it was asked for
+        ("--max-concurrent-requests", "1"),
+        ("--role", "audit"),
+        ("--seed-policy", "fixed"),
+        ("--certificate-subject", "CN=alice"),
+    ):
+        _, errors = await run(running, *add, *option, status=2)
+        assert f"leave out {option[0]}, and edit" in " ".join(errors.replace("│", " ").split())
+    _, errors = await run(running, *add, "--role", "audit", "--max-budget", "64", status=2)
+    assert "leave out --role, --max-budget, and" in errors
+    assert running.tenants_file.read_bytes() == before
+    key, _ = await run(running, *add)
+    assert key.startswith("vsk_")
+
+
 async def test_a_tenants_master_secret_rotates(running: Running) -> None:
     alice = ("alice", "--file", str(running.tenants_file))
     answer = await running.client.generate_once("tell me", max_new_tokens=3)
@@ -225,6 +246,47 @@ def test_doctor_names_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
     part = doctor._client()
     assert not part.runs and part.found == ("no-such-distribution (not installed)",)
     assert part.cure == "pip install 'vase-sgl[client]'"
+
+
+INSTALLED = {"torch": "2.13.0", "sglang": "0.5.23"}
+KERNELS = {"sglang-kernel": "0.4.10", "flashinfer-python": "0.7.2"}
+
+
+@pytest.mark.parametrize(
+    ("installed", "cuda", "reason"),
+    [
+        (INSTALLED | KERNELS, "13.0", None),
+        (INSTALLED | KERNELS, None, "torch 2.13.0 is not built for CUDA"),
+        (INSTALLED, "13.0", "sglang-kernel and flashinfer-python not installed"),
+        ({}, None, None),  # a client, or a gateway
+    ],
+    ids=["used", "torch for CPUs", "no kernels", "no worker"],
+)
+def test_doctor_says_that_a_gpu_is_not_used(
+    installed: dict[str, str],
+    cuda: str | None,
+    reason: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vase_sgl.cli import doctor
+
+    gpu = "NVIDIA H100 80GB HBM3, 81559 MiB"
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\necho '{gpu}'\n")
+    tool.chmod(0o700)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "version.py").write_text(f"cuda = {cuda!r}\n")
+    torch = ModuleSpec("torch", None, origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(doctor, "find_spec", {"torch": torch}.get)
+    monkeypatch.setattr(doctor, "_version", installed.get)
+
+    result = CliRunner().invoke(build_app(), ["doctor", "--require", "accelerator"])
+    if reason is None:
+        assert result.exit_code == 0 and f"ok      accelerator: {gpu}\n" in result.stdout
+        return
+    assert result.exit_code == 1 and "pip install 'vase-sgl[gpu]'" in result.stderr
+    assert f"missing accelerator: {gpu}, {reason}\n          -> workers run on" in result.stdout
 
 
 def test_a_missing_package_names_its_extra() -> None:

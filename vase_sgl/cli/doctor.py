@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import platform
+import runpy
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -38,6 +41,8 @@ GATEWAY = (
     "uvloop",
 )
 WORKER = ("torch", "sglang", "jsonschema", "soundfile")
+#: What a worker needs besides to serve on an NVIDIA GPU, and the lock for CPUs leaves out.
+GPU = ("sglang-kernel", "flashinfer-python")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +66,9 @@ def register(app: typer.Typer) -> None:
 def doctor(
     require: Annotated[
         list[str] | None,
-        typer.Option(help="Exit with status 1 unless client, gateway or worker can run."),
+        typer.Option(
+            help="Exit with status 1 unless client, gateway, worker or accelerator can run."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -128,13 +135,42 @@ def _accelerator() -> Part:
         )
         names = tuple(line.strip() for line in answer.stdout.splitlines() if line.strip())
         if answer.returncode == 0 and names:
-            return Part("accelerator", True, names)
+            reason = _why_unused()
+            if reason is None:
+                return Part("accelerator", True, names)
+            return Part(
+                "accelerator",
+                False,
+                (*names, reason),
+                "workers run on the CPU, or not at all; for the GPU, in a fresh environment: "
+                "pip install 'vase-sgl[gpu]'",
+            )
     return Part(
         "accelerator",
         False,
         ("none found by nvidia-smi",),
         "optional: the worker runs on the CPU, slowly and for small models",
     )
+
+
+def _why_unused() -> str | None:
+    """Why a worker that is installed here cannot use the NVIDIA GPU that is there."""
+    torch = _version("torch")
+    if torch is None or _version("sglang") is None:
+        return None  # no worker, and that is said elsewhere
+    if _cuda_of_torch() is None:
+        return f"torch {torch} is not built for CUDA"
+    missing = [distribution for distribution in GPU if _version(distribution) is None]
+    return f"{' and '.join(missing)} not installed" if missing else None
+
+
+def _cuda_of_torch() -> str | None:
+    """The CUDA version of its build. Read from its file: importing torch takes seconds."""
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    cuda: str | None = runpy.run_path(str(Path(spec.origin).with_name("version.py"))).get("cuda")
+    return cuda
 
 
 def _distributions(name: str, wanted: tuple[str, ...], cure: str) -> Part:

@@ -24,10 +24,12 @@ def inspect(
     ],
     tokenizer: Annotated[
         Path | None,
-        typer.Option(help="The model's folder, or its tokenizer.json. [default: ids are shown]"),
+        typer.Option(
+            help="The model's folder, or its tokenizer.json.", show_default="ids are shown"
+        ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="[default: REQUEST_ID.html]")
+        Path | None, typer.Option("-o", "--output", show_default="REQUEST_ID.html")
     ] = None,
 ) -> None:
     """Make one HTML file that shows which tokens every layer and KV head kept, round by round.

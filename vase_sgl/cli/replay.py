@@ -46,15 +46,15 @@ def replay(
     until: Annotated[str | None, typer.Option(help="With --since: what arrived before.")] = None,
     sample: Annotated[
         str | None,
-        typer.Option(help="With --since: the share of the records to replay. [default: 100%]"),
+        typer.Option(help="With --since: the share of the records to replay.", show_default="100%"),
     ] = None,
     sample_seed: Annotated[
         int | None,
-        typer.Option(help="With --since: another seed chooses other records. [default: 0]"),
+        typer.Option(help="With --since: another seed chooses other records.", show_default="0"),
     ] = None,
     parallel: Annotated[
         int | None,
-        typer.Option(min=1, help="With --since: replays to ask for at once. [default: 2]"),
+        typer.Option(min=1, help="With --since: replays to ask for at once.", show_default="2"),
     ] = None,
     report: Annotated[
         Path | None, typer.Option(help="With --since: new JSON file for every verdict.")

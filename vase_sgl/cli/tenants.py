@@ -30,11 +30,13 @@ def register(app: typer.Typer) -> None:
 
 
 def add(
+    context: typer.Context,
     name: Annotated[str, typer.Argument(help="Lower-case letters, digits and dashes.")],
     role: Annotated[
         list[str] | None,
         typer.Option(
-            help="generate, replay, audit, inspect, admin; repeatable. [default: generate, replay]"
+            help="generate, replay, audit, inspect, admin; repeatable.",
+            show_default="generate, replay",
         ),
     ] = None,
     seed_policy: Annotated[
@@ -44,16 +46,17 @@ def add(
     max_new_tokens: Annotated[int | None, typer.Option(min=1)] = None,
     max_prompt_tokens: Annotated[int | None, typer.Option(min=1)] = None,
     requests_per_second: Annotated[
-        float | None, typer.Option(min=0.001, help="[default: any]")
+        float | None, typer.Option(min=0.001, show_default="any")
     ] = None,
     tokens_per_minute: Annotated[
-        int | None, typer.Option(min=1, help="Prompt and output. [default: any]")
+        int | None, typer.Option(min=1, help="Prompt and output.", show_default="any")
     ] = None,
     max_concurrent_requests: Annotated[
-        int | None, typer.Option(min=1, help="Waiting or running. [default: any]")
+        int | None, typer.Option(min=1, help="Waiting or running.", show_default="any")
     ] = None,
     policy: Annotated[
-        list[str] | None, typer.Option(help="Eviction policy to allow; repeatable. [default: all]")
+        list[str] | None,
+        typer.Option(help="Eviction policy to allow; repeatable.", show_default="all"),
     ] = None,
     retention: Annotated[
         str, typer.Option(help="full, or hash: records hold digests and cannot be replayed.")
@@ -63,7 +66,10 @@ def add(
         typer.Option(help="Client certificate that stands for a key: CN=alice,O=...; repeatable."),
     ] = None,
     another_key: Annotated[
-        bool, typer.Option("--another-key", help="Give a tenant that exists one more key.")
+        bool,
+        typer.Option(
+            "--another-key", help="Give a tenant that exists one more key, and change nothing else."
+        ),
     ] = False,
     file: File = DEFAULT_FILE,
 ) -> None:
@@ -73,6 +79,8 @@ def add(
     from vase_sgl.gateway import tenants
     from vase_sgl.gateway.problems import describe
 
+    if another_key:
+        _refuse_settings(context)
     with reported(tenants.TenantFileError):
         content = tenants.load(file) if file.exists() else tenants.TenantFile()
         existing = next((t for t in content.tenants if t.name == name), None)
@@ -110,6 +118,22 @@ def add(
         tenants.save(file, content.model_copy(update={"tenants": (*others, tenant)}))
     typer.echo(f"API key of {name}; it is not shown again:", err=True)
     typer.echo(key)
+
+
+def _refuse_settings(context: typer.Context) -> None:
+    """With --another-key the tenant stays as it is: options that describe one mean nothing."""
+    given = []
+    for parameter in context.command.params:
+        source = context.get_parameter_source(str(parameter.name))
+        if parameter.name not in ("name", "file", "another_key") and source is not None:
+            # By name: some versions of typer have click's enumeration, some their own.
+            given += [] if source.name == "DEFAULT" else parameter.opts
+    if given:
+        raise typer.BadParameter(
+            f"adds a key and changes nothing else; leave out {', '.join(given)}, and edit the "
+            "tenants file for the rest",
+            param_hint="--another-key",
+        )
 
 
 def list_tenants(file: File = DEFAULT_FILE) -> None:
