@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import signal
 import socket
 import subprocess
 import time
@@ -50,6 +51,16 @@ class RedisServer:
             except OSError:
                 assert time.monotonic() < deadline, "the server does not start"
                 time.sleep(0.02)
+
+    def pause(self) -> None:
+        """Stop it as it is: it takes connections and answers nothing."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let it go on, with what it was sent meanwhile."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         """End it at once, all it knew is lost."""

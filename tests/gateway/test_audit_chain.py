@@ -42,6 +42,14 @@ def file_problems(lines: list[str]) -> dict[str, str | None]:
     return {t: None if p is None else str(p) for t, _, p in export.verify_file(file)}
 
 
+async def checked(url: str, known: tuple[int, str]) -> str | None:
+    """What is wrong with alice's chain for somebody who noted that place of it."""
+    async with reading.opened(url) as engine, reading.snapshot(engine) as connection:
+        end = (await reading.ends(connection))["alice"]
+        _, problem = await reading.verify(connection, "alice", end, known)
+        return None if problem is None else str(problem)
+
+
 SWAP = (
     "UPDATE records SET sequence = 99 WHERE tenant = 'alice' AND sequence = 2",
     "UPDATE records SET sequence = 2 WHERE tenant = 'alice' AND sequence = 3",
@@ -165,14 +173,28 @@ async def test_a_chain_written_anew_is_found_with_its_old_head(
     head = (old.sequence, old.hash)
     await store.append(numbered(6))
 
-    async def check(known: tuple[int, str]) -> str:
-        async with reading.opened(audit_url) as engine, reading.snapshot(engine) as connection:
-            end = (await reading.ends(connection))["alice"]
-            return str((await reading.verify(connection, "alice", end, known))[1])
+    assert await checked(audit_url, head) is None
+    anew = await checked(audit_url, (5, "f" * 64))
+    assert "fork at record 00000000000000000000000000000005" in str(anew)
+    cut = await checked(audit_url, (9, "f" * 64))
+    assert "missing at sequence 7: the chain once went on" in str(cut)
 
-    assert await check(head) == "None"
-    assert "fork at record 00000000000000000000000000000005" in await check((5, "f" * 64))
-    assert "missing at sequence 7: the chain once went on" in await check((9, "f" * 64))
+
+async def test_a_head_that_was_pruned_is_not_taken_for_confirmed(
+    store: AuditStore, audit_url: str
+) -> None:
+    heads = {s.sequence: s.hash for s in await store.latest("alice", before=None, count=9)}
+    async with reading.opened(audit_url) as engine:
+        await pruning.prune(engine, "alice", before_unix_micros=3000, by="me")
+        await pruning.prune(engine, "alice", before_unix_micros=5000, by="me")
+    for hash in (heads[3], "f" * 64):
+        assert await checked(audit_url, (3, hash)) == (
+            "missing at sequence 3: it was pruned, so this head can no longer be checked; use one "
+            "that was noted at sequence 4 or later"
+        )
+    for sequence in (2, 4, 5):  # checkpoints hold the hashes of the first two
+        assert await checked(audit_url, (sequence, heads[sequence])) is None
+        assert str(await checked(audit_url, (sequence, "f" * 64))).startswith("fork at")
 
 
 async def test_pruning_keeps_the_chain(store: AuditStore, audit_url: str) -> None:

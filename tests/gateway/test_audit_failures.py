@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sqlite3
 import subprocess
 import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import asyncpg
 import pytest
+import sqlalchemy.exc
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from tests.gateway.audit_records import numbered
 from tests.gateway.running import Running, run_gateway, until
 from tests.gateway.test_audit_store import problems
 from vase_sgl.client import Unavailable
 from vase_sgl.gateway.audit import AuditStore, database
+from vase_sgl.gateway.errors import AuditUnavailable
 
 
 async def test_processes_share_a_chain(audit_url: str) -> None:
@@ -145,6 +151,46 @@ async def test_a_gateway_that_hangs_does_not_keep_a_chain_locked(
     assert await problems(postgres_url) == {"alice": None}
     await store.close()
     await hanging.close()
+
+
+@asynccontextmanager
+async def no_connection_free(engine: AsyncEngine) -> AsyncIterator[None]:
+    """All connections of the engine are taken, as by work that hangs in the database."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(engine.pool, "_timeout", 0.1)
+        async with AsyncExitStack() as taken:
+            with contextlib.suppress(sqlalchemy.exc.TimeoutError):
+                while True:
+                    await taken.enter_async_context(engine.connect())
+            yield
+
+
+async def test_reads_that_hang_keep_no_record_from_being_written(audit_url: str) -> None:
+    store = await AuditStore.open(audit_url, migrate=True)
+    await store.append(numbered(1))
+    async with no_connection_free(store._engine):
+        with pytest.raises(AuditUnavailable, match="audit store cannot be read now"):
+            await store.get("alice", numbered(1).record_id)
+        assert (await store.append(numbered(2))).sequence == 2
+    assert await store.tenants() == {"alice": 2}
+    assert await problems(audit_url) == {"alice": None}
+    await store.close()
+
+
+async def test_an_append_that_gets_no_connection_is_a_failed_write(audit_url: str) -> None:
+    """One failure for the whole batch, not one more for each of its records."""
+    store = await AuditStore.open(audit_url, migrate=True)
+    async with no_connection_free(store._appending):
+        results = await asyncio.gather(
+            *(store.append(numbered(n)) for n in range(5)), return_exceptions=True
+        )
+        assert [type(result) for result in results] == [AuditUnavailable] * 5
+        # The first may have been alone in its batch.
+        assert store.write_failures in (1, 2)
+        with pytest.raises(AuditUnavailable, match="so nothing is generated"):
+            store.check()
+    assert (await store.append(numbered(6))).sequence == 1
+    await store.close()
 
 
 async def test_a_stopped_store_has_committed_what_waited(audit_url: str) -> None:

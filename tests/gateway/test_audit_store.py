@@ -50,6 +50,7 @@ async def test_a_record_comes_back_as_it_went_in(store: AuditStore, audit_url: s
         assert found == stored and found.record == record and found.sequence == number
     assert await store.get("bob", numbered(1).record_id) is None
     assert await store.get("alice", "nothing") is None
+    assert await store.get("alice", "no\0thing") is None
     assert await problems(audit_url) == {"alice": None}
 
 
@@ -230,7 +231,8 @@ async def test_a_sqlite_commit_is_synced(tmp_path: Path) -> None:
     from sqlalchemy import text
 
     store = await AuditStore.open(f"sqlite+aiosqlite:///{tmp_path / 'a.sqlite3'}")
-    async with store._engine.connect() as connection:
-        assert (await connection.execute(text("PRAGMA journal_mode"))).scalar() == "wal"
-        assert (await connection.execute(text("PRAGMA synchronous"))).scalar() == 2  # FULL
+    for engine in (store._engine, store._appending):
+        async with engine.connect() as connection:
+            assert (await connection.execute(text("PRAGMA journal_mode"))).scalar() == "wal"
+            assert (await connection.execute(text("PRAGMA synchronous"))).scalar() == 2  # FULL
     await store.close()

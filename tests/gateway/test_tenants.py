@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,37 @@ def test_a_failed_write_leaves_the_old_file(
     with pytest.raises(TenantFileError, match=r"cannot write tenants file .*No space left"):
         add_tenant(file, "bob")
     assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_file_that_is_replaced_keeps_its_owner_and_mode(tmp_path: Path) -> None:
+    file = tmp_path / "tenants.yaml"
+    add_tenant(file, "alice")
+    file.chmod(0o640)
+    if os.geteuid() == 0:
+        os.chown(file, 4321, 1234)
+    before = file.stat()
+    add_tenant(file, "bob")
+    after = file.stat()
+    assert after.st_ino != before.st_ino and len(tenants.load(file).tenants) == 2
+    assert (after.st_uid, after.st_gid) == (before.st_uid, before.st_gid)
+    assert stat.S_IMODE(after.st_mode) == 0o640
+
+
+def test_who_may_not_keep_the_owner_writes_a_private_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old mode would let another group read it."""
+    file = tmp_path / "tenants.yaml"
+    add_tenant(file, "alice")
+    file.chmod(0o640)
+
+    def forbidden(*arguments: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("os.fchown", forbidden)
+    add_tenant(file, "bob")
+    assert len(tenants.load(file).tenants) == 2
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
 def test_saving_and_loading_are_inverse(tmp_path: Path) -> None:
@@ -91,6 +123,22 @@ def test_what_is_wrong_in_the_file_is_named(tmp_path: Path) -> None:
     assert "every master secret needs a version of its own" in twice
     assert good["secret"] not in twice
     assert "tenants.0.name" in change(tmp_path, name="Not Good")
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"version: 1 # caf\xe9\n", "is not text in UTF-8, from byte 16 on; save it as UTF-8"),
+        (b"tenants: [", "is not YAML: "),
+        (b"created: 2026-13-01", "holds a value that cannot be: month must be in 1..12"),
+    ],
+)
+def test_a_file_that_is_no_yaml_is_named(tmp_path: Path, content: bytes, text: str) -> None:
+    file = tmp_path / "tenants.yaml"
+    file.write_bytes(content)
+    with pytest.raises(TenantFileError) as error:
+        tenants.load(file)
+    assert f"{file} {text}" in str(error.value)
 
 
 def test_a_missing_file_says_how_to_make_one(tmp_path: Path) -> None:

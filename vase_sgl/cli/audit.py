@@ -27,7 +27,9 @@ Url = Annotated[
     str, typer.Option("--url", envvar="VASE_AUDIT__URL", help="The gateway's audit.url.")
 ]
 DEFAULT_URL = "sqlite+aiosqlite:///.vase-sgl/audit.sqlite3"
-OneTenant = Annotated[str | None, typer.Option("--tenant", help="Only this tenant. [default: all]")]
+OneTenant = Annotated[
+    str | None, typer.Option("--tenant", help="Only this tenant.", show_default="all")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -76,7 +78,8 @@ def verify(
 
 def export(
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="New file to write. [default: stdout]")
+        Path | None,
+        typer.Option("--output", "-o", help="New file to write.", show_default="stdout"),
     ] = None,
     url: Url = DEFAULT_URL,
     tenant: OneTenant = None,
@@ -99,7 +102,8 @@ def prune(
     url: Url = DEFAULT_URL,
     tenant: OneTenant = None,
     by: Annotated[
-        str | None, typer.Option(help="Who prunes, for the checkpoint. [default: user@host]")
+        str | None,
+        typer.Option(help="Who prunes, for the checkpoint.", show_default="user@host"),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would be removed.")
@@ -165,7 +169,7 @@ def _verify_file(file: Path, tenant: str | None) -> bool:
 
 def _report(tenant: str, check: ChainCheck, problem: Problem | None) -> bool:
     if problem is not None:
-        typer.echo(f"{tenant}: {problem}; {check.records} records before it are whole")
+        typer.echo(f"{tenant}: {problem}; {check.records} records were found whole")
         return False
     pruned = check.sequence - check.records
     typer.echo(
@@ -247,7 +251,7 @@ def _chosen(tenants: dict[str, tuple[int, str]] | list[str], tenant: str | None)
 def _place(head: str | None) -> tuple[int, str] | None:
     if head is None:
         return None
-    match = re.fullmatch(r"(\d{1,18}):([0-9a-f]{64})", head)
+    match = re.fullmatch(r"([1-9]\d{0,17}):([0-9a-f]{64})", head)
     if match is None:
         raise typer.BadParameter(
             f"{head!r} is not one; it looks like 17:9f86d0…, as verify shows it",

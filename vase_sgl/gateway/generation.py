@@ -218,6 +218,8 @@ class Generations:
                     await self._stream_from(lease, passage, plan, run, outbox)
                     return
                 except WorkerUnavailable as error:
+                    if not run.latest.token_ids:
+                        passage.tokens = 0  # no tenant pays for a worker that gave it nothing
                     run.failed.add(lease.worker.name)
                     if not self._may_retry(run):
                         raise
@@ -240,11 +242,13 @@ class Generations:
         name, info, request = lease.worker.name, lease.info, plan.request
         with telemetry.on_worker(plan.operation, name, info, request) as span:
             async with running(lease, request, self._background) as chunks:
+                # Not only with the first chunk: who leaves before it has had its prompt computed.
+                passage.used(request, run.latest)
                 async for chunk in chunks:
                     run.latest = chunk
                     run.clock.tick(chunk)
                     span.see(chunk)
-                    passage.used(plan.request, chunk)
+                    passage.used(request, chunk)
                     raise_if_aborted(chunk.finish)
                     text = deltas.take_text(chunk.text, final=chunk.finish is not None)
                     tokens = deltas.take_tokens(chunk.token_ids)

@@ -1,6 +1,6 @@
 """Tenants: who may do what, with which seeds and within which limits. One YAML file.
 
-The file holds key hashes and master secrets, so it is written with mode 0600 and replaced
+The file holds key hashes and master secrets, so it is made with mode 0600. It is replaced
 atomically: a reader sees the old file or the new one.
 """
 
@@ -11,6 +11,7 @@ import datetime
 import enum
 import os
 import secrets
+import stat
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -27,6 +28,10 @@ from vase_sgl.gateway.problems import describe
 
 class TenantFileError(Exception):
     """The tenants file cannot be used. The text names the place and the cure."""
+
+
+class TenantFileUnreadable(TenantFileError):
+    """It is not there or cannot be read: nothing is known about its content."""
 
 
 class Role(enum.StrEnum):
@@ -205,25 +210,35 @@ def new_master_secret(version: int = 1) -> MasterSecret:
 
 
 def load(path: Path) -> TenantFile:
-    """Read a tenants file. Raises `TenantFileError`."""
+    """Read a tenants file. Raises `TenantFileError`, and of it `TenantFileUnreadable`."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         return TenantFile.model_validate({} if content is None else content)
     except FileNotFoundError as error:
-        raise TenantFileError(
+        raise TenantFileUnreadable(
             f"there is no tenants file {path}; make one with "
             f"`vase-sgl tenants add NAME --file {path}`"
         ) from error
     except OSError as error:
-        raise TenantFileError(f"cannot read tenants file {path}: {error.strerror}") from error
+        raise TenantFileUnreadable(f"cannot read tenants file {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise TenantFileError(
+            f"{path} is not text in UTF-8, from byte {error.start} on; save it as UTF-8"
+        ) from error
     except yaml.YAMLError as error:
         raise TenantFileError(f"{path} is not YAML: {error}") from error
     except ValidationError as error:
         raise TenantFileError(f"{path}: {describe(error)}") from error
+    except ValueError as error:  # of a date or number that YAML knows and Python does not
+        raise TenantFileError(f"{path} holds a value that cannot be: {error}") from error
 
 
 def save(path: Path, content: TenantFile) -> None:
-    """Replace the file atomically, readable by its owner only. Raises `TenantFileError`."""
+    """Replace the file atomically. Raises `TenantFileError`.
+
+    A new file is readable by its owner only; another one keeps its owner and mode, so that the
+    gateway can still read what root wrote. Where that is not permitted, it is like a new one.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # mkstemp makes the file with mode 0600.
@@ -232,6 +247,7 @@ def save(path: Path, content: TenantFile) -> None:
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
                 yaml.safe_dump(content.model_dump(mode="json"), file, sort_keys=False)
                 file.flush()
+                _take_over_access(path, file.fileno())
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
@@ -239,6 +255,17 @@ def save(path: Path, content: TenantFile) -> None:
             raise
     except OSError as error:
         raise TenantFileError(f"cannot write tenants file {path}: {error.strerror}") from error
+
+
+def _take_over_access(path: Path, descriptor: int) -> None:
+    """Give a new file the owner and mode of the one at `path`, if there is one and we may."""
+    try:
+        old = path.stat()
+        os.fchown(descriptor, old.st_uid, old.st_gid)
+        # Only now: the mode may let a group read, and it must be that group.
+        os.fchmod(descriptor, stat.S_IMODE(old.st_mode))
+    except (FileNotFoundError, PermissionError):
+        pass
 
 
 def with_new_key(tenant: Tenant) -> tuple[Tenant, str]:

@@ -63,11 +63,13 @@ class ChainCheck:
         known: tuple[int, str] | None = None,
     ) -> None:
         """known: a sequence and its hash as they were noted elsewhere; a chain that was written
-        anew from some record on has another hash there."""
+        anew from some record on has another hash there. It has to be at or after what was pruned:
+        before that nothing is left to compare it with."""
         self.sequence = sequence
         self.hash = hash
         self.records = 0
         self._known = known
+        self._known_was_compared = False
         self._tenant = tenant
         self._checkpoints = 0
         self._checkpoint_hash = GENESIS
@@ -145,10 +147,20 @@ class ChainCheck:
                 f"sequence {self.sequence + 1}",
                 f"the chain once went on to sequence {self._known[0]}",
             )
+        if self._known is not None and not self._known_was_compared:
+            return Problem(
+                Damage.MISSING,
+                f"sequence {self._known[0]}",
+                "it was pruned, so this head can no longer be checked; use one that was noted at "
+                f"sequence {self.sequence - self.records} or later",
+            )
         return None
 
     def _known_problem(self, where: str) -> Problem | None:
-        if self._known is None or self._known[0] != self.sequence or self._known[1] == self.hash:
+        if self._known is None or self._known[0] != self.sequence:
+            return None
+        self._known_was_compared = True
+        if self._known[1] == self.hash:
             return None
         return Problem(Damage.FORK, where, f"its hash was {self._known[1]} once")
 

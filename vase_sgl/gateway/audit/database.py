@@ -13,10 +13,10 @@ from typing import Any
 import aiosqlite
 from sqlalchemy import Connection, event, text
 from sqlalchemy.dialects.sqlite.aiosqlite import AsyncAdapt_aiosqlite_connection
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
-from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.pool import ConnectionPoolEntry, StaticPool
 
 from vase_sgl.gateway.audit import schema
 from vase_sgl.gateway.audit.errors import AuditError
@@ -60,6 +60,16 @@ async def connect(url: str, *, migrate: bool | None, create: bool = True) -> Asy
     return engine
 
 
+def own_connection(engine: AsyncEngine) -> AsyncEngine:
+    """An engine on the same store with one connection, which the work of `engine` cannot take.
+
+    A store in memory is its only connection, so there it is `engine` itself.
+    """
+    if isinstance(engine.pool, StaticPool):
+        return engine
+    return _engine(engine.url, create=False, pool_size=1, max_overflow=0)
+
+
 @asynccontextmanager
 async def writing(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
     """A transaction that will write; committed on leaving, rolled back by an exception."""
@@ -74,7 +84,7 @@ async def writing(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
             yield connection
 
 
-def _engine(url: str, create: bool) -> AsyncEngine:
+def _engine(url: str | URL, create: bool, **pool: int) -> AsyncEngine:
     example = "an example is sqlite+aiosqlite:///audit.sqlite3"
     try:
         driver = make_url(url).drivername
@@ -90,6 +100,7 @@ def _engine(url: str, create: bool) -> AsyncEngine:
             hide_parameters=True,  # prompts and seeds must not reach a log with an error
             pool_pre_ping=True,  # a connection the server has closed is replaced, not reported
             connect_args=_CONNECT_ARGS[driver],
+            **pool,
         )
     except (ArgumentError, ImportError) as error:
         raise AuditError(f"audit.url cannot be used: {error}; {example}") from error

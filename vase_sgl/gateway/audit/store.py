@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager, contextmanager
 from sqlalchemy import RowMapping, func, insert, select, update
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from vase_sgl.gateway.audit import database
@@ -43,6 +44,8 @@ class AuditStore:
 
     def __init__(self, engine: AsyncEngine, keys: KeyRing) -> None:
         self._engine = engine
+        #: Reads that hang could take all connections of the other engine.
+        self._appending = database.own_connection(engine)
         self._keys = keys
         self._failed_at: float | None = None
         #: Batches that could not be written, the retry included.
@@ -63,6 +66,7 @@ class AuditStore:
     async def close(self) -> None:
         """Commit what waits and release all connections."""
         await self._commits.close()
+        await self._appending.dispose()
         await self._engine.dispose()
 
     def check(self) -> None:
@@ -84,6 +88,8 @@ class AuditStore:
 
     async def get(self, tenant: str, record_id: str) -> StoredRecord | None:
         """One of the tenant's own records. Raises `FailedPrecondition` if its key is not there."""
+        if "\0" in record_id:
+            return None  # no id has one, and PostgreSQL takes it for an error
         query = select(records).where(records.c.record_id == record_id, records.c.tenant == tenant)
         async with self._reading() as connection:
             row = (await connection.execute(query)).mappings().first()
@@ -151,7 +157,7 @@ class AuditStore:
     async def _write(self, batch: Sequence[Sealed], *, again: bool = False) -> list[StoredRecord]:
         """Append all of `batch` in one transaction."""
         rows: list[Row] = []
-        async with database.writing(self._engine) as connection:
+        async with database.writing(self._appending) as connection:
             ends = await self._lock(connection, {sealed.record.tenant for sealed in batch})
             done = await self._stored(connection, batch) if again else {}
             for sealed in batch:
@@ -220,7 +226,7 @@ def _unavailable(what: str) -> Iterator[None]:
     except _ITEM_FAULTS:
         raise
     except _TROUBLE as error:
-        if isinstance(error, SQLAlchemyError) and not isinstance(error, DBAPIError):
+        if isinstance(error, SQLAlchemyError) and not isinstance(error, (DBAPIError, PoolTimeout)):
             raise  # a defect in a query
         logger.error("the audit store cannot be %s: %s", what, error)
         raise AuditUnavailable(f"the audit store cannot be {what} now; try again later") from error

@@ -2,7 +2,8 @@
 
 Each step is one Lua script, so it is atomic, and it uses Redis's clock, so the gateways' own need
 not agree. A request that runs holds a lease, renewed while its gateway lives: what a gateway that
-dies held is free again after `LEASE_SECONDS`.
+dies held is free again after `LEASE_SECONDS`. A renewal makes a lease that is not there, so that a
+Redis which lost its data counts what runs again.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 LEASE_SECONDS = 30.0
 #: Seconds one command may take before Redis counts as away.
 TIMEOUT_SECONDS = 1.0
+#: Leases of one tenant to remove that are remembered while Redis is away; others lapse.
+_REMEMBERED = 4096
 
 OnFailure = Literal["refuse", "allow"]
 
@@ -90,7 +93,7 @@ return 0
 _RENEW = """
 local time = redis.call('TIME')
 local ends = tonumber(time[1]) + tonumber(ARGV[1])
-for i = 2, #ARGV do redis.call('ZADD', KEYS[1], 'XX', ends, ARGV[i]) end
+for i = 2, #ARGV do redis.call('ZADD', KEYS[1], ends, ARGV[i]) end
 redis.call('EXPIRE', KEYS[1], math.ceil(tonumber(ARGV[1])) + 60)
 return 0
 """
@@ -112,6 +115,9 @@ class SharedUsage:
         self._renew = client.register_script(_RENEW)
         #: Lease ids held here, by tenant.
         self._held: dict[str, set[str]] = {}
+        #: Lease ids that Redis may have though nobody holds them, by tenant, and who removes them.
+        self._stray: dict[str, set[str]] = {}
+        self._removing: set[asyncio.Task[None]] = set()
         self._renewing = asyncio.create_task(self._renew_forever(), name="vase-leases")
 
     @classmethod
@@ -143,6 +149,8 @@ class SharedUsage:
                 logger.error("limits of tenant %s are not checked: %s", tenant, error)
                 return
             logger.error("a request of tenant %s is refused: %s", tenant, error)
+            if limits.concurrent is not None:
+                self._remove(tenant, {request_id})  # Redis may let it in yet, when it wakes
             raise LimitsUnavailable(
                 "the limits cannot be checked just now; try again in a moment",
                 retry_seconds=TIMEOUT_SECONDS,
@@ -169,10 +177,14 @@ class SharedUsage:
             await self._run(self._leave, tenant, limits, request_id, tokens)
         except (RedisError, OSError) as error:
             logger.error("%d tokens of tenant %s are not charged: %s", tokens, tenant, error)
+            if limits.concurrent is not None:
+                self._remove(tenant, {request_id})
 
     async def close(self) -> None:
-        self._renewing.cancel()
-        await asyncio.gather(self._renewing, return_exceptions=True)
+        tasks = (self._renewing, *self._removing)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._client.aclose()
 
     async def _run(
@@ -198,6 +210,40 @@ class SharedUsage:
     async def _renew_forever(self) -> None:
         while True:
             await asyncio.sleep(LEASE_SECONDS / 3)
-            for tenant, held in list(self._held.items()):
-                with contextlib.suppress(RedisError, OSError):  # the next request reports it
-                    await self._renew(keys=[self._keys(tenant)[1]], args=[LEASE_SECONDS, *held])
+            for tenant in list(self._held):
+                await self._renew_leases(tenant)
+
+    async def _renew_leases(self, tenant: str) -> None:
+        renewed = set(self._held.get(tenant, ()))
+        if not renewed:
+            return
+        with contextlib.suppress(RedisError, OSError):  # the next request reports it
+            await self._renew(keys=[self._keys(tenant)[1]], args=[LEASE_SECONDS, *renewed])
+        # Of a request that left meanwhile Redis may have got the end first.
+        self._remove(tenant, renewed - self._held.get(tenant, set()))
+
+    def _remove(self, tenant: str, leases: set[str]) -> None:
+        """Remove leases that nobody holds, in the background, as soon as Redis answers."""
+        if not leases:
+            return
+        if tenant not in self._stray:
+            self._stray[tenant] = set()
+            task = asyncio.create_task(self._remove_stray(tenant), name="vase-stray-leases")
+            self._removing.add(task)
+            task.add_done_callback(self._removing.discard)
+        if len(self._stray[tenant]) < _REMEMBERED:
+            self._stray[tenant] |= leases
+
+    async def _remove_stray(self, tenant: str) -> None:
+        stray = self._stray[tenant]
+        try:
+            while stray:
+                removed = list(stray)
+                try:
+                    await self._client.zrem(self._keys(tenant)[1], *removed)
+                except (RedisError, OSError):
+                    await asyncio.sleep(TIMEOUT_SECONDS)
+                else:
+                    stray.difference_update(removed)
+        finally:
+            del self._stray[tenant]
