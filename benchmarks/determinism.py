@@ -53,9 +53,8 @@ def main(argv: list[str] | None = None) -> int:
             if chosen.rounds:
                 serving.measure(report, arms, _as_serving(chosen), model)
     summarize(report)
-    results.write(report, chosen.output, chosen.name, markdown=markdown)
-    print(markdown(report))
-    return 1 if report["summary"]["mismatches"] else 0
+    status = results.finish(report, chosen.output, chosen.name, markdown=markdown)
+    return 1 if report["summary"]["mismatches"] else status
 
 
 def _parser() -> argparse.ArgumentParser:

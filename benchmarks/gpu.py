@@ -59,11 +59,8 @@ def stages(model_config: str) -> tuple[Stage, ...]:
             env=(("VASE_TEST_GPU", "1"),),
             must_pass=True,
         ),
-        Stage(
-            "kernels",
-            ("benchmarks.kernels", "--check", "--json", "{output}/kernels.json"),
-            must_pass=True,
-        ),
+        Stage("kernels_check", ("benchmarks.kernels", "--check-only"), must_pass=True),
+        Stage("kernels", ("benchmarks.kernels", "--json", "{output}/kernels.json")),
         Stage(
             "flashinfer",
             ("benchmarks.kernels", "--flashinfer", "--json", "{output}/flashinfer.json"),
@@ -78,7 +75,8 @@ def stages(model_config: str) -> tuple[Stage, ...]:
             "determinism", "determinism", *model, "--cost-cell", "32x512", "--replays", "1000"
         ),
         _benchmark("overhead", "overhead", *model),
-        _benchmark("serving", "serving", *model, "--seconds", "120"),
+        # Whole answers of this length do not fit the time of a stage.
+        _benchmark("serving", "serving", *model, "--seconds", "120", "--cut"),
         _benchmark("saturation", "saturation", *model),
         _benchmark("paper_16384", "paper", *model, "--outputs", "16384"),
         _benchmark("paper_32768", "paper", *model, "--outputs", "32768"),

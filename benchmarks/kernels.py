@@ -1,12 +1,16 @@
 """Time of one eviction round: the kernels, the torch reference, and a gather of the whole cache.
 
     python -m benchmarks.kernels --check [--policies rkv knorm] [--json results.json]
+    python -m benchmarks.kernels --check-only [--policies rkv knorm]
     python -m benchmarks.kernels --flashinfer [--json results.json]
 
 Shapes are Qwen3-14B's: 40 layers, 8 KV heads, groups of 5, head_dim 128, bfloat16, window 64. A
 round is in steady state: budget + window rows become budget rows. `floor` is the time in which
 the bytes that must move could be copied at the copy bandwidth measured on this device; the share
 is floor / time. Without a GPU only the torch reference runs, on one layer and one request.
+
+With --check kernels and reference must forget the same tokens before anything is timed; with
+--check-only nothing is.
 
 Bytes that must move, per request, layer and head (`Shape.floor_bytes`), for rows of head_dim
 elements:
@@ -40,7 +44,7 @@ import triton  # type: ignore[import-untyped]
 from torch import Tensor
 from vase_kernels.evict import POLICIES, PoolView, evict
 from vase_kernels.reference import SCORERS, Candidates, evict_reference, select_victims_batched
-from vase_kernels.requests import DueRequest, pack, table_fields
+from vase_kernels.requests import LOGICAL_LENGTH, ROUND, SEED, DueRequest, pack, table_fields
 from vase_kernels.scoring import SCORING, Round
 from vase_kernels.workspace import Maxima, Workspace
 
@@ -85,7 +89,10 @@ class Shape:
 
 
 class Case:
-    """A filled pool in its second round, and the ways to carry out that round."""
+    """A filled pool in its second round, and the ways to carry out a round.
+
+    Between two rounds `advance` must be called: tokens that come have positions of their own.
+    """
 
     def __init__(self, shape: Shape, policy: str, device: torch.device) -> None:
         self.shape, self.policy = shape, policy
@@ -125,8 +132,19 @@ class Case:
             )
             for i in range(n)
         ]
-        self.requests = requests
         self.table = pack(requests, n).to(device)
+
+    def advance(self) -> None:
+        """Since the last round `window` tokens have come to every request, so the next is due.
+
+        `window` is also the length of the query ring, so its rows stay in the order of tokens.
+        """
+        self.table[:, ROUND.value] += 1
+        self.table[:, LOGICAL_LENGTH.value] += self.shape.window
+        recent = self.req_to_token[:, self.shape.budget :].long()
+        for buffer in (*self.k, *self.v):
+            # Copies of the rows that came before would tie with them, and ties cost time.
+            buffer[recent] = torch.randn_like(buffer[recent])
 
     def round(self) -> Round:
         """What the kernels are launched with."""
@@ -138,8 +156,7 @@ class Case:
         )
         return Round(self.policy, view, self.table, self.ring, workspace)
 
-    def kernels(self) -> Callable[[], Tensor]:
-        r = self.round()
+    def kernels(self, r: Round) -> Callable[[], Tensor]:
         return lambda: evict(r.policy, r.pool, r.requests, r.queries, r.workspace).round_sums
 
     def reference(self) -> Callable[[], Tensor]:
@@ -199,12 +216,8 @@ class Case:
 
     def _counters(self) -> dict[str, Any]:
         """Columns of the table by the reference's names."""
-        names = {"rounds": "round", "logical_lengths": "logical_length", "seeds": "seed"}
-        device = self.table.device
-        return {
-            name: torch.tensor([getattr(r, field) for r in self.requests], device=device)
-            for name, field in names.items()
-        }
+        columns = {"rounds": ROUND, "logical_lengths": LOGICAL_LENGTH, "seeds": SEED}
+        return {name: self.table[:, column.value] for name, column in columns.items()}
 
 
 def synchronize() -> None:
@@ -212,17 +225,34 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def seconds(step: Callable[[], Any], repeats: int) -> float:
-    """Median time of a call, after one to warm up."""
-    step()
-    times = []
-    for _ in range(repeats):
+def seconds(
+    step: Callable[[], Any], repeats: int, *, before: Callable[[], None] = lambda: None
+) -> float:
+    """Median time of a call, after one to warm up; `before` comes before each and is not timed."""
+
+    def timed() -> float:
+        before()
         synchronize()
         started = time.perf_counter()
         step()
         synchronize()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+        return time.perf_counter() - started
+
+    timed()
+    return statistics.median(timed() for _ in range(repeats))
+
+
+def kernels_seconds(case: Case, repeats: int) -> float:
+    """Time of a round by the kernels. `SystemExit` if the last did not overwrite `window` rows."""
+    r, window = case.round(), case.shape.window
+    found = seconds(case.kernels(r), repeats, before=case.advance)
+    holes = r.workspace.num_holes
+    if not torch.equal(holes, torch.full_like(holes, window)):
+        raise SystemExit(
+            f"{case.policy}: a head forgot {int(holes.min())} to {int(holes.max())} tokens instead "
+            f"of {window}; such a round says nothing about time"
+        )
+    return found
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -243,19 +273,22 @@ def measure(case: Case, repeats: int, bandwidth: float) -> dict[str, Any]:
         "floor_ms": floor / bandwidth * 1e3,
     }
     if RUNS_KERNELS:
-        elapsed = seconds(case.kernels(), repeats)
+        elapsed = kernels_seconds(case, repeats)
         out["kernels_ms"] = elapsed * 1e3
         out["gb_per_s"] = floor / elapsed / 1e9
         out["share_of_floor"] = floor / bandwidth / elapsed
     if shape.requests * shape.columns <= MAX_COMPARED_ROWS:
-        out["reference_ms"] = seconds(case.reference(), max(1, repeats // 10)) * 1e3
+        fewer = max(1, repeats // 10)
+        out["reference_ms"] = seconds(case.reference(), fewer, before=case.advance) * 1e3
         if RUNS_KERNELS:
-            out["gather_all_ms"] = seconds(case.gather_all(), max(1, repeats // 10)) * 1e3
+            out["gather_all_ms"] = seconds(case.gather_all(), fewer, before=case.advance) * 1e3
     return out
 
 
 def check(policies: Sequence[str], device: torch.device) -> None:
     """Kernels and reference forget the same tokens, on a small pool; `SystemExit` if not."""
+    if not RUNS_KERNELS:
+        raise SystemExit("--check-only needs a GPU, or TRITON_INTERPRET=1: nothing was compared")
     shape = Shape(2, 2, 5, 128, 16, 128, 2)
     for policy in policies:
         case = Case(shape, policy, device)
@@ -263,7 +296,7 @@ def check(policies: Sequence[str], device: torch.device) -> None:
         positions = case.positions.clone()
         expected = case.reference()()
         case.k, case.v, case.positions = k, v, positions
-        if not torch.equal(case.kernels()(), expected):
+        if not torch.equal(case.kernels(case.round())(), expected):
             raise SystemExit(f"{policy}: digests of kernels and reference differ")
     print("check: kernels and reference forget the same tokens")
 
@@ -312,6 +345,7 @@ def shapes(args: argparse.Namespace) -> Iterator[Shape]:
     for budget, requests in itertools.product(args.budgets, args.requests):
         shape = dataclasses.replace(base, budget=budget, requests=requests)
         if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # what torch keeps of the case before would count as taken
             free, _ = torch.cuda.mem_get_info()
             if shape.pool_bytes * 1.3 > free:
                 print(f"B {budget}, {requests} requests: pool does not fit", file=sys.stderr)
@@ -324,6 +358,7 @@ def main() -> None:
     gpu = torch.cuda.is_available()
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--check", action="store_true", help="compare results before timing")
+    mode.add_argument("--check-only", action="store_true", help="compare results, time nothing")
     mode.add_argument(
         "--flashinfer", action="store_true", help="compare selection with flashinfer.top_k"
     )
@@ -337,6 +372,9 @@ def main() -> None:
 
     device = torch.device("cuda" if gpu else "cpu")
     torch.manual_seed(0)
+    if args.check_only:
+        check(args.policies, device)
+        return
     if args.flashinfer:
         require_flashinfer()
         report = new_report("flashinfer", {"threads": torch.get_num_threads()}) | {"results": []}

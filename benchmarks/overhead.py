@@ -22,6 +22,7 @@ import argparse
 import asyncio
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +62,14 @@ def main(argv: list[str] | None = None) -> int:
             results.until_cut(report),
             running([spec], model.path, dummy=model.dummy, gpu=chosen.gpu) as workers,
         ):
+            asyncio.run(check_pool(workers[spec], chosen))
             asyncio.run(measure(report["samples"], workers[spec], chosen, model))
             if chosen.gpu:
-                report["kernels"] = asyncio.run(trace(workers[spec], chosen, model, Path(folder)))
+                report |= kernels_of_a_trace(workers[spec], chosen, model, Path(folder))
     summarize(report, model)
-    results.write(report, chosen.output, chosen.name, markdown=markdown, plot=plots.overhead)
-    print(markdown(report))
-    return 0
+    return results.finish(
+        report, chosen.output, chosen.name, markdown=markdown, plot=plots.overhead
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,17 +84,36 @@ def _parser() -> argparse.ArgumentParser:
     return made
 
 
+def _slots(chosen: argparse.Namespace) -> int:
+    """Of the pool: room for all requests at once, with what SGLang's admission wants beside."""
+    return int(chosen.batch * (chosen.budget + max(chosen.windows) + 8) + 64)
+
+
 def _spec(chosen: argparse.Namespace) -> WorkerSpec:
-    slots = chosen.batch * (chosen.budget + max(chosen.windows) + 8) + 64
     prefill = chosen.batch * chosen.budget
-    flags = (
+    flags: tuple[str, ...] = (
         *("--vase-max-budget", str(chosen.budget), "--vase-max-window", str(max(chosen.windows))),
-        *("--max-total-tokens", str(slots), "--max-running-requests", str(chosen.batch)),
+        *("--max-total-tokens", str(_slots(chosen)), "--max-running-requests", str(chosen.batch)),
         # One prefill for all prompts, or the first answers would wait for the last prompts.
         *("--chunked-prefill-size", str(prefill), "--max-prefill-tokens", str(prefill)),
-        *("--disable-radix-cache", *chosen.worker_arg),
+        "--disable-radix-cache",
     )
+    if chosen.gpu:
+        # SGLang sets 1.5 MB aside for every token of a prefill: with one so long, hardly a slot is
+        # left on an H100. Graphs of that prefill would take memory and minutes for nothing.
+        flags += ("--mem-fraction-static", "0.6", "--disable-prefill-cuda-graph")
+    flags += tuple(chosen.worker_arg)
     return WorkerSpec("timed", flags, (("VASE_CPU_DECODE", "batched"),))
+
+
+async def check_pool(worker: Worker, chosen: argparse.Namespace) -> None:
+    """`SystemExit` if the pool is too small: some requests would wait and the others be timed."""
+    slots = (await load.state(worker.url))["memory_usage"]["token_capacity"]
+    if slots < _slots(chosen):
+        raise SystemExit(
+            f"memory for {slots:,} of {_slots(chosen):,} slots: lower --batch or --budget, or give "
+            "the pool more with --worker-arg=--mem-fraction-static=SHARE"
+        )
 
 
 def bandwidth() -> float:
@@ -101,7 +122,9 @@ def bandwidth() -> float:
 
     from benchmarks.kernels import copy_bandwidth
 
-    return copy_bandwidth(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    found = copy_bandwidth(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    torch.cuda.empty_cache()  # what torch kept of the copies would be missing in the worker's pool
+    return found
 
 
 async def measure(
@@ -165,6 +188,17 @@ def _vase(chosen: argparse.Namespace, window: int, seed: int) -> dict[str, Any]:
 async def _timers(worker: Worker) -> Totals:
     vase = (await load.state(worker.url))["vase"]
     return dict(vase["timers"])
+
+
+def kernels_of_a_trace(
+    worker: Worker, chosen: argparse.Namespace, model: Model, folder: Path
+) -> dict[str, Any]:
+    """`kernels` of the report, or `no_kernels`, the reason: the samples stand without a trace."""
+    try:
+        return {"kernels": asyncio.run(trace(worker, chosen, model, folder))}
+    except Exception as error:
+        traceback.print_exc()
+        return {"no_kernels": f"{type(error).__name__}: {results.reason(error)}"}
 
 
 async def trace(
@@ -237,6 +271,8 @@ def markdown(report: Report) -> str:
         whole = sum(report["kernels"].values())
         rows = [(name, number(100 * s / whole)) for name, s in report["kernels"].items()]
         lines += ["GPU kernels in a trace:", "", results.table(("group", "% of kernel time"), rows)]
+    if "no_kernels" in report:
+        lines.append(f"No trace of the GPU kernels: {report['no_kernels']}\n")
     return "\n".join(lines)
 
 

@@ -91,9 +91,7 @@ def main(argv: list[str] | None = None) -> int:
                 report["samples"].append(measure(arm, chosen, model))
     summarize(report)
     plot = partial(plots.bars, value="tokens_per_second", label="tokens/s", name="arm")
-    results.write(report, chosen.output, chosen.name, markdown=markdown, plot=plot)
-    print(markdown(report))
-    return 0
+    return results.finish(report, chosen.output, chosen.name, markdown=markdown, plot=plot)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -149,8 +147,7 @@ def measure(arm: Arm, chosen: argparse.Namespace, model: Model) -> dict[str, Any
                 return sample | {"problem": f"memory for {slots:,} of {arm.slots:,} slots"}
             sample |= asyncio.run(_run(worker, arm, chosen, model))
     except SystemExit as error:  # the next arm may still start
-        said = str(error).strip().splitlines() or ["no reason given"]
-        return sample | {"problem": f"did not start: {said[-1][:200]}"}
+        return sample | {"problem": f"did not start: {results.reason(error)}"}
     rate = number(sample["tokens_per_second"])
     print(f"{arm.name}: {rate} tokens/s", file=sys.stderr, flush=True)
     return sample

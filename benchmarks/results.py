@@ -6,6 +6,7 @@ import json
 import signal
 import statistics
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,9 +35,10 @@ def new_report(benchmark: str, settings: dict[str, Any], *, dry_run: bool = Fals
 
 @contextmanager
 def until_cut(report: Report) -> Iterator[None]:
-    """Measure within. SIGTERM or Ctrl-C ends that, not the program: what there is gets written.
+    """Measure within. SIGTERM, Ctrl-C or an error ends that, not the program.
 
-    `report["cut"]` says that it happened.
+    What there is can be written then, by `finish`. `report["cut"]` says that it was stopped,
+    `report["error"]` what went wrong.
     """
 
     def cut(number: int, frame: object) -> None:
@@ -49,8 +51,37 @@ def until_cut(report: Report) -> Iterator[None]:
     except KeyboardInterrupt:
         report["cut"] = True
         print("cut: writing what was measured", file=sys.stderr, flush=True)
+    except SystemExit as error:
+        report["error"] = reason(error)
+        print(error, file=sys.stderr, flush=True)
+    except Exception as error:
+        report["error"] = f"{type(error).__name__}: {reason(error)}"
+        traceback.print_exc()
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def reason(error: BaseException) -> str:
+    """The last line of what an error says: of a worker's log, that is the one that matters."""
+    said = str(error).strip().splitlines() or ["no reason given"]
+    return said[-1][:200]
+
+
+def finish(
+    report: Report,
+    folder: Path,
+    name: str,
+    *,
+    markdown: Callable[[Report], str],
+    plot: Callable[[Report, Path], None] | None = None,
+) -> int:
+    """Write and print what there is. Returns the exit status: 1 if an error ended the measuring."""
+    write(report, folder, name, markdown=markdown, plot=plot)
+    print(markdown(report), flush=True)
+    if "error" in report:
+        print(report["error"], file=sys.stderr)
+        return 1
+    return 0
 
 
 def write(
@@ -70,7 +101,10 @@ def write(
     if not report[DRY_RUN]:
         (folder / f"{name}.md").write_text(markdown(report))
         if plot is not None:
-            plot(report, folder / f"{name}.svg")
+            picture = folder / f"{name}.svg"
+            picture.unlink(missing_ok=True)  # an earlier run's would stand beside this table
+            if report["samples"]:
+                plot(report, picture)
     return path
 
 

@@ -73,9 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         with results.until_cut(report):
             measure(report, arms, chosen, model)
     summarize(report)
-    results.write(report, chosen.output, chosen.name, markdown=markdown, plot=plots.serving)
-    print(markdown(report))
-    return 0
+    return results.finish(report, chosen.output, chosen.name, markdown=markdown, plot=plots.serving)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -151,12 +149,12 @@ def measure(report: Report, arms: list[Arm], chosen: argparse.Namespace, model: 
     said = report["workers"] = {}
 
     def run(arm: Arm, cell: Cell, turn: int, url: str) -> None:
+        if arm.name not in said:  # first, so that there is no sample of an unknown worker
+            said[arm.name] = asyncio.run(_about(arm, url))
         sample = asyncio.run(one_run(arm, cell, turn, url, chosen, model))
         samples.append(sample)
         rate = number(sample["tokens_per_second"])
         print(f"round {turn} {cell} {arm.name}: {rate} tokens/s", file=sys.stderr, flush=True)
-        if arm.name not in said:
-            said[arm.name] = asyncio.run(_about(arm, url))
 
     if chosen.resident:
         specs = [arm.spec for arm in arms]
@@ -293,6 +291,8 @@ _HEAD = (
 
 def markdown(report: Report) -> str:
     chosen = report["settings"]
+    if not report["samples"]:
+        return "Nothing was measured before the cut.\n"
     window = (
         "every run to its end"
         if chosen["seconds"] is None

@@ -88,6 +88,8 @@ def block(name: str, folder: Path) -> str:
     lines = [_markdown(report)]
     if report.get("cut"):
         lines.append("Cut before its end: what was measured until then.\n")
+    if "error" in report:
+        lines.append(f"Ended by an error, {report['error']}: what was measured until then.\n")
     if path.with_suffix(".svg").exists():
         lines.append(f"![{name}](../benchmarks/results/{name}.svg)\n")
     lines.append(f"`{report['environment']['command']}`\n")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import determinism, gpu, overhead, paper, saturation, serving
+from benchmarks import determinism, environment, gpu, overhead, paper, saturation, serving
 from benchmarks.model_configs import SHAPES, write_config
 from vase_sgl.engine.server import value_of
 
@@ -21,14 +22,38 @@ MAINS = {
     "benchmarks.determinism": determinism.main,
 }
 STAGES = [stage for stage in gpu.stages("qwen3-14b") if stage.takes_dry_run]
+SERVING = [
+    stage
+    for stage in STAGES
+    if stage.arguments[0] in ("benchmarks.serving", "benchmarks.saturation")
+]
+
+
+def _dry_run(stage: gpu.Stage, folder: Path) -> dict[str, Any]:
+    chosen = argparse.Namespace(dry_run=True, output=folder)
+    module, *arguments = gpu.command_of(stage, chosen)[2:]
+    assert MAINS[module](arguments) == 0
+    report: dict[str, Any] = json.loads((folder / f"{stage.name}.json").read_text())
+    return report
+
+
+@pytest.fixture(scope="module")
+def sglang_flags() -> argparse.ArgumentParser:
+    from vase_sgl.engine.torchvision_cpu import declare_torchvision_operators
+
+    declare_torchvision_operators()
+    from sglang.srt.server_args import ServerArgs
+
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    ServerArgs.add_cli_args(parser)
+    return parser
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
-def test_a_gpu_stage_is_ready(stage: gpu.Stage, tmp_path: Path) -> None:
-    chosen = argparse.Namespace(dry_run=True, output=tmp_path)
-    module, *arguments = gpu.command_of(stage, chosen)[2:]
-    assert MAINS[module](arguments) == 0
-    report = json.loads((tmp_path / f"{stage.name}.json").read_text())
+def test_a_gpu_stage_is_ready(
+    stage: gpu.Stage, tmp_path: Path, sglang_flags: argparse.ArgumentParser
+) -> None:
+    report = _dry_run(stage, tmp_path)
     assert report["dry_run"] is True and report["environment"]["commit"]["id"]
     assert report["commands"]
     for command in report["commands"].values():
@@ -36,6 +61,41 @@ def test_a_gpu_stage_is_ready(stage: gpu.Stage, tmp_path: Path) -> None:
         assert value_of(command, "--model-path") in SHAPES
         assert not any(part.startswith("/") for part in command)  # no paths of this machine
         assert "--disable-cuda-graph" not in command
+        _, unknown = sglang_flags.parse_known_args(command[2:])
+        flags = [part for part in unknown if part.startswith("--")]
+        assert all(flag.startswith("--vase-") for flag in flags), flags
+
+
+@pytest.mark.parametrize("stage", SERVING, ids=lambda stage: stage.name)
+def test_a_gpu_run_of_whole_answers_is_cut(stage: gpu.Stage, tmp_path: Path) -> None:
+    """To their end they take longer than a stage may, and an arm without an end has no sample."""
+    report = _dry_run(stage, tmp_path)
+    chosen = report["settings"]
+    assert chosen["cut"] is True
+    runs = len(report["commands"]) * len(chosen["cells"]) * chosen["rounds"]
+    # The rest of a stage's time is for workers that start.
+    assert runs * chosen["seconds"] <= 0.7 * 60 * gpu._MINUTES
+
+
+def test_the_pool_of_overhead_is_not_left_to_sglang_on_a_gpu(tmp_path: Path) -> None:
+    """For its one prefill of 32,768 tokens SGLang would reserve most of the memory."""
+    (stage,) = (stage for stage in STAGES if stage.name == "overhead")
+    (command,) = _dry_run(stage, tmp_path)["commands"].values()
+    assert value_of(command, "--mem-fraction-static") == "0.6"
+    assert "--disable-prefill-cuda-graph" in command
+    given = ["--worker-arg=--mem-fraction-static=0.5", "--output", str(tmp_path), "--dry-run"]
+    assert overhead.main(["--gpu", *given]) == 0
+    (command,) = json.loads((tmp_path / "overhead.json").read_text())["commands"].values()
+    assert command[-1] == "--mem-fraction-static=0.5"  # the last one counts
+
+
+def test_what_the_stages_run_is_installed_with_the_documented_extras() -> None:
+    project = tomllib.loads((environment.ROOT / "pyproject.toml").read_text())["project"]
+    extra = [text.partition(">")[0] for text in project["optional-dependencies"]["bench"]]
+    modules = {stage.arguments[0].partition(".")[0] for stage in gpu.stages("qwen3-14b")}
+    assert modules == {"benchmarks", "pytest"}
+    assert {"matplotlib", "psutil", "pytest"} <= set(extra)
+    assert "pip install -e '.[gpu,bench]'" in (gpu.__doc__ or "")
 
 
 def _commands(tmp_path: Path, *arguments: str) -> dict[str, list[str]]:

@@ -70,4 +70,11 @@ def test_a_stage_is_cut_at_its_time(modules: Path) -> None:
 def test_an_unknown_stage_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         gpu.main(["--dry-run", "--only", "kernals"])
-    assert "no stage kernals; there are kernel_tests, kernels," in capsys.readouterr().err
+    said = "no stage kernals; there are kernel_tests, kernels_check, kernels,"
+    assert said in capsys.readouterr().err
+
+
+def test_only_checks_stop_the_run() -> None:
+    """A benchmark that fails costs its own result alone."""
+    needed = [stage.name for stage in gpu.stages("qwen3-14b") if stage.must_pass]
+    assert needed == ["kernel_tests", "kernels_check", "replays"]

@@ -166,14 +166,24 @@ def _series(worker: WorkerProcess) -> dict[tuple[str, str], float]:
     }
 
 
+def _refreshed_series(worker: WorkerProcess) -> dict[tuple[str, str], float]:
+    """`_series`, once they say what the worker's state does: they are refreshed once a second."""
+    deadline = time.monotonic() + 20
+    while True:
+        state, series = worker.state(), _series(worker)
+        said = {name: series.get((f"vase:{name}_slots", "")) for name in state["slots"]}
+        if series.get(("vase:rounds_total", "")) == state["rounds"] and said == state["slots"]:
+            return _series(worker)  # a refresh writes other counters a little later
+        assert time.monotonic() < deadline, (series, state)
+        time.sleep(0.1)
+
+
 def test_metrics_prove_that_the_budget_acts(worker: WorkerProcess) -> None:
     worker.generate(PROMPT, vase=BUDGET, new=3)
-    time.sleep(1.2)
-    before = _series(worker)
+    before = _refreshed_series(worker)
     state = worker.state()
     worker.generate(PROMPT, vase={**BUDGET, "policy": "vase-dkv"}, new=90)
-    time.sleep(1.2)  # gauges and counters are refreshed once a second
-    after = _series(worker)
+    after = _refreshed_series(worker)
     gained = {name: value - before.get(name, 0) for name, value in after.items()}
     rounds = worker.state()["rounds"] - state["rounds"]
     assert rounds >= 3

@@ -24,8 +24,8 @@ async def call_until_killed(client: AsyncClient, seen: dict[str, tuple[int, ...]
         tokens: list[int] = []
         request_id = ""
         try:
+            request_id = await stream.started()
             async for chunk in stream:
-                request_id = stream.request_id
                 tokens += chunk.token_ids
         except VaseError:
             return request_id

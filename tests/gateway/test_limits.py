@@ -10,13 +10,14 @@ from typing import Any
 
 import grpc
 import pytest
+import redis.asyncio
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from tests.gateway.redis_server import REDIS_URL, redis_server
-from tests.gateway.running import Running, run_gateway
+from tests.gateway.running import Running, run_gateway, until
 from vase_sgl.client import NEVER, AsyncClient, RateLimited, Unavailable
-from vase_sgl.gateway.errors import LimitExceeded
+from vase_sgl.gateway.errors import LimitExceeded, LimitsUnavailable
 from vase_sgl.gateway.limits import shared
 from vase_sgl.gateway.limits.local import LocalUsage
 from vase_sgl.gateway.limits.shared import SharedUsage, SharedUsageError
@@ -45,14 +46,13 @@ async def refusal(running: Running, key: str) -> tuple[grpc.StatusCode, str, flo
 
 
 async def test_requests_per_second(running: Running) -> None:
-    key = running.add_tenant("bob", limits={"requests_per_second": 2})
+    key = running.add_tenant("bob", limits={"requests_per_second": 0.25})
     async with AsyncClient(running.target, key, retry=NEVER) as bob:
-        for _ in range(2):
-            await bob.generate_once("tell me", max_new_tokens=1)
+        await bob.generate_once("tell me", max_new_tokens=1)
         code, text, seconds = await refusal(running, key)
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert "tenant bob may send 2 requests per second; come back in 0." in text
-        assert 0 < seconds <= 0.5
+        assert "tenant bob may send 0.25 requests per second; come back in " in text
+        assert 0 < seconds <= 4
         await asyncio.sleep(seconds + 0.02)
         await bob.generate_once("tell me", max_new_tokens=1)
     await running.client.generate_once("tell me", max_new_tokens=1)
@@ -86,6 +86,32 @@ async def test_an_aborted_request_is_charged_for_what_came(running: Running) -> 
         await running.worker.wait_for_abort()
         with pytest.raises(RateLimited, match="30 tokens per minute"):
             await bob.generate_once("tell me", max_new_tokens=1)
+
+
+async def test_who_leaves_before_the_first_token_is_charged_for_the_prompt(
+    running: Running,
+) -> None:
+    running.worker.token_seconds = 60.0  # a long prefill
+    key = running.add_tenant("bob", limits={"tokens_per_minute": 30})
+    async with AsyncClient(running.target, key, retry=NEVER) as bob:
+        stream = bob.generate(list(range(40)), max_new_tokens=5)
+        await stream.started()
+        await until(lambda: running.worker.running)
+        stream.cancel()
+        await running.worker.wait_for_abort()
+        await until(lambda: running.gateway._admissions._metrics.open_requests == 0)
+        with pytest.raises(RateLimited, match="30 tokens per minute"):
+            await bob.generate_once("tell me", max_new_tokens=1)
+
+
+async def test_a_worker_that_gave_nothing_costs_nothing(running: Running) -> None:
+    key = running.add_tenant("bob", limits={"tokens_per_minute": 30})
+    async with AsyncClient(running.target, key, retry=NEVER) as bob:
+        running.worker.faults.refuse_status = 503
+        with pytest.raises(Unavailable):
+            await bob.generate_once(list(range(40)), max_new_tokens=1)
+        running.worker.faults.refuse_status = None
+        await bob.generate_once("tell me", max_new_tokens=1)
 
 
 async def test_concurrent_requests(running: Running) -> None:
@@ -179,7 +205,8 @@ async def usage(request: pytest.FixtureRequest) -> AsyncIterator[Usage]:
 
 
 async def test_both_stores_count_alike(usage: Usage) -> None:
-    limits = UsageLimits(requests_per_second=4, tokens_per_minute=600, concurrent=3)
+    limits = UsageLimits(requests_per_second=0.5, tokens_per_minute=60, concurrent=3)
+    at_once = UsageLimits(requests_per_second=None, tokens_per_minute=None, concurrent=3)
 
     async def refused(reason: str) -> float:
         with pytest.raises(LimitExceeded) as error:
@@ -189,20 +216,23 @@ async def test_both_stores_count_alike(usage: Usage) -> None:
         return error.value.retry_seconds
 
     for name in "abc":
-        await usage.enter("t", limits, name)
+        await usage.enter("t", at_once, name)
     assert await refused("concurrency") == 1.0
-    await usage.leave("t", limits, "a", 0)
+    await usage.leave("t", at_once, "a", 0)
     await usage.enter("t", limits, "d")
     await usage.leave("t", limits, "b", 0)
-    assert 0 < await refused("requests") <= 0.25
-    await asyncio.sleep(0.3)
+    seconds = await refused("requests")
+    assert 0 < seconds <= 2
+    await asyncio.sleep(seconds + 0.1)
     await usage.enter("t", limits, "e")
-    await usage.leave("t", limits, "c", 610)
-    assert 0 < await refused("tokens") <= 1.2
-    await asyncio.sleep(1.2)
+    await usage.leave("t", limits, "c", 61)
+    seconds = await refused("tokens")
+    assert 0 < seconds <= 2
+    await asyncio.sleep(seconds + 0.1)
     await usage.enter("t", limits, "f")
-    other = UsageLimits(requests_per_second=4, tokens_per_minute=None, concurrent=1)
-    await usage.enter("another", other, "g")
+    other = UsageLimits(requests_per_second=4, tokens_per_minute=None, concurrent=4)
+    for name in "ghij":  # what a second allows, at once
+        await usage.enter("another", other, name)
     await usage.leave("another", other, "unknown", 0)
 
 
@@ -243,6 +273,81 @@ async def test_a_dead_gateways_leases_end(redis_url: str, monkeypatch: pytest.Mo
     await asyncio.sleep(1.7)
     await other.enter("t", limits, "b")
     await other.close()
+
+
+async def let_in(usage: SharedUsage, limits: UsageLimits, request_id: str) -> None:
+    """Ask until the tenant `t` has room for the request."""
+    async with asyncio.timeout(10):
+        while True:
+            try:
+                return await usage.enter("t", limits, request_id)
+            except LimitExceeded:
+                await asyncio.sleep(0.02)
+
+
+async def test_a_request_that_redis_let_in_too_late_keeps_no_place() -> None:
+    limits = UsageLimits(None, None, concurrent=1)
+    with redis_server() as server:
+        usage = await SharedUsage.connect(server.url, prefix="p", on_failure="refuse")
+        await usage.enter("t", limits, "first")  # from here on Redis has the script
+        await usage.leave("t", limits, "first", 0)
+        server.pause()
+        with pytest.raises(LimitsUnavailable):
+            await usage.enter("t", limits, "a")
+        server.resume()
+        await let_in(usage, limits, "b")
+        await usage.close()
+
+
+async def test_a_request_whose_end_redis_was_not_told_keeps_no_place() -> None:
+    limits = UsageLimits(None, None, concurrent=1)
+    with redis_server() as server:
+        usage = await SharedUsage.connect(server.url, prefix="p", on_failure="refuse")
+        await usage.enter("t", limits, "a")
+        # So that the end is not sent: a new connection begins with a question.
+        await usage._client.connection_pool.disconnect()
+        server.pause()
+        await usage.leave("t", limits, "a", 0)
+        server.resume()
+        await let_in(usage, limits, "b")
+        await usage.close()
+
+
+async def test_a_redis_that_lost_its_data_counts_what_runs_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shared, "LEASE_SECONDS", 1.5)
+    limits = UsageLimits(None, None, concurrent=1)
+    with redis_server() as server:
+        usage = await SharedUsage.connect(server.url, prefix="p", on_failure="refuse")
+        await usage.enter("t", limits, "a")
+        server.kill()
+        server.start()
+        async with redis.asyncio.from_url(server.url) as client, asyncio.timeout(10):
+            while not await client.zcard("p:{t}:leases"):
+                await asyncio.sleep(0.02)
+        with pytest.raises(LimitExceeded):
+            await usage.enter("t", limits, "b")
+        await usage.leave("t", limits, "a", 0)
+        await usage.enter("t", limits, "c")
+        await usage.close()
+
+
+async def test_a_renewal_brings_back_no_request_that_left(redis_url: str) -> None:
+    limits = UsageLimits(None, None, concurrent=1)
+    prefix = uuid.uuid4().hex
+    usage = await SharedUsage.connect(redis_url, prefix=prefix, on_failure="refuse")
+    await usage.enter("t", limits, "a")
+    renew = usage._renew
+
+    async def overtaken(**arguments: Any) -> Any:
+        await usage.leave("t", limits, "a", 0)
+        return await renew(**arguments)
+
+    usage._renew = overtaken  # type: ignore[assignment]
+    await usage._renew_leases("t")
+    await let_in(usage, limits, "b")
+    await usage.close()
 
 
 async def test_redis_that_is_not_there_ends_the_start(tmp_path: Path) -> None:

@@ -1,0 +1,120 @@
+"""The kernels' benchmark repeats rounds as the engine does, with new tokens before each."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks import kernels, overhead
+from benchmarks.environment import ROOT
+from benchmarks.kernels import Case, Shape
+
+CPU = torch.device("cpu")
+TINY = Shape(layers=1, kv_heads=1, group=2, head_dim=16, window=8, budget=32, requests=2)
+
+
+def _interpreted(script: str) -> str:
+    """What a script prints under Triton's interpreter, to be chosen before Triton is imported."""
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    return run.stdout
+
+
+def test_every_arm_repeats_its_round() -> None:
+    """`measure` itself refuses a round that did not overwrite `window` rows of every head."""
+    said = _interpreted(
+        "import json, torch\n"
+        "from benchmarks.kernels import Case, Shape, measure\n"
+        f"case = Case({TINY!r}, 'random', torch.device('cpu'))\n"
+        "print(json.dumps(measure(case, 4, 1e9)))\n"
+    )
+    row = json.loads(said)
+    assert all(row[name] > 0 for name in ("kernels_ms", "reference_ms", "gather_all_ms"))
+
+
+def test_kernels_and_reference_agree_over_several_rounds() -> None:
+    _interpreted(
+        "import copy, torch\n"
+        "from benchmarks.kernels import Case, Shape\n"
+        f"case = Case({TINY!r}, 'random', torch.device('cpu'))\n"
+        "other = copy.deepcopy(case)\n"
+        "step, expected = case.kernels(case.round()), other.reference()\n"
+        "for _ in range(3):\n"
+        "    case.advance(), other.advance()\n"
+        "    assert torch.equal(step(), expected())\n"
+        "    assert torch.equal(case.positions, other.positions)\n"
+    )
+
+
+def test_no_token_is_there_twice() -> None:
+    case = Case(TINY, "random", CPU)
+    step = case.reference()
+    for turn in range(1, 6):
+        case.advance()
+        step()
+        for slots in case.req_to_token[:, : TINY.budget].long():
+            positions = case.positions[0, slots, 0]
+            assert len(positions.unique()) == len(case.k[0][slots].unique(dim=0)) == TINY.budget
+            # The recent tokens are there, under the positions that they came with.
+            assert positions.max() == TINY.columns + turn * TINY.window - 1
+
+
+def test_a_round_that_forgot_another_number_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(case: Case, r: kernels.Round) -> object:
+        return lambda: r.workspace.num_holes.fill_(TINY.window + 1)
+
+    monkeypatch.setattr(Case, "kernels", wrong)
+    with pytest.raises(SystemExit, match="random: a head forgot 9 to 9 tokens instead of 8"):
+        kernels.kernels_seconds(Case(TINY, "random", CPU), 1)
+
+
+def test_a_check_that_would_compare_nothing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "RUNS_KERNELS", False)
+    with pytest.raises(SystemExit, match="nothing was compared"):
+        kernels.check(["random"], CPU)
+
+
+def test_memory_that_torch_keeps_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cases are made one after the other, and torch keeps the memory of the last."""
+    kept = 0
+    needed = 2 * Shape(1, 8, 5, 128, 64, 32, 1).pool_bytes
+
+    def release() -> None:
+        nonlocal kept
+        kept = 0
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", release)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (needed - kept, needed))
+    args = argparse.Namespace(layers=1, budgets=[32, 32], requests=[1])
+    seen = []
+    for shape in kernels.shapes(args):
+        kept = needed
+        seen.append(shape.budget)
+    assert seen == [32, 32]
+
+
+def test_memory_of_the_copies_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker of `overhead` sizes its pool by what is free then."""
+    seen = []
+
+    def copy(device: torch.device) -> float:
+        seen.append("copy")
+        return 5.0
+
+    monkeypatch.setattr(kernels, "copy_bandwidth", copy)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: seen.append("give back"))
+    assert overhead.bandwidth() == 5.0
+    assert seen == ["copy", "give back"]
