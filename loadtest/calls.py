@@ -27,7 +27,7 @@ class Generated:
     ttft_seconds: until the first token was here. tpot_seconds: from there to the last token, per
     token after the first; None for fewer than two. seconds: until the record was durable.
     queue_seconds: until a worker had it, by the gateway's clock. What is absent did not happen.
-    output_tokens: those that arrived, also of a call that failed.
+    output_tokens, ttft_seconds: of what arrived, also of a call that failed.
     """
 
     status: Literal["completed", "rejected", "failed"]
@@ -66,7 +66,7 @@ def generate(
     Leaving early, by any exception, cancels the call.
     """
     start = time.perf_counter()
-    first: float | None = None
+    ttft: float | None = None
     last = start
     tokens = 0
     text = ""
@@ -76,7 +76,7 @@ def generate(
             for chunk in stream:
                 if chunk.token_ids:
                     last = time.perf_counter()
-                    first = last if first is None else first
+                    ttft = last - start if ttft is None else ttft
                     tokens += len(chunk.token_ids)
                     on_tokens(len(chunk.token_ids))
                 text += chunk.text
@@ -92,11 +92,12 @@ def generate(
             _short(error),
             retry_seconds=error.retry_seconds,
             output_tokens=tokens,
+            ttft_seconds=ttft,
         )
     seconds = time.perf_counter() - start
     if tokens != result.usage.completion_tokens:
         lost = f"{tokens} of {result.usage.completion_tokens} tokens of the answer arrived"
-        return Generated("failed", seconds, lost, output_tokens=tokens)
+        return Generated("failed", seconds, lost, output_tokens=tokens, ttft_seconds=ttft)
     return Generated(
         "completed",
         seconds,
@@ -105,8 +106,8 @@ def generate(
         prompt_tokens=result.usage.prompt_tokens,
         output_tokens=tokens,
         queue_seconds=result.timings.queue_seconds,
-        ttft_seconds=None if first is None else first - start,
-        tpot_seconds=None if first is None or tokens < 2 else (last - first) / (tokens - 1),
+        ttft_seconds=ttft,
+        tpot_seconds=None if ttft is None or tokens < 2 else (last - start - ttft) / (tokens - 1),
     )
 
 

@@ -48,6 +48,8 @@ class Test:
         self.draining = draining.watch(environment)
         self._capacity: Capacity | None = None
         self._started: tuple[Settings, Capacity] | None = None
+        #: Whether a test was refused when it should have started.
+        self.refused = False
         self.ending = False
         environment.events.test_start.add_listener(self._on_start)
 
@@ -70,12 +72,19 @@ class Test:
         self._capacity = capacity
 
     def finish(self) -> None:
-        """Write the result and judge it; sets Locust's exit status."""
+        """Write the result and judge it; sets Locust's exit status.
+
+        A test that never started has no result and is no success, unless it is the web page that
+        nobody used.
+        """
         environment = self.environment
         # SIGTERM leads here before the users were stopped, when there is a web page.
         if environment.runner.state in (STATE_SPAWNING, STATE_RUNNING):
             environment.runner.stop()
         if self._started is None:
+            if self.refused or environment.parsed_options.headless:
+                logger.error("the test did not start: no call was sent")
+                environment.process_exit_code = 2
             return
         result = self._result(*self._started)
         problems = result["problems"]
@@ -154,6 +163,7 @@ class Profile(LoadTestShape):
                 self.test.prepare()
             except BadSetup as error:
                 logger.error("%s", error)
+                self.test.refused = True
                 return None
         if self.test.draining is not None:
             if self.test.draining.active:

@@ -1,9 +1,10 @@
 """The rows of a report, in Locust's statistics: they add up over processes by themselves.
 
 Calls are Locust's requests, types `generate` (size: output tokens) and `replay`; `Aggregated` and
-the charts count them alone. Everything else is a row beside them: `ttft` (size: prompt tokens),
-`tpot`, `e2e` (completed generations), `queue`, `rejected`, `unfinished` (cut by the end of the
-test; size: output tokens until then), and the verdicts of replays. A row's name is the tenant.
+the charts count them alone. Everything else is a row beside them: `ttft` (of every generation with
+a first token, however it ended; size: prompt tokens of the completed ones), `tpot`, `e2e` and
+`queue` (completed generations), `rejected`, `unfinished` (cut by the end of the test; size: output
+tokens until then), and the verdicts of replays. A row's name is the tenant.
 """
 
 from __future__ import annotations
@@ -56,9 +57,10 @@ class Recorder:
             self._note("rejected", call.seconds)
             return
         self._call("generate", call.seconds, call.output_tokens, call.error)
+        # Of failed calls too: those that overload makes fail are the slow ones.
+        self._note("ttft", call.ttft_seconds, call.prompt_tokens)
         if call.status == "completed":
             self._note("e2e", call.seconds)
-            self._note("ttft", call.ttft_seconds, call.prompt_tokens)
             self._note("tpot", call.tpot_seconds)
             self._note("queue", call.queue_seconds)
 
@@ -73,8 +75,9 @@ class Recorder:
         if call.status in VERDICTS:
             self._note(call.status, call.seconds)
 
-    def unfinished(self, seconds: float, output_tokens: int) -> None:
-        """Record a call that the end of the test cut short."""
+    def unfinished(self, seconds: float, output_tokens: int, ttft_seconds: float | None) -> None:
+        """Record a call that the end of the test cut short; no `ttft_seconds`: before a token."""
+        self._note("ttft", ttft_seconds)
         self._note("unfinished", seconds, output_tokens)
 
     def _call(self, kind: str, seconds: float, size: int, error: str) -> None:

@@ -75,8 +75,9 @@ class GatewayUser(User):
         """One call. When the test ends first, it is cancelled and counted as unfinished."""
         if self._ending:
             raise StopUser
-        start = time.perf_counter()
+        self._called = time.perf_counter()
         self._arrived = 0
+        self._ttft_seconds: float | None = None
         try:
             match self.settings.load.calls:
                 case "answers":
@@ -88,7 +89,8 @@ class GatewayUser(User):
                 case "replays":
                     self._answer()
         except GreenletExit:
-            self._recorder.unfinished(time.perf_counter() - start, self._arrived)
+            seconds = time.perf_counter() - self._called
+            self._recorder.unfinished(seconds, self._arrived, self._ttft_seconds)
             raise
 
     def _is_replay(self) -> bool:
@@ -124,6 +126,8 @@ class GatewayUser(User):
         return call
 
     def _count(self, tokens: int) -> None:
+        if self._ttft_seconds is None:
+            self._ttft_seconds = time.perf_counter() - self._called
         self._arrived += tokens
 
     def _replay(self) -> None:

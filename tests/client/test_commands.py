@@ -231,6 +231,21 @@ async def test_audit_commands_say_what_is_wrong(running: Running) -> None:
     assert not Path("nowhere.sqlite3").exists()
 
 
+async def test_audit_verify_refuses_files_that_are_no_export(
+    running: Running, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").touch()
+    (tmp_path / "binary").write_bytes(b"\xff\xfe{}")
+    for name, text in (
+        ("empty", "error: the file holds no chain"),
+        ("binary", f"error: {tmp_path / 'binary'} is not a file of `vase-sgl audit export`: "),
+        (".", "error: [Errno 21] Is a directory: "),
+    ):
+        file = str(tmp_path / name)
+        output, errors = await run(running, "audit", "verify", "--file", file, status=1)
+        assert output == "" and errors.startswith(text)
+
+
 async def test_doctor(running: Running) -> None:
     output, _ = await run(running, "doctor", "--require", "client", "--require", "gateway")
     assert "ok      client: grpcio" in output and "ok      gateway:" in output

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from vase_sgl.cli.failures import missing_package
+
 HEAVY = ("torch", "sglang", "aiohttp", "sqlalchemy", "pydantic", "cryptography", "argon2")
 
 
@@ -26,6 +28,38 @@ def test_the_client_and_the_command_line_load_nothing_heavy(statement: str) -> N
 def test_the_gateway_loads_neither_torch_nor_sglang() -> None:
     loaded = loaded_by("import vase_sgl.gateway.server")
     assert loaded.isdisjoint(("torch", "sglang", "triton", "numpy"))
+
+
+@pytest.mark.parametrize(
+    ("absent", "command", "extra"),
+    [
+        ("typer", "doctor", "client"),
+        ("uvloop", "serve", "gateway"),
+        ("numpy", "inspect 0123 --dir .", "inspect"),
+        ("numpy", "eval report .", "eval"),
+    ],
+)
+def test_a_command_names_the_extra_that_it_lacks(absent: str, command: str, extra: str) -> None:
+    script = f"""
+import sys
+sys.modules[{absent!r}] = None  # as if it was not installed
+from vase_sgl.cli import main
+sys.argv = ["vase-sgl", *{command.split()!r}]
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    advice = f"needs the package {absent!r}; install it with `pip install 'vase-sgl[{extra}]'`"
+    assert done.returncode == 1 and advice in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("package", "extra"),
+    [("locust", "loadtest"), ("gevent", "loadtest"), ("pydantic", "gateway")],
+)
+def test_the_extra_of_a_package(package: str, extra: str) -> None:
+    text = missing_package(ModuleNotFoundError("", name=package))
+    assert text is not None and f"vase-sgl[{extra}]" in text
 
 
 def test_the_client_works_with_grpcio_and_protobuf_alone() -> None:

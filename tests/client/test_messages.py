@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from vase_sgl.client import InvalidRequest
-from vase_sgl.client.messages import generate_request
+from vase_sgl.client import InvalidRequest, VaseError
+from vase_sgl.client.messages import generate_request, record, summary, verdict
+from vase_sgl.rpc.v1 import gateway_pb2 as pb
 
 
 def test_only_what_is_given_is_sent() -> None:
@@ -52,3 +53,21 @@ def test_one_stop_string_is_not_taken_for_its_letters() -> None:
 def test_what_fits_no_message_is_refused(prompt: Any, options: Any, text: str) -> None:
     with pytest.raises(InvalidRequest, match=text):
         generate_request(prompt, 5, options)
+
+
+@pytest.mark.parametrize("value", [0, 99])
+def test_what_a_newer_or_older_gateway_says_is_unknown(value: Any) -> None:
+    """Enums of proto3 are open: a number without a name arrives as it is."""
+    same = pb.ReplayVerdict.OUTCOME_MATCH
+    assert verdict(pb.ReplayVerdict(outcome=same, seed_check=value)).seed_check == "UNKNOWN"
+    eviction = pb.EvictionParams(policy="new", prompt_mode=value)
+    whole = record(pb.Record(status=value, retention=value, eviction=eviction))
+    assert (whole.status, whole.retention) == ("unknown", "unknown")
+    assert whole.eviction is not None and whole.eviction.prompt_mode == "unknown"
+    short = summary(pb.RecordSummary(status=value, retention=value))
+    assert (short.status, short.retention) == ("unknown", "unknown")
+
+
+def test_an_outcome_that_is_not_known_is_an_error() -> None:
+    with pytest.raises(VaseError, match="outcome 99, which this client does not know"):
+        verdict(pb.ReplayVerdict(outcome=99))  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from tests.gateway.running import Running, run_gateway
 from vase_sgl.cli import build_app
 from vase_sgl.cli.replay_many import is_chosen
 from vase_sgl.client import AsyncClient
+from vase_sgl.gateway import replay_gate
 
 SINCE = ("replay", "--since", "2020-01-01")
 
@@ -78,6 +79,17 @@ async def test_other_outcomes_have_their_status(tmp_path: Path) -> None:
         running.worker.fingerprint["sglang"] = "1"
         output, _ = await run(running, *SINCE, status=4)
         assert "INCOMPARABLE: sglang" in output
+
+
+async def test_more_than_may_wait_at_the_gateway_wait_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replay_gate, "MAX_WAITING_PER_TENANT", 1)
+    async with run_gateway(tmp_path, replay={"max_concurrent": 1}) as running:
+        await generate(running, 12)
+        running.worker.token_seconds = 0.03
+        found = await report(running, tmp_path, "--parallel", "12")
+    assert found["outcomes"] == {"MATCH": 12}
 
 
 async def test_a_time_is_cut_out(running: Running, tmp_path: Path) -> None:

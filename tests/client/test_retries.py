@@ -18,6 +18,7 @@ from tests.gateway.running import Running
 from vase_sgl.client import (
     NEVER,
     AsyncClient,
+    Cancelled,
     Client,
     InvalidRequest,
     RateLimited,
@@ -31,6 +32,7 @@ from vase_sgl.rpc.v1 import gateway_pb2 as pb
 from vase_sgl.rpc.v1 import gateway_pb2_grpc
 
 FAST = RetryPolicy(attempts=3, first_seconds=0.02)
+MAX_REQUEST_BYTES = 1000
 
 
 class Flaky(gateway_pb2_grpc.VaseGatewayServicer):
@@ -80,7 +82,8 @@ class Server:
 @pytest.fixture
 async def server() -> AsyncIterator[Server]:
     flaky = Flaky()
-    server = grpc.aio.server()
+    options = [("grpc.max_receive_message_length", MAX_REQUEST_BYTES)]
+    server = grpc.aio.server(options=options)
     gateway_pb2_grpc.add_VaseGatewayServicer_to_server(flaky, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -206,18 +209,139 @@ async def test_the_timeout_covers_every_attempt(server: Server) -> None:
     assert time.monotonic() - start < 10 and server.flaky.calls == 2
 
 
-async def test_cancelling_while_it_waits_ends_it(server: Server) -> None:
-    server.flaky.failures = [limited(0.3)]
+def before_waiting(monkeypatch: pytest.MonkeyPatch, do: Callable[[], object]) -> None:
+    """`do` something when a client is about to wait for its next attempt."""
+    wait_after = Attempts.wait_after
+
+    def patched(attempts: Attempts, error: VaseError) -> float:
+        seconds = wait_after(attempts, error)
+        do()
+        return seconds
+
+    monkeypatch.setattr(Attempts, "wait_after", patched)
+
+
+async def test_cancelling_while_it_waits_ends_it(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.flaky.failures = [limited(20)]
 
     def body() -> None:
         with Client(server.target) as client:
             generation = client.generate("a")
-            threading.Timer(0.1, generation.cancel).start()
-            with pytest.raises(VaseError):
+            canceller = threading.Thread(target=generation.cancel)
+            before_waiting(monkeypatch, canceller.start)
+            with pytest.raises(Cancelled):
+                list(generation)
+
+    start = time.monotonic()
+    await asyncio.to_thread(body)
+    assert time.monotonic() - start < 15 and server.flaky.calls == 1
+
+
+async def test_cancelling_while_it_waits_ends_it_with_asyncio_too(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.flaky.failures = [limited(20)]
+    start = time.monotonic()
+    async with AsyncClient(server.target) as client:
+        generation = client.generate("a")
+        loop = asyncio.get_running_loop()
+        before_waiting(monkeypatch, lambda: loop.call_soon(generation.cancel))
+        with pytest.raises(Cancelled):
+            _ = [chunk async for chunk in generation]
+    assert time.monotonic() - start < 15 and server.flaky.calls == 1
+
+
+async def test_cancelling_just_when_it_tries_again_ends_it(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread cancels the attempt before, while the next one starts."""
+    server.flaky.failures = [unavailable()]
+
+    def body() -> None:
+        with Client(server.target, retry=FAST) as client:
+            generation = client.generate("a")
+            begin = Attempts.begin
+
+            def cancelled_meanwhile(attempts: Attempts) -> float | None:
+                generation.cancel()
+                return begin(attempts)
+
+            monkeypatch.setattr(Attempts, "begin", cancelled_meanwhile)
+            with pytest.raises(Cancelled):
                 list(generation)
 
     await asyncio.to_thread(body)
-    assert server.flaky.calls == 1
+
+
+async def test_a_request_that_is_too_large_is_not_tried_again(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[None] = []
+    before_waiting(monkeypatch, lambda: waits.append(None))
+    prompt, text = (
+        "a" * 2 * MAX_REQUEST_BYTES,
+        rf"too large .*larger than max .*{MAX_REQUEST_BYTES}",
+    )
+
+    def body() -> None:
+        with Client(server.target, retry=FAST) as client:
+            with pytest.raises(InvalidRequest, match=text):
+                list(client.generate(prompt))
+            with pytest.raises(InvalidRequest, match=text):
+                client.generate_once(prompt)
+
+    await asyncio.to_thread(body)
+    async with AsyncClient(server.target, retry=FAST) as asynchronous:
+        with pytest.raises(InvalidRequest, match=text):
+            await asynchronous.generate(prompt).started()
+        with pytest.raises(InvalidRequest, match=text):
+            await asynchronous.generate_once(prompt)
+    assert waits == []
+
+
+async def test_a_closed_client_says_so(server: Server) -> None:
+    text = "this client was closed; make another one"
+
+    def body() -> None:
+        with Client(server.target) as client:
+            pass
+        with pytest.raises(VaseError, match=text):
+            client.capacity()
+        with pytest.raises(VaseError, match=text):
+            client.generate("a")
+
+    await asyncio.to_thread(body)
+    async with AsyncClient(server.target) as asynchronous:
+        pass
+    with pytest.raises(VaseError, match=text):
+        await asynchronous.capacity()
+    with pytest.raises(VaseError, match=text):
+        asynchronous.generate("a")
+
+
+async def test_white_space_around_a_key_is_not_sent(server: Server) -> None:
+    async with AsyncClient(server.target, " vsk_a\n") as client:
+        await client.capacity()
+    assert server.flaky.metadata["authorization"] == "Bearer vsk_a"
+
+    def body() -> None:
+        with Client(server.target, "vsk_b\r\n") as client:
+            client.capacity()
+
+    await asyncio.to_thread(body)
+    assert server.flaky.metadata["authorization"] == "Bearer vsk_b"
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+@pytest.mark.parametrize("key", ["vsk_a\nvsk_b", "vsk a", "vsk_ü", "vsk_\0"])
+def test_what_cannot_be_a_key_is_refused_and_not_shown(
+    kind: Callable[[str, str], object], key: str
+) -> None:
+    with pytest.raises(InvalidRequest, match="the API key contains a space") as error:
+        kind("127.0.0.1:9", key)
+    assert "vsk" not in str(error.value)
 
 
 def test_waits_double_and_vary() -> None:

@@ -47,6 +47,19 @@ def run(
     return answer.tokens, answer.statistics
 
 
+def test_an_inspected_request_that_never_fits_is_refused_like_any_other(
+    stepped: SteppedScheduler, folder: Path
+) -> None:
+    stepped.answers.clear()
+    vase = {**VASE, "inspect": True}
+    stepped.submit("large", prompt_of(395), max_new_tokens=60, vase=vase)
+    stepped.run()
+    refusal = stepped.answers["large"].finish
+    assert refusal is not None and "shorten the prompt" in refusal["message"]
+    run(stepped, "next", 40, 20, vase)
+    written(folder, "next")
+
+
 def written(folder: Path, rid: str) -> Inspection:
     """The file, which is written by another thread."""
     deadline = time.monotonic() + 20

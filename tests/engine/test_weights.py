@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub.constants
 import pytest
+from sglang.srt.server_args import ServerArgs
 
-from vase_sgl.engine import fingerprint
-from vase_sgl.engine.server_info import _model_name
+from vase_sgl.engine import fingerprint, server_info
 from vase_sgl.engine.weights import WeightsNotFound, weights_digest
+from vase_sgl.gateway.errors import WorkerUnavailable
+from vase_sgl.gateway.worker_http import worker_info
 
 _OLD, _NEW = "a" * 40, "b" * 40
 
@@ -109,12 +112,30 @@ def test_unknown_weights_equal_no_other_process(
     assert fingerprint.begin_to_read_weights(args).result() == "dummy"
 
 
-def test_only_flags_in_use_are_entries() -> None:
-    args = SimpleNamespace(**dict.fromkeys(fingerprint._ARITHMETIC))
-    args.json_model_override_args = "{}"
-    args.enable_tf32_matmul = False
-    args.quantization = "fp8"
-    assert fingerprint._arithmetic(args) == {"quantization": "fp8"}
+def test_weights_that_are_still_read_hold_nothing_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = threading.Event()
+    monkeypatch.setattr(fingerprint, "weights_digest", lambda *_, **__: slow.wait() and "digest")
+    monkeypatch.setattr(fingerprint, "_PATIENCE_SECONDS", 0.01)
+    args = SimpleNamespace(
+        model_path=str(tmp_path), revision=None, download_dir=None, load_format="auto"
+    )
+    with pytest.raises(fingerprint.WeightsNotRead):
+        fingerprint._digest_of_weights(args)
+    monkeypatch.setattr(server_info, "describe", lambda _: fingerprint._digest_of_weights(args))
+    answer = SimpleNamespace(internal_state={})
+    server_info.report_state(answer, SimpleNamespace(scheduler=None), None)
+    with pytest.raises(WorkerUnavailable, match="not ready: the weights are still being read"):
+        worker_info({"internal_states": [answer.internal_state]})
+    slow.set()
+    assert fingerprint.begin_to_read_weights(args).result() == "digest"
+
+
+def test_only_flags_that_somebody_gave_are_entries() -> None:
+    assert fingerprint._arithmetic(ServerArgs(model_path="m")) == {}
+    given = ServerArgs(model_path="m", quantization="fp8", enable_fp32_lm_head=True)
+    assert fingerprint._arithmetic(given) == {"quantization": "fp8", "enable_fp32_lm_head": "True"}
 
 
 @pytest.mark.parametrize(
@@ -126,4 +147,6 @@ def test_only_flags_in_use_are_entries() -> None:
     ],
 )
 def test_what_clients_call_the_model(path: str, served: str | None, name: str) -> None:
-    assert _model_name(SimpleNamespace(model_path=path, served_model_name=served)) == name
+    assert (
+        server_info._model_name(SimpleNamespace(model_path=path, served_model_name=served)) == name
+    )

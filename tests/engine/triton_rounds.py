@@ -51,7 +51,7 @@ def test_little_scratch_only_means_more_launches(
 
 
 @torch.inference_mode()
-def test_warming_up_launches_every_policy_and_changes_nothing(
+def test_warming_up_compiles_every_policy_and_changes_nothing(
     stepped: SteppedScheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pool = BudgetPool.of(stepped.scheduler.req_to_token_pool)
@@ -65,6 +65,27 @@ def test_warming_up_launches_every_policy_and_changes_nothing(
     buffers = (*pool.k_buffers, *pool.v_buffers, pool.token_positions, pool.query_ring.data)
     before = [buffer.clone() for buffer in buffers]
     runner: Any = pool.compaction._rounds
-    runner.warm_up(pool)
+    assert runner.warm_up(pool) == {}
     assert launched == list(POLICIES)
     assert all(torch.equal(now, then) for now, then in zip(buffers, before, strict=True))
+
+    def without_rkv(policy: str, *arguments: Any) -> Any:
+        if policy == "rkv":
+            raise ValueError("type fp8e4nv not supported in this architecture")
+        return evict(policy, *arguments)
+
+    monkeypatch.setattr(rounds, "evict", without_rkv)
+    reason = "type fp8e4nv not supported in this architecture"
+    assert runner.warm_up(pool) == {"rkv": reason}
+    monkeypatch.setattr(pool, "refused_policies", {"rkv": reason})
+    stepped.answers.clear()
+    for policy in ("rkv", "random"):
+        vase = {"budget": 24, "window": 8, "policy": policy}
+        stepped.submit(policy, PROMPT, max_new_tokens=4, vase=vase)
+    stepped.run()
+    refusal = stepped.answers["rkv"].finish
+    assert refusal is not None and refusal["type"] == "abort"
+    assert (
+        "rkv cannot run on this worker: its kernels do not compile (type fp8" in refusal["message"]
+    )
+    assert len(stepped.answers["random"].tokens) == 4

@@ -17,6 +17,9 @@ from tests.eval.running_eval import GRID, TINY, rows, run_eval
 from tests.gateway.running import run_gateway
 from tests.gateway.scripted_worker import ScriptedWorker
 from vase_sgl.eval.cells import load
+from vase_sgl.eval.items import Grade, Item
+from vase_sgl.eval.sandbox import SandboxError
+from vase_sgl.eval.tasks.passkey import PasskeyTask
 
 
 @pytest.fixture
@@ -120,6 +123,36 @@ async def test_a_thought_that_the_template_opened_is_no_answer(
         for row in rows(tmp_path / folder):
             assert row["extracted"] == found and row["text"].startswith("The passkey")
             assert ("unclosed_think" in row["malformed"]) is (found is None)
+
+
+async def test_a_grader_that_breaks_costs_neither_the_row_nor_the_run(
+    worker: ScriptedWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = ("--policies", "full", "--worker", worker.url, "-o", tmp_path)
+
+    def grade(self: PasskeyTask, item: Item, text: str) -> Grade:
+        raise ValueError("no such number")
+
+    monkeypatch.setattr(PasskeyTask, "grade", grade)
+    await run_eval(*TINY, *where)
+    assert [(r["status"], r["correct"], r["grade_reason"]) for r in rows(tmp_path)] == [
+        ("completed", False, "the grader failed: ValueError('no such number')")
+    ] * 6
+    await run_eval(*TINY, *where)
+    assert len(worker.bodies) == 6
+
+
+async def test_a_sandbox_that_breaks_grades_nothing(
+    worker: ScriptedWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def grade(self: PasskeyTask, item: Item, text: str) -> Grade:
+        raise SandboxError("no processes left")
+
+    monkeypatch.setattr(PasskeyTask, "grade", grade)
+    where = ("--policies", "full", "--worker", worker.url, "-o", tmp_path)
+    with pytest.raises(AssertionError, match="no processes left"):
+        await run_eval(*TINY, *where)
+    assert rows(tmp_path) == []
 
 
 async def test_failures_are_rows_and_run_again(worker: ScriptedWorker, tmp_path: Path) -> None:

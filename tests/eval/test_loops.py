@@ -82,10 +82,42 @@ def test_a_long_sequence_takes_linear_time() -> None:
     assert detect_loop([5] * 300_000) == Loop(start=0, period=1, copies=300_000)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1/3 = 0." + "3" * 5000,
+        "It is 1" + "0" * 5000,
+        "0." + "142857" * 300,
+        "ha" * 3000,
+        "等等" * 500,
+        "然后我再检查" * 300,
+        "-" * 3000,
+        "_" * 3001,
+        "..." * 1000,
+    ],
+    ids=lambda text: text[:12],
+)
+def test_a_loop_without_spaces(text: str) -> None:
+    assert detect_loop(words(text)) is not None
+
+
+@pytest.mark.parametrize("text", ["-" * 400, "1" + "0" * 100, "0123456789abcdef" * 4, "等" * 40])
+def test_a_long_line_without_spaces_is_no_loop(text: str) -> None:
+    assert detect_loop(words(text)) is None
+
+
+def test_a_loop_may_be_cut_within_a_word() -> None:
+    units = words("Wait. " + "check it again " * 28)
+    loop = Loop(start=2, period=3, copies=28)
+    assert detect_loop(units) == detect_loop([*units, "che"]) == loop
+    assert detect_loop([*units, "done"]) is None
+
+
 def test_words_are_lower_case_with_punctuation_by_itself() -> None:
     assert words("Ha, ha! x=1_0\n思考") == ["ha", ",", "ha", "!", "x", "=", "1", "_", "0", "思考"]
     assert words("-" * 72 + "\n::=") == ["-" * 72, "::", "="]
     assert len(words("!" * 4000)) == 50
+    assert words("a" * 24) == ["a" * 24] and words("a" * 50) == ["a" * 24, "a" * 24, "aa"]
 
 
 @pytest.mark.parametrize(("split", "least_recall"), [("tuning", 0.66), ("held-out", 0.81)])

@@ -12,7 +12,7 @@ import pytest
 
 from vase_sgl.eval.items import Item
 from vase_sgl.eval.math_answers import MathAnswers
-from vase_sgl.eval.tasks import TaskError, open_task
+from vase_sgl.eval.tasks import TaskError, open_task, records
 
 DATA = Path(__file__).parent / "data"
 MATH500 = f"math500:{DATA / 'math500.jsonl'}"
@@ -205,11 +205,55 @@ def test_choice(text: str, correct: bool, extracted: str | None) -> None:
     assert (grade.correct, grade.extracted) == (correct, extracted), grade
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        r"\text{B. 4}",
+        r"\text{(B) 4}",
+        r"\textbf{B}",
+        r"\mathrm{B}",
+        r"\textbf{(B)}",
+        r"\textbf{\text{B}}.",
+        r"\mathbf{B}. 4",
+        r"B \text{ 4}",
+        "B. 4.",
+    ],
+)
+@pytest.mark.parametrize("choice", ["4", "4 ", " 4."])
+def test_a_letter_with_its_choice_in_any_style(answer: str, choice: str, tmp_path: Path) -> None:
+    row = {"question": "2 + 2?", "choices": ["3", choice], "answer": "B"}
+    task = open_task(f"choice:{_write(tmp_path / 'data.jsonl', row)}")
+    grade = task.grade(task.items(None, 0)[0], rf"\boxed{{{answer}}}")
+    assert grade.correct, grade
+
+
+@pytest.mark.parametrize(
+    ("choice", "answer", "correct"),
+    [
+        (".5", "B. .5", True),
+        (".5", "(B) .5", True),
+        ("Paris.", "B. Paris", True),
+        (r"$\frac{\sqrt{3}}{2}$", r"\text{B. $\frac{\sqrt{3}}{2}$}", True),
+        ("5", "B. -5", False),
+        ("5", r"\text{B} or \text{A}", False),
+        ("5", r"\text{" * 1000 + "B" + "}" * 1000, True),
+    ],
+)
+def test_a_choice_that_looks_like_punctuation(
+    choice: str, answer: str, correct: bool, tmp_path: Path
+) -> None:
+    row = {"question": "?", "choices": ["1", choice], "answer": "B"}
+    task = open_task(f"choice:{_write(tmp_path / 'data.jsonl', row)}")
+    grade = task.grade(task.items(None, 0)[0], rf"\boxed{{{answer}}}")
+    assert grade.correct is correct, grade
+
+
 def test_a_choice_by_place_becomes_a_letter() -> None:
     assert _item(CHOICE, "2").answer == "C"
 
 
 _GOOD = "```python\ndef has_close_elements(numbers, threshold):\n    return {}\n```\n"
+_FUTURE = "from __future__ import annotations"
 _RIGHT = "any(abs(a - b) < threshold for i, a in enumerate(numbers) for b in numbers[:i])"
 
 
@@ -219,6 +263,12 @@ _RIGHT = "any(abs(a - b) < threshold for i, a in enumerate(numbers) for b in num
         (_GOOD.format(_RIGHT), True, "tests pass"),
         ("<think>" + _GOOD.format("1") + "</think>" + _GOOD.format(_RIGHT), True, "tests pass"),
         (_GOOD.format(_RIGHT) + "Use it:\n```python\nprint(1)\n```", True, "tests pass"),
+        ("```bash\npython a.py\n```\nIn it:\n" + _GOOD.format(_RIGHT), True, "tests pass"),
+        (_GOOD.format("1") + "```text\n-1\n```\n" + _GOOD.format(_RIGHT), True, "tests pass"),
+        (_GOOD.format(_RIGHT).replace("python", "python3"), True, "tests pass"),
+        (_GOOD.format(_RIGHT).replace("\n", "\r\n"), True, "tests pass"),
+        (_GOOD.format(_RIGHT).replace("def", f"{_FUTURE}\ndef", 1), True, "tests pass"),
+        (_GOOD.format(_RIGHT).replace("def", f"{_FUTURE}; import re\ndef"), True, "tests pass"),
         (_GOOD.format("False"), False, "AssertionError"),
         (_GOOD.format("List()"), False, "TypeError"),  # the prompt's imports are there
         (_GOOD.format("exit(0)"), False, "ended before its tests had run"),
@@ -290,3 +340,27 @@ def test_state_tracking_grades_the_whole_state() -> None:
         "2 of 2 variables right; not in the program: c",
     )
     assert task.grade(item, "a=3, b=-12").extracted is None
+
+
+@pytest.mark.parametrize("blank", ["\n", "\t", "\u00a0"])
+def test_state_tracking_reads_a_minus_with_any_blank(blank: str) -> None:
+    task = open_task("state-tracking?variables=2&steps=6")
+    item = dataclasses.replace(task.items(1, 0)[0], answer="a=3, b=-12")
+    assert task.grade(item, rf"\boxed{{a=3, b=-{blank}12}}").correct
+
+
+def test_state_tracking_grades_a_number_without_an_end() -> None:
+    task = open_task("state-tracking?variables=2&steps=6")
+    item = dataclasses.replace(task.items(1, 0)[0], answer="a=3, b=-12")
+    grade = task.grade(item, "Final answer: a=3, b=-12, b=1" + "0" * 5000)
+    assert (grade.correct, grade.reason) == (False, "1 of 2 variables right")
+
+
+def test_a_line_of_data_ends_at_a_newline_only(tmp_path: Path) -> None:
+    """JSON may hold other line separators as they are."""
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"a": "one\u2028two\x85three"}\r\n\n{"a": "four"}', encoding="utf-8")
+    assert [row.fields["a"] for row in records._jsonl_rows(file)] == [
+        "one\u2028two\x85three",
+        "four",
+    ]

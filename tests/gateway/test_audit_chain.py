@@ -30,11 +30,18 @@ async def store(audit_url: str) -> AsyncIterator[AuditStore]:
 
 async def exported(url: str) -> list[str]:
     async with reading.opened(url) as engine, reading.snapshot(engine) as connection:
-        return [
-            line
-            for tenant, end in (await reading.ends(connection)).items()
-            async for line in export.lines(connection, tenant, end)
-        ]
+        return [line async for line in export.lines(connection, await reading.ends(connection))]
+
+
+def cut_files(lines: list[str]) -> list[list[str]]:
+    """What is left of a file with several chains that was cut off between two lines."""
+    first_end = next(n for n, line in enumerate(lines) if '"kind":"end"' in line)
+    return [[], lines[: first_end + 1], lines[:-1], [*lines[: first_end + 1], lines[-1]]]
+
+
+def in_format_1(lines: list[str]) -> list[str]:
+    """The same file as older versions wrote it."""
+    return [line.replace('"format":2', '"format":1', 1) for line in lines[:-1]]
 
 
 def file_problems(lines: list[str]) -> dict[str, str | None]:
@@ -115,15 +122,24 @@ async def test_an_export_holds_the_whole_chain(store: AuditStore, audit_url: str
     lines = await exported(audit_url)
     assert file_problems(lines) == {"alice": None, "bob": None}
     kinds = [json.loads(line)["kind"] for line in lines]
-    assert kinds == ["start", *["record"] * 6, "end", "start", "record", "end"]
+    assert kinds == ["start", *["record"] * 6, "end", "start", "record", "end", "file-end"]
 
 
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda lines: lines[:-1], "cut off: the chain of bob has no end"),
+        (lambda lines: lines[:-2], "cut off: the chain of bob has no end"),
+        (lambda lines: [*lines[:-2], lines[-1]], "line 10: the chain of bob has no end"),
+        (lambda lines: cut_files(lines)[0], "the file holds no chain"),
+        (lambda lines: cut_files(lines)[1], "cut off: its last line, a file-end, is not there"),
+        (lambda lines: cut_files(lines)[2], "cut off: its last line, a file-end, is not there"),
+        (lambda lines: cut_files(lines)[3], "line 8: the file once held 2 chains, and 1 are there"),
+        (lambda lines: ['{"kind":"file-end","chains":0}'], "the file holds no chain"),
+        (lambda lines: [*lines, *lines], "line 12: a start after the end of the file"),
+        (lambda lines: [*in_format_1(lines), *lines], "line 11: export format 2 after 1"),
+        (lambda lines: in_format_1(lines)[:-1], "cut off: the chain of bob has no end"),
         (lambda lines: lines[1:], "line 1: a record without a start"),
-        (lambda lines: [*lines, "{}"], "line 11 is not one of `vase-sgl audit export`"),
+        (lambda lines: [*lines, "{}"], "line 12 is not one of `vase-sgl audit export`"),
         (lambda lines: [line.replace('"kind":"end"', '"kind":"fin"') for line in lines], "line 7"),
     ],
 )  # fmt: skip
@@ -133,6 +149,15 @@ async def test_a_file_that_is_no_export_is_refused(
     lines = change(await exported(audit_url))  # type: ignore[operator]
     with pytest.raises(AuditError, match=text):
         file_problems(lines)
+
+
+async def test_a_file_of_format_1_is_checked_by_its_own_rules(
+    store: AuditStore, audit_url: str
+) -> None:
+    lines = in_format_1(await exported(audit_url))
+    assert file_problems(lines) == {"alice": None, "bob": None}
+    del lines[3]
+    assert "missing at record" in str(file_problems(lines)["alice"])
 
 
 @pytest.mark.parametrize("seed", range(20))

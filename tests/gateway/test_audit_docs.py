@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy.exc import DBAPIError
 
 from tests.gateway.audit_records import execute, numbered
-from tests.gateway.test_audit_chain import exported
+from tests.gateway.test_audit_chain import cut_files, exported
 from tests.gateway.test_audit_store import problems
 from tests.gateway.test_seeds import MASTER, tenant
 from vase_sgl.gateway.audit import AuditStore, KeyRing, pruning, reading
@@ -55,8 +55,9 @@ async def test_the_documented_verifier_finds_what_ours_finds(tmp_path: Path) -> 
     records = [n for n, line in enumerate(lines) if '"kind":"record"' in line]
     for broken in (
         lines[: records[1]] + lines[records[1] + 1 :],
-        [*lines[: records[-1]], lines[records[-1]].replace("random", "rendom"), *lines[-1:]],
+        [*lines[: records[-1]], lines[records[-1]].replace("random", "rendom"), *lines[-2:]],
         [line.replace('"payload":"', '"payload":"AAAA') for line in lines],
+        *cut_files(lines),
     ):
         assert check(broken).returncode == 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,58 @@ async def test_a_broken_tenants_file_keeps_the_last_good_one(
     running.tenants_file.unlink()
     await running.client.capacity()
     assert "stay in force" in caplog.text
+
+
+async def test_a_file_that_could_not_be_read_is_read_when_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What forbade it, such as a folder's mode, need not show in the file."""
+    file = tmp_path / "t.yaml"
+    key = add_tenant(file, "bob")
+    authenticator = KeyAuthenticator(file)
+    tenants.save(file, tenants.TenantFile())
+
+    def forbidden(*_: object, **__: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_text", forbidden)
+        for _ in range(3):
+            assert (await authenticator.tenant_of(Credential(key))).name == "bob"
+    assert caplog.text.count("stay in force: cannot read tenants file") == 1
+    with pytest.raises(Unauthenticated, match="unknown or revoked"):
+        await authenticator.tenant_of(Credential(key))
+
+
+async def test_a_wrong_file_is_read_and_reported_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "t.yaml"
+    key = add_tenant(file, "bob")
+    authenticator = KeyAuthenticator(file)
+    loaded: list[Path] = []
+    load = tenants.load
+    monkeypatch.setattr(tenants, "load", lambda path: (loaded.append(path), load(path))[1])
+    file.write_bytes(b"\xff\xfe")
+    for _ in range(3):
+        assert (await authenticator.tenant_of(Credential(key))).name == "bob"
+    assert len(loaded) == 1 and caplog.text.count("is not text in UTF-8") == 1
+
+
+async def test_a_key_revoked_in_place_is_refused_whatever_the_files_time_says(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "t.yaml"
+    key = add_tenant(file, "bob")
+    authenticator = KeyAuthenticator(file)
+    await authenticator.tenant_of(Credential(key))
+    before = file.stat()
+    file.write_text(file.read_text().replace(key[4:16], "x" * 12))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = file.stat()
+    assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    with pytest.raises(Unauthenticated, match="unknown or revoked"):
+        await authenticator.tenant_of(Credential(key))
 
 
 async def test_roles_are_enforced(running: Running) -> None:

@@ -121,8 +121,6 @@ async def test_pages_and_capacity_check_their_fields(running: Running) -> None:
 
 
 async def test_a_message_above_the_size_limit_is_refused(running: Running) -> None:
-    from vase_sgl.client import RateLimited
-
-    with pytest.raises(RateLimited, match=r"[Mm]essage larger than max"):
+    with pytest.raises(InvalidRequest, match=r"[Mm]essage larger than max"):
         await running.client.generate_once("a" * (17 * 2**20), max_new_tokens=1)
     await running.client.generate_once("a", max_new_tokens=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import ssl
 from collections.abc import AsyncIterator
@@ -275,6 +276,57 @@ async def test_a_client_that_does_not_read_is_given_up(tmp_path: Path) -> None:
             await door.worker.wait_for_abort(20)
             record = await record_of(door, answer.headers["x-request-id"])
         assert record.status == "aborted" and door.worker.tokens_written < 500
+
+
+@dataclasses.dataclass
+class Posting:
+    """A request whose body does not come."""
+
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+    @classmethod
+    async def begin(cls, door: Running, key: str) -> Posting:
+        connection = await asyncio.open_connection("127.0.0.1", door.gateway.http_port)
+        posting = cls(*connection)
+        posting.writer.write(
+            b"POST /v1/completions HTTP/1.1\r\nHost: gateway\r\nContent-Length: 100\r\n"
+            + f"Authorization: Bearer {key}\r\n\r\n".encode()
+        )
+        return posting
+
+    async def answer(self) -> bytes:
+        """Status line, headers and JSON of the answer."""
+        async with asyncio.timeout(10):
+            headers = await self.reader.readuntil(b"\r\n\r\n")
+            body = await self.reader.readuntil(b"}}")
+        self.writer.close()
+        return headers + body
+
+
+async def test_a_body_that_does_not_come_is_given_up(tmp_path: Path) -> None:
+    section = {"client_stall_seconds": 0.3}
+    async with run_gateway(tmp_path, http={"port": 0}, grpc=section) as door:
+        answer = await (await Posting.begin(door, door.key)).answer()
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b"the body did not come; the gateway waits for it for 0.3 s" in answer
+
+
+async def test_who_may_generate_is_asked_before_the_body_comes(door: Running) -> None:
+    auditor = door.add_tenant("auditor", roles=["audit"])
+    for key, status in ((auditor, b"403"), ("vsk_unknown", b"401")):
+        answer = await (await Posting.begin(door, key)).answer()
+        assert answer.split()[1] == status
+
+
+async def test_a_tenant_whose_bodies_do_not_come_leaves_room_for_others(tmp_path: Path) -> None:
+    section = {"max_concurrent_calls": 8}
+    async with run_gateway(tmp_path, http={"port": 0}, grpc=section) as door, client(door) as api:
+        bob = door.add_tenant("bob")
+        postings = [await Posting.begin(door, bob) for _ in range(8)]
+        await until(lambda: door.gateway._door._running == 2)
+        assert b" 408 " in await postings[0].answer()
+        await api.completions.create(model="scripted", prompt="a", max_tokens=1)
 
 
 async def test_draining_ends_running_streams_well_and_refuses_new_ones(tmp_path: Path) -> None:

@@ -151,6 +151,17 @@ async def test_a_record_with_changed_parameters_diverges_there(
     assert (verdict.first_differing_token, verdict.first_differing_round) == (token, round_)
 
 
+async def test_seeds_that_the_replay_does_not_take_are_not_verified(running: Running) -> None:
+    """Another seed's answer under the seeds of an honest one: what runs matches."""
+    honest = await generate(running)
+    stored = await running.gateway._store.get("alice", honest.request_id)
+    assert stored is not None
+    picked = await running.client.generate_once("tell me", **{**OPTIONS, "seed": 4})
+    record_id = await forged(running, picked, seeds=stored.record.seeds)
+    verdict = await running.client.replay(record_id).verdict()
+    assert (verdict.outcome, verdict.seed_check) == ("MATCH", "MISMATCH")
+
+
 async def test_seeds_are_derived_again(running: Running) -> None:
     answer = await generate(running)
     assert (await replay(running, answer)).seed_check == "VERIFIED"

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
-from tests.gateway.running import Running, run_gateway
-from vase_sgl.client import Unavailable
-from vase_sgl.gateway.errors import WorkerUnavailable
+from tests.gateway.running import Running, run_gateway, until
+from tests.gateway.scripted_worker import ScriptedWorker
+from vase_sgl.client import NEVER, AsyncClient, RateLimited, Unavailable
+from vase_sgl.gateway import replay_gate
+from vase_sgl.gateway.errors import LimitExceeded, WorkerUnavailable
 from vase_sgl.gateway.need import Need
 from vase_sgl.gateway.replay_gate import ReplayGate
 from vase_sgl.gateway.workers import WorkerInfo, WorkerRequest
@@ -32,6 +34,8 @@ class Watch:
         self.info = info
         self.running = 0
         self.most = 0
+        #: Whose replays ran, in that order.
+        self.tenants: list[str] = []
 
     async def look(self) -> WorkerInfo:
         return self.info
@@ -44,9 +48,13 @@ class Watch:
     def release(self) -> None:
         self.running -= 1
 
-    async def replay(self, gate: ReplayGate[Watch], seconds: float = 0.02) -> None:
-        async with gate.turn(NEED, self.look, self.take):
-            await asyncio.sleep(seconds)
+    async def replay(
+        self, gate: ReplayGate[Watch], seconds: float = 0.02, tenant: str = "alice"
+    ) -> None:
+        with gate.place(tenant) as waiting:
+            async with gate.turn(waiting, NEED, self.look, self.take):
+                self.tenants.append(tenant)
+                await asyncio.sleep(seconds)
 
 
 def gate(max_concurrent: int = 2, wait: float = 5.0) -> ReplayGate[Watch]:
@@ -66,6 +74,36 @@ async def test_a_busy_worker_is_waited_for() -> None:
     assert not waiting.done() and watch.most == 0
     watch.info = busy(350)  # 100 for the replay leave a quarter of 1000
     await asyncio.wait_for(waiting, 2)
+
+
+async def test_tenants_take_turns() -> None:
+    watch, one = Watch(IDLE), gate(1)
+    replays = [watch.replay(one, tenant="bob") for _ in range(5)]
+    await asyncio.gather(*replays, watch.replay(one), watch.replay(one))
+    assert watch.tenants == ["bob", "bob", "alice", "bob", "alice", "bob", "bob"]
+
+
+async def test_so_many_wait_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one tenant and in all; those that run are not counted."""
+    monkeypatch.setattr(replay_gate, "MAX_WAITING", 5)
+    monkeypatch.setattr(replay_gate, "MAX_WAITING_PER_TENANT", 3)
+    watch, one = Watch(IDLE), gate(2)
+    running = [asyncio.create_task(watch.replay(one, 60, "bob")) for _ in range(2)]
+    await until(lambda: watch.running == 2)
+    waiting = [asyncio.create_task(watch.replay(one, 60, "bob")) for _ in range(3)]
+    waiting += [asyncio.create_task(watch.replay(one, 60, "carol")) for _ in range(2)]
+    await asyncio.sleep(0)
+    for tenant, text, reason in (
+        ("bob", "replays: tenant bob has 3 requests waiting", "queue_tenant"),
+        ("alice", "replays: 5 requests are waiting", "queue_total"),
+    ):
+        with pytest.raises(LimitExceeded, match=text) as error:
+            await watch.replay(one, tenant=tenant)
+        assert error.value.reason == reason and error.value.retry_seconds
+    for task in (*waiting, *running):
+        task.cancel()
+    await asyncio.gather(*waiting, *running, return_exceptions=True)
+    await watch.replay(one)
 
 
 async def test_an_idle_worker_takes_any_replay() -> None:
@@ -162,3 +200,110 @@ async def _cancelled_replay(running: Running, record_id: str) -> None:
         break
     replay.cancel()
     await running.worker.wait_for_abort()
+
+
+async def test_a_flood_of_replays_is_refused_before_their_records_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So others find calls that are free, and their replays have their turn."""
+    monkeypatch.setattr(replay_gate, "MAX_WAITING_PER_TENANT", 3)
+    sections: dict[str, Any] = {
+        "replay": {"max_concurrent": 1},
+        "grpc": {"max_concurrent_calls": 30},
+    }
+    async with run_gateway(tmp_path, **sections) as running:
+        mine = await running.client.generate_once("tell me", max_new_tokens=4)
+        bob = AsyncClient(running.target, running.add_tenant("bob"), retry=NEVER)
+        async with bob:
+            answer = await bob.generate_once("tell me", max_new_tokens=30)
+            running.worker.token_seconds = 0.05
+            read: list[str] = []
+            real = running.gateway._store.get
+
+            async def get(tenant: str, record_id: str) -> Any:
+                read.append(tenant)
+                return await real(tenant, record_id)
+
+            monkeypatch.setattr(running.gateway._store, "get", get)
+            flood = [
+                asyncio.create_task(bob.replay(answer.request_id).verdict()) for _ in range(20)
+            ]
+            # One runs and three wait, or four wait and the first of them is about to run.
+            await until(lambda: sum(task.done() for task in flood) >= 16)
+            refused = [task for task in flood if task.done()]
+            assert len(read) == 20 - len(refused)
+            for task in refused:
+                with pytest.raises(RateLimited, match="replays: tenant bob has 3") as error:
+                    task.result()
+                assert error.value.retry_seconds
+            running.worker.token_seconds = 0
+            verdict = await running.client.replay(mine.request_id).verdict()
+            assert verdict.outcome == "MATCH"
+            await asyncio.gather(*flood, return_exceptions=True)
+
+
+@dataclasses.dataclass
+class Turns:
+    """How many replays have asked for a turn."""
+
+    asked: int = 0
+
+
+@pytest.fixture
+def turns(monkeypatch: pytest.MonkeyPatch) -> Turns:
+    turns, real = Turns(), ReplayGate.turn
+
+    def turn(*args: Any, **options: Any) -> Any:
+        turns.asked += 1
+        return real(*args, **options)
+
+    monkeypatch.setattr(ReplayGate, "turn", turn)
+    return turns
+
+
+async def test_a_worker_that_changed_while_a_replay_waited_is_incomparable(
+    tmp_path: Path, turns: Turns
+) -> None:
+    async with run_gateway(tmp_path) as running:
+        answer = await running.client.generate_once("tell me", max_new_tokens=4)
+        running.worker.available_slots = 2_000
+        running.worker.token_seconds = 0.01
+        background = running.client.generate("something long", max_new_tokens=4000)
+        await background.started()
+        replay = asyncio.create_task(running.client.replay(answer.request_id).verdict())
+        await until(lambda: turns.asked == 1)
+        running.worker.fingerprint["sglang"] = "1"
+        running.worker.faults.other_token_at = 2
+        running.worker.available_slots = 9_000
+        verdict = await asyncio.wait_for(replay, 10)
+        assert verdict.outcome == "INCOMPARABLE"
+        assert [d.key for d in verdict.differences] == ["sglang"]
+        assert len(running.worker.bodies) == 2
+        background.cancel()
+
+
+async def test_a_replay_goes_to_the_worker_that_is_still_as_recorded(
+    tmp_path: Path, turns: Turns
+) -> None:
+    """Three wait for one turn, for one worker or the other; one of the two is replaced."""
+    async with ScriptedWorker() as one, ScriptedWorker() as two:
+        urls = {"urls": [one.url, two.url]}
+        async with run_gateway(tmp_path, worker=urls, replay={"max_concurrent": 1}) as running:
+            await until(lambda: len(running.gateway._router.ready()) == 2)
+            answer = await running.client.generate_once("tell me", max_new_tokens=40)
+            one.token_seconds = two.token_seconds = 0.05
+            replays = [asyncio.create_task(running.client.replay(answer.request_id).verdict())]
+            await until(lambda: one.running or two.running)
+            busy, idle = (one, two) if one.running else (two, one)
+            count = len(idle.bodies)
+            replays += [
+                asyncio.create_task(running.client.replay(answer.request_id).verdict())
+                for _ in range(2)
+            ]
+            await until(lambda: turns.asked == 3)
+            idle.fingerprint = {**idle.fingerprint, "sglang": "1"}
+            idle.faults.other_token_at = 3
+            busy.token_seconds = 0
+            outcomes = [verdict.outcome for verdict in await asyncio.gather(*replays)]
+            assert outcomes == ["MATCH"] * 3
+            assert len(idle.bodies) == count

@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import hashlib
 import hmac
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -108,7 +109,12 @@ def test_recorded_seeds_can_be_checked(policy: str, seed: int | None, origin: st
 
     def check(seeds: Seeds, index: int = 3, *secrets: bytes) -> SeedCheck:
         return check_seeds(
-            tenant(policy, *secrets), seeds, request_id="ab" * 16, sample_index=index
+            tenant(policy, *secrets),
+            seeds,
+            sampling={"sampling_seed": seeds.sampling},
+            eviction={"seed": seeds.eviction},
+            request_id="ab" * 16,
+            sample_index=index,
         )
 
     assert check(found) is SeedCheck.VERIFIED
@@ -118,3 +124,33 @@ def test_recorded_seeds_can_be_checked(policy: str, seed: int | None, origin: st
     assert check(found, 3, b"3" * 32) is SeedCheck.MISMATCH  # another secret, same version
     assert check(dataclasses.replace(found, master_version=2)) is SeedCheck.VERSION_REMOVED
     assert check(dataclasses.replace(found, origin=None)) is SeedCheck.ORIGIN_UNKNOWN
+
+
+@pytest.mark.parametrize("origin", ["recorded", None])
+@pytest.mark.parametrize(
+    ("taken", "expected"),
+    [
+        ({}, SeedCheck.VERIFIED),
+        ({"eviction": None}, SeedCheck.VERIFIED),
+        ({"sampling": {"sampling_seed": 5}}, SeedCheck.MISMATCH),
+        ({"sampling": {}}, SeedCheck.MISMATCH),
+        ({"eviction": {"seed": 5}}, SeedCheck.MISMATCH),
+        ({"eviction": {}}, SeedCheck.MISMATCH),
+    ],
+)
+def test_seeds_that_a_replay_does_not_take_are_not_verified(
+    origin: str | None, taken: dict[str, Any], expected: SeedCheck
+) -> None:
+    """Whether or not their origin was recorded."""
+    found = seeds("client", seed=7)
+    if origin is None:
+        found = dataclasses.replace(found, origin=None)
+        if expected is SeedCheck.VERIFIED:
+            expected = SeedCheck.ORIGIN_UNKNOWN
+    parameters = {
+        "sampling": {"sampling_seed": found.sampling},
+        "eviction": {"seed": found.eviction},
+        **taken,
+    }
+    check = check_seeds(tenant("client"), found, request_id="ab" * 16, sample_index=0, **parameters)
+    assert check is expected

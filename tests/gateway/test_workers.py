@@ -16,8 +16,9 @@ from tests.gateway.running import Running, run_gateway, until
 from tests.gateway.scripted_worker import ScriptedWorker
 from vase_sgl.client import Unavailable
 from vase_sgl.gateway.breaker import BreakerState, CircuitBreaker
-from vase_sgl.gateway.config import BreakerSection
+from vase_sgl.gateway.config import BreakerSection, WorkerSection
 from vase_sgl.gateway.discovery import discover, resolve
+from vase_sgl.gateway.router import WorkerRouter
 from vase_sgl.gateway.worker_http import HttpWorker
 from vase_sgl.worker_key import WORKER_KEY
 
@@ -289,6 +290,74 @@ async def test_workers_are_found_by_name_and_let_go(
                 await asyncio.sleep(0.3)
                 await running.client.generate_once("tell me", max_new_tokens=1)
                 assert (len(one.bodies), len(two.bodies)) == (3, 4)
+
+
+def freeze(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """Let the gateway's health checks of one worker get no answer."""
+    check_health = HttpWorker.check_health
+
+    async def check(worker: HttpWorker) -> None:
+        if worker.name == url:
+            await asyncio.Event().wait()
+        await check_health(worker)
+
+    monkeypatch.setattr(HttpWorker, "check_health", check)
+
+
+async def test_a_worker_that_hangs_does_not_hide_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with fleet(tmp_path, health_interval_seconds=0.1) as f:
+        freeze(monkeypatch, f.one.url)
+        names = [f.one.url, f.two.url]
+        for healthy in (False, True, False):
+            f.two.faults.healthy = healthy
+            expected = names[: 1 + healthy]
+            await until(lambda expected=expected: ready_names(f.running) == expected)
+
+
+def ready_names(running: Running) -> list[str]:
+    return [status.name for status in running.gateway._router.statuses() if status.ready]
+
+
+async def test_a_worker_that_hangs_when_it_is_found_does_not_hide_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def answer(host: str) -> Sequence[str]:
+        return ["127.0.0.1", "127.0.0.2"]
+
+    monkeypatch.setattr("vase_sgl.gateway.server.resolve", answer)
+    async with ScriptedWorker() as one:
+        freeze(monkeypatch, one.url)
+        port = int(one.url.rpartition(":")[2])
+        async with ScriptedWorker(port, host="127.0.0.2") as two:
+            section = {"urls": [], "dns": [f"http://workers.test:{port}"]}
+            async with run_gateway(tmp_path, worker=section) as running:
+                assert ready_names(running) == [two.url]
+
+
+async def test_readiness_is_told_change_by_change() -> None:
+    """Also when a second worker's check brings the next one before the last was told."""
+    told: list[str] = []
+    going_on = asyncio.Event()
+
+    async def tell(ready: bool) -> None:
+        told.append(f"begins: {ready}")
+        await going_on.wait()
+        told.append(f"ends: {ready}")
+
+    async with ScriptedWorker() as one:
+        worker = HttpWorker(one.url, stall_seconds=1)
+        router = WorkerRouter([worker], WorkerSection(urls=(one.url,)), on_change=tell)
+        first = asyncio.create_task(router.check_all())
+        await until(lambda: told)
+        one.faults.healthy = False
+        second = asyncio.create_task(router.check_all())
+        await until(lambda: not router.statuses()[0].ready)
+        going_on.set()
+        await asyncio.gather(first, second)
+        assert told == ["begins: True", "ends: True", "begins: False", "ends: False"]
+        await router.close()
 
 
 async def test_a_real_name_is_resolved() -> None:

@@ -255,6 +255,19 @@ def test_inspection_has_a_folder_and_the_gateways_consent() -> None:
     assert not any("inspect" in argument for argument in arguments(render()))
 
 
+def test_values_of_an_older_chart_render() -> None:
+    """`helm upgrade --reuse-values` brings them: without the keys that came since."""
+    rendered = render({"worker.inspect": None, "canary.clients": None, "canary.enabled": True})
+    assert not any("inspect" in argument for argument in arguments(rendered))
+
+
+@pytest.mark.parametrize("name", ["HF_HOME", "HF_HUB_CACHE"])
+def test_a_cache_that_is_named_is_left_alone(name: str) -> None:
+    env = [{"name": name, "value": "/models/hf"}]
+    worker = render({"model.download": False, "worker.env": env}).worker()
+    assert [v for v in worker["env"] if v["name"] in ("HF_HOME", "HF_HUB_CACHE")] == env
+
+
 class TestCanary:
     VALUES: ClassVar[Values] = {
         "canary.enabled": True,

@@ -7,10 +7,12 @@ import json
 import signal
 import sys
 from collections.abc import Callable
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import grpc
 import pytest
 import yaml
 
@@ -26,6 +28,7 @@ from tests.loadtest.headless import (
     slow,
 )
 from vase_sgl.client import Tls
+from vase_sgl.rpc.v1.gateway_pb2 import DESCRIPTOR, GetCapacityRequest, GetCapacityResponse
 
 FAST = ("--headless", "--only-summary", "--budget", "48", "--window", "16")
 
@@ -198,7 +201,58 @@ async def test_calls_cut_by_sigterm_are_unfinished_here_and_aborted_there(
     found = read(result)["all"]
     assert (found["completed"], found["unfinished"]) == (0, 3)
     assert 3 < found["output_tokens"] < 3000
+    assert found["ttft_ms"]["count"] == 3 and found["tpot_ms"] is None
     assert await recorded(running) == {"alice": {"aborted": 3}}
+
+
+async def test_calls_that_fail_after_their_first_token_count_in_ttft(
+    running: Running, tmp_path: Path
+) -> None:
+    running.worker.faults.abort_after_tokens = 5
+    running.worker.token_seconds = 0.02
+    result = tmp_path / "result.json"
+    run = await locust(
+        *(*FAST, "--host", running.target, "--users", "2", "--run-time", "2s"),
+        *("--max-new-tokens", "30", "--result", str(result)),
+        VASE_API_KEY=running.key,
+    )
+    assert run.status == 1, run.stderr
+    found = read(result)["all"]
+    assert found["completed"] == 0 < found["failed"]
+    assert found["ttft_ms"]["count"] == found["failed"]
+    assert found["prompt_tokens"] == 0 and found["e2e_ms"] is None
+
+
+async def test_a_gateway_that_is_gone_when_the_test_starts_is_no_success(tmp_path: Path) -> None:
+    answers = [GetCapacityResponse(context_length=8192, max_new_tokens=4096, policies=["full"])]
+
+    def capacity(request: GetCapacityRequest, context: grpc.ServicerContext) -> GetCapacityResponse:
+        if not answers:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "no worker is ready")
+        return answers.pop()
+
+    handler = grpc.unary_unary_rpc_method_handler(
+        capacity,
+        request_deserializer=GetCapacityRequest.FromString,
+        response_serializer=GetCapacityResponse.SerializeToString,
+    )
+    server = grpc.server(futures.ThreadPoolExecutor(2))
+    service = DESCRIPTOR.services_by_name["VaseGateway"].full_name
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler(service, {"GetCapacity": handler}),)
+    )
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        run = await locust(
+            *("--headless", "--only-summary", "--host", f"127.0.0.1:{port}", "--run-time", "2s"),
+            *("--slo", slo(tmp_path, completed={"min": 1})),
+        )
+    finally:
+        server.stop(0)
+    assert answers == []
+    assert run.status == 2, run.stderr
+    assert "no worker is ready" in run.stderr and "no call was sent" in run.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,20 @@
 """The command line `vase-sgl`.
 
 A command imports what it needs when it runs, so that the client commands start fast and work
-without torch, sglang or the gateway's packages.
+without torch, sglang or the gateway's packages. Nor does this module need typer to be imported: if
+that is missing, `main` says so.
 """
 
 from __future__ import annotations
 
 import sys
 from importlib import import_module
-
-import typer
+from typing import TYPE_CHECKING
 
 from vase_sgl.cli.failures import missing_package
+
+if TYPE_CHECKING:
+    import typer
 
 #: Modules with a `register(app)`, in the order of `--help`.
 MODULES = (
@@ -39,6 +42,8 @@ PASS_THROUGH = {
 
 def build_app() -> typer.Typer:
     """The application with every command registered."""
+    import typer
+
     app = typer.Typer(
         name="vase-sgl",
         help="Fixed KV-cache budgets per request on SGLang, with replayable answers.",
@@ -59,7 +64,7 @@ def main() -> None:
     try:
         build_app()()
     except ModuleNotFoundError as error:
-        text = missing_package(error)
+        text = missing_package(error, command="".join(sys.argv[1:2]))
         if text is None:
             raise
         print(text, file=sys.stderr)
@@ -69,11 +74,16 @@ def main() -> None:
 def _register_pass_through(
     app: typer.Typer, name: str, module: str, function: str, text: str
 ) -> None:
-    @app.command(
+    import typer
+
+    def command(context: typer.Context) -> None:
+        raise typer.Exit(getattr(import_module(module), function)(context.args))
+
+    # typer would look the annotation's name up in this module, which does not have it.
+    command.__annotations__["context"] = typer.Context
+    app.command(
         name,
         help=text,
         add_help_option=False,
         context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    )
-    def command(context: typer.Context) -> None:
-        raise typer.Exit(getattr(import_module(module), function)(context.args))
+    )(command)

@@ -67,7 +67,7 @@ def verify(
 
     if head is not None and (tenant is None or file is not None):
         raise typer.BadParameter("needs --tenant, and no --file", param_hint="--head")
-    with reported(AuditError):
+    with reported(AuditError, OSError):
         if file is not None:
             whole = _verify_file(file, tenant)
         else:
@@ -155,14 +155,17 @@ async def _verify(url: str, tenant: str | None, head: tuple[int, str] | None) ->
 
 
 def _verify_file(file: Path, tenant: str | None) -> bool:
-    from vase_sgl.gateway.audit import export
+    from vase_sgl.gateway.audit import AuditError, export
 
     whole, found = True, []
-    with file.open(encoding="utf-8") as lines:
-        for name, check, problem in export.verify_file(lines):
-            found.append(name)
-            if tenant in (None, name):
-                whole = _report(name, check, problem) and whole
+    try:
+        with file.open(encoding="utf-8") as lines:
+            for name, check, problem in export.verify_file(lines):
+                found.append(name)
+                if tenant in (None, name):
+                    whole = _report(name, check, problem) and whole
+    except UnicodeError as error:
+        raise AuditError(f"{file} is not a file of `vase-sgl audit export`: {error}") from error
     _chosen(found, tenant)
     return whole
 
@@ -186,13 +189,12 @@ async def _export(url: str, tenant: str | None, output: Path | None) -> int:
     count = 0
     async with reading.opened(url) as engine, reading.snapshot(engine) as connection:
         ends = await reading.ends(connection)
-        chosen = _chosen(ends, tenant)
+        chosen = {name: ends[name] for name in _chosen(ends, tenant)}
         with nullcontext(sys.stdout) if output is None else _private(output) as file:
-            for name in chosen:
-                async with aclosing(export.lines(connection, name, ends[name])) as lines:
-                    async for line in lines:
-                        file.write(line + "\n")
-                        count += line.startswith('{"kind":"record"')
+            async with aclosing(export.lines(connection, chosen)) as lines:
+                async for line in lines:
+                    file.write(line + "\n")
+                    count += line.startswith('{"kind":"record"')
     return count
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import typer
-
 #: Top-level packages by the extra that brings them.
 _EXTRAS = {
-    "client": ("grpc", "google", "pydantic", "rich"),
+    "client": ("grpc", "google", "rich", "typer"),
     "eval": (
         "antlr4",
         "latex2sympy2_extended",
@@ -31,19 +29,24 @@ _EXTRAS = {
         "grpc_reflection",
         "opentelemetry",
         "prometheus_client",
+        "pydantic",
         "pydantic_settings",
         "redis",
         "sqlalchemy",
+        "uvloop",
         "yaml",
     ),
     "inspect": ("numpy", "tokenizers"),
     "gpu": ("sglang", "torch", "triton", "vase_kernels"),
+    "loadtest": ("gevent", "locust"),
 }
 
 
 @contextmanager
 def reported(*expected: type[Exception]) -> Iterator[None]:
     """End the command with the text of an `expected` exception."""
+    import typer
+
     try:
         yield
     except expected as error:
@@ -51,13 +54,20 @@ def reported(*expected: type[Exception]) -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
-def missing_package(error: ModuleNotFoundError) -> str | None:
-    """What to install for a module that is missing; None if it is not one of ours."""
+def missing_package(error: ModuleNotFoundError, command: str = "") -> str | None:
+    """What to install for a module that is missing; None if it is not one of ours.
+
+    Of several extras that bring it, the one with the name of the `command` is advised.
+    """
     package = (error.name or "").partition(".")[0]
-    for extra, packages in _EXTRAS.items():
-        if package in packages:
-            return (
-                f"error: this command needs the package {package!r}; install it with "
-                f"`pip install 'vase-sgl[{extra}]'`; `vase-sgl doctor` shows what is missing"
-            )
-    return None
+    extras = [extra for extra, packages in _EXTRAS.items() if package in packages]
+    if not extras:
+        return None
+    extra = command if command in extras else extras[0]
+    text = (
+        f"error: this command needs the package {package!r}; install it with "
+        f"`pip install 'vase-sgl[{extra}]'`"
+    )
+    if package == "typer":  # no command runs without it
+        return text
+    return f"{text}; `vase-sgl doctor` shows what is missing"

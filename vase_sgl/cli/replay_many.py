@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 #: Exit status of a bulk replay. 1 is also any error before it began.
 MATCHED, FAILED, DIVERGED, INCOMPARABLE, NOTHING = 0, 1, 3, 4, 5
+#: Longest wait before a replay that was refused for want of room is asked for again.
+_ASK_AGAIN_SECONDS = 5.0
 #: Lines of first differences that are shown; the report has all.
 _SHOWN = 10
 
@@ -112,14 +114,21 @@ async def replay_all(
 
 
 async def _replay(client: AsyncClient, record_id: str) -> Replayed:
-    from vase_sgl.client import VaseError
+    """A replay that may not wait at the gateway, for so many wait there, waits here."""
+    from vase_sgl.client import RateLimited, VaseError
 
     begun = time.monotonic()
     verdict, error = None, None
-    try:
-        verdict = await client.replay(record_id).verdict()
-    except VaseError as failure:
-        error = str(failure)
+    while verdict is None and error is None:
+        try:
+            verdict = await client.replay(record_id).verdict()
+        except RateLimited as refusal:
+            if refusal.retry_seconds is None:
+                error = str(refusal)
+            else:
+                await asyncio.sleep(min(refusal.retry_seconds, _ASK_AGAIN_SECONDS))
+        except VaseError as failure:
+            error = str(failure)
     return Replayed(record_id, time.monotonic() - begun, verdict, error)
 
 

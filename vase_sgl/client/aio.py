@@ -12,7 +12,7 @@ import grpc
 from google.protobuf.message import Message
 
 from vase_sgl.client import channels, messages, types
-from vase_sgl.client.errors import VaseError, translated
+from vase_sgl.client.errors import VaseError, cancelled_here, client_closed, translated
 from vase_sgl.client.retries import DEFAULT, Attempts, RetryPolicy
 from vase_sgl.rpc.v1 import gateway_pb2 as pb
 from vase_sgl.rpc.v1 import gateway_pb2_grpc
@@ -30,6 +30,7 @@ class _Messages(Generic[M]):
         self._attempts = attempts
         self._begin()
         self._final = False
+        self._cancelled = asyncio.Event()
 
     def _begin(self) -> None:
         self._call = self._start(self._attempts.begin())
@@ -48,13 +49,22 @@ class _Messages(Generic[M]):
             except VaseError as error:
                 if self._final:
                     raise
-                await asyncio.sleep(self._attempts.wait_after(error))
-                if self._final:  # cancelled meanwhile
+                await self._back_off(self._attempts.wait_after(error))
+                if self._final:  # the request id was handed out meanwhile
                     raise
                 self._begin()
 
+    async def _back_off(self, seconds: float) -> None:
+        """Wait. Raises `Cancelled` as soon as the call is cancelled."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._cancelled.wait()
+        except TimeoutError:
+            return
+        raise cancelled_here()
+
     def cancel(self) -> None:
-        self.commit()
+        self._cancelled.set()
         self._call.cancel()
 
 
@@ -168,14 +178,15 @@ class AsyncClient:
 
         `retry`: how calls are tried again while nothing has come; `NEVER` for not at all.
         """
+        self._api_key = channels.checked_key(api_key)
         self._channel = (
             grpc.aio.insecure_channel(target, options=channels.OPTIONS)
             if tls is None
             else grpc.aio.secure_channel(target, tls.credentials(), options=channels.OPTIONS)
         )
         self._stub = gateway_pb2_grpc.VaseGatewayStub(self._channel)
-        self._api_key = api_key
         self._retry = retry
+        self._closed = False
 
     def generate(
         self,
@@ -258,7 +269,7 @@ class AsyncClient:
         self, method: Callable[..., _Call[M]], request: Message, timeout: float | None
     ) -> _Messages[M]:
         def start(left: float | None) -> _Call[M]:
-            return method(request, timeout=left, metadata=channels.metadata(self._api_key))
+            return method(request, timeout=left, metadata=self._metadata())
 
         return _Messages(start, Attempts(self._retry, timeout))
 
@@ -269,13 +280,20 @@ class AsyncClient:
         while True:
             try:
                 with translated():
-                    left, identity = attempts.begin(), channels.metadata(self._api_key)
-                    return await method(request, timeout=left, metadata=identity)
+                    left, metadata = attempts.begin(), self._metadata()
+                    return await method(request, timeout=left, metadata=metadata)
             except VaseError as error:
                 await asyncio.sleep(attempts.wait_after(error))
 
+    def _metadata(self) -> tuple[tuple[str, str], ...]:
+        """What goes along with a new call. Raises `VaseError` on a closed client."""
+        if self._closed:
+            raise client_closed()
+        return channels.metadata(self._api_key)
+
     async def close(self) -> None:
         """Close the connection; running calls are cancelled."""
+        self._closed = True
         await self._channel.close(None)
 
     async def __aenter__(self) -> Self:

@@ -6,6 +6,8 @@ import dataclasses
 
 import grpc
 
+from vase_sgl.client.errors import InvalidRequest
+
 try:
     from opentelemetry import propagate
 except ImportError:  # traces are for those who have it
@@ -38,6 +40,23 @@ class Tls:
     def credentials(self) -> grpc.ChannelCredentials:
         """What gRPC wants."""
         return grpc.ssl_channel_credentials(self.root_certificates, self.key, self.certificate)
+
+
+def checked_key(api_key: str | None) -> str | None:
+    """The key without the white space around it, such as the newline at the end of a file.
+
+    Raises `InvalidRequest`, which does not show the key, for what gRPC could not send.
+    """
+    if api_key is None:
+        return None
+    key = api_key.strip()
+    if not all("!" <= character <= "~" for character in key):
+        raise InvalidRequest(
+            "the API key contains a space, a line break or a character that is not ASCII; "
+            "give it as `vase-sgl tenants add` showed it",
+            "INVALID_ARGUMENT",
+        )
+    return key
 
 
 def metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:

@@ -35,7 +35,8 @@ class PermissionError_(VaseError):
 
 
 class InvalidRequest(VaseError):
-    """A field of the request is wrong, or the record is not in a state that allows the call."""
+    """A field of the request is wrong, it is too large, the API key cannot be one, or the record is
+    not in a state that allows the call."""
 
 
 class NotFound(VaseError):
@@ -76,12 +77,25 @@ def from_status(
     code: grpc.StatusCode, details: str | None, retry_seconds: float | None = None
 ) -> VaseError:
     """The exception of a gRPC status."""
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in (details or ""):
+        # gRPC's own limit of a message's size: unlike the gateway's limits, waiting cannot help.
+        return InvalidRequest(f"request or answer is too large ({details})", code.name)
     if code is grpc.StatusCode.UNAVAILABLE and (details or "").startswith("failed to connect"):
         details = (
             "cannot connect to the gateway; check host and port, and that `vase-sgl serve` runs "
             f"there ({details})"
         )
     return _BY_CODE.get(code, VaseError)(details or code.name, code.name, retry_seconds)
+
+
+def cancelled_here() -> Cancelled:
+    """The exception of a call that this side gave up."""
+    return Cancelled("the call was cancelled here", grpc.StatusCode.CANCELLED.name)
+
+
+def client_closed() -> VaseError:
+    """The exception of a call on a client that was closed before."""
+    return VaseError("this client was closed; make another one")
 
 
 def _retry_seconds(trailing: Iterable[Any] | None) -> float | None:
@@ -105,7 +119,7 @@ def translated() -> Iterator[None]:
         task = asyncio.current_task()
         if task is None or task.cancelling():
             raise
-        raise from_status(grpc.StatusCode.CANCELLED, "the call was cancelled here") from None
+        raise cancelled_here() from None
     except grpc.aio.AioRpcError as error:
         seconds = _retry_seconds(error.trailing_metadata())
         raise from_status(error.code(), error.details(), seconds) from None

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypedDict, TypeVar, cast
 from google.protobuf.message import Message as ProtoMessage
 
 from vase_sgl.client import types
-from vase_sgl.client.errors import InvalidRequest
+from vase_sgl.client.errors import InvalidRequest, VaseError
 from vase_sgl.rpc.v1 import gateway_pb2 as pb
 
 T = TypeVar("T")
@@ -21,7 +21,7 @@ _FINISH: dict[int, types.FinishReason] = {
     pb.FINISH_REASON_LENGTH: "length",
     pb.FINISH_REASON_ABORT: "abort",
 }
-_STATUS: dict[int, Literal["completed", "aborted", "failed"]] = {
+_STATUS: dict[int, types.RecordStatus] = {
     pb.RECORD_STATUS_COMPLETED: "completed",
     pb.RECORD_STATUS_ABORTED: "aborted",
     pb.RECORD_STATUS_FAILED: "failed",
@@ -30,7 +30,7 @@ _PROMPT_MODES: dict[types.PromptMode, pb.PromptMode.ValueType] = {
     "evict": pb.PROMPT_MODE_EVICT,
     "keep": pb.PROMPT_MODE_KEEP,
 }
-_RETENTION: dict[int, Literal["full", "hash"]] = {
+_RETENTION: dict[int, types.Retention] = {
     pb.RETENTION_FULL: "full",
     pb.RETENTION_HASH: "hash",
 }
@@ -191,13 +191,19 @@ def progress(message: pb.ReplayProgress) -> types.ReplayProgress:
 
 
 def verdict(message: pb.ReplayVerdict) -> types.Verdict:
-    """The outcome of a replay."""
+    """The outcome of a replay. Raises `VaseError` for one that this client does not know."""
+    outcome = _OUTCOME.get(message.outcome)
+    if outcome is None:  # a caller that looks for the bad ones would take it for good
+        raise VaseError(
+            f"the gateway sent the replay outcome {message.outcome}, which this client does not "
+            "know; install the gateway's version of vase-sgl"
+        )
     return _plain(
         types.Verdict,
         message,
-        outcome=_OUTCOME[message.outcome],
+        outcome=outcome,
         differences=tuple(_plain(types.FingerprintDifference, d) for d in message.differences),
-        seed_check=_SEED_CHECK[message.seed_check],
+        seed_check=_SEED_CHECK.get(message.seed_check, "UNKNOWN"),
     )
 
 
@@ -207,7 +213,7 @@ def record(message: pb.Record) -> types.Record:
         types.Record,
         message,
         created=_time(message.created_unix_micros),
-        status=_STATUS[message.status],
+        status=_STATUS.get(message.status, "unknown"),
         finish_reason=_FINISH.get(message.finish_reason, "unknown"),
         prompt_token_ids=tuple(message.prompt_token_ids),
         output_token_ids=tuple(message.output_token_ids),
@@ -222,7 +228,7 @@ def record(message: pb.Record) -> types.Record:
         cache=cache(message),
         fingerprint=dict(message.fingerprint),
         timings=timings(message.timings),
-        retention=_RETENTION[message.retention],
+        retention=_RETENTION.get(message.retention, "unknown"),
         usage=_plain(types.Usage, message.usage),
         digests=_plain(types.ContentDigests, message.digests)
         if message.HasField("digests")
@@ -232,7 +238,7 @@ def record(message: pb.Record) -> types.Record:
 
 def _eviction(message: pb.EvictionParams) -> types.Eviction:
     names = {mode: name for name, mode in _PROMPT_MODES.items()}
-    return _plain(types.Eviction, message, prompt_mode=names[message.prompt_mode])
+    return _plain(types.Eviction, message, prompt_mode=names.get(message.prompt_mode, "unknown"))
 
 
 def summary(message: pb.RecordSummary) -> types.RecordSummary:
@@ -241,10 +247,10 @@ def summary(message: pb.RecordSummary) -> types.RecordSummary:
         types.RecordSummary,
         message,
         created=_time(message.created_unix_micros),
-        status=_STATUS[message.status],
+        status=_STATUS.get(message.status, "unknown"),
         finish_reason=_FINISH.get(message.finish_reason, "unknown"),
         usage=_plain(types.Usage, message.usage),
-        retention=_RETENTION[message.retention],
+        retention=_RETENTION.get(message.retention, "unknown"),
     )
 
 

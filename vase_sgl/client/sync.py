@@ -13,13 +13,14 @@ import grpc
 from google.protobuf.message import Message
 
 from vase_sgl.client import channels, messages, types
-from vase_sgl.client.errors import VaseError, translated
+from vase_sgl.client.errors import VaseError, cancelled_here, client_closed, translated
 from vase_sgl.client.retries import DEFAULT, Attempts, RetryPolicy
 from vase_sgl.rpc.v1 import gateway_pb2 as pb
 from vase_sgl.rpc.v1 import gateway_pb2_grpc
 
 M = TypeVar("M", bound=Message)
 Q = TypeVar("Q", bound=Message)
+R = TypeVar("R")
 
 
 class _Messages(Generic[M]):
@@ -45,12 +46,15 @@ class _Messages(Generic[M]):
                 with translated():
                     return next(iter(self._call))
             except VaseError as error:
-                if self._final or self._cancelled.wait(self._attempts.wait_after(error)):
+                if self._final:
                     raise
+                if self._cancelled.wait(self._attempts.wait_after(error)):
+                    raise cancelled_here() from None
                 self._call = self._start(self._attempts.begin())
+                if self._cancelled.is_set():  # by another thread, which saw the call before only
+                    self._call.cancel()  # type: ignore[no-untyped-call]
 
     def cancel(self) -> None:
-        self.commit()
         self._cancelled.set()
         self._call.cancel()  # type: ignore[no-untyped-call]
 
@@ -159,14 +163,15 @@ class Client:
 
         `retry`: how calls are tried again while nothing has come; `NEVER` for not at all.
         """
+        self._api_key = channels.checked_key(api_key)
         self._channel = (
             grpc.insecure_channel(target, options=channels.OPTIONS)
             if tls is None
             else grpc.secure_channel(target, tls.credentials(), options=channels.OPTIONS)
         )
         self._stub = gateway_pb2_grpc.VaseGatewayStub(self._channel)
-        self._api_key = api_key
         self._retry = retry
+        self._closed = False
 
     def generate(
         self,
@@ -251,7 +256,7 @@ class Client:
         timeout: float | None,
     ) -> _Messages[M]:
         def start(left: float | None) -> grpc.CallIterator[M]:
-            return method(request, timeout=left, metadata=channels.metadata(self._api_key))
+            return self._call(method, request, left)
 
         return _Messages(start, Attempts(self._retry, timeout))
 
@@ -260,13 +265,23 @@ class Client:
         while True:
             try:
                 with translated():
-                    left, identity = attempts.begin(), channels.metadata(self._api_key)
-                    return method(request, timeout=left, metadata=identity)
+                    return self._call(method, request, attempts.begin())
             except VaseError as error:
                 time.sleep(attempts.wait_after(error))
 
+    def _call(self, method: Callable[..., R], request: Message, timeout: float | None) -> R:
+        """Begin a call. Raises `VaseError` on a closed client."""
+        try:
+            return method(request, timeout=timeout, metadata=channels.metadata(self._api_key))
+        except ValueError:
+            # Asked only now: another thread may have closed it a moment ago.
+            if self._closed:
+                raise client_closed() from None
+            raise
+
     def close(self) -> None:
         """Close the connection; running calls are cancelled."""
+        self._closed = True
         self._channel.close()
 
     def __enter__(self) -> Self:

@@ -22,10 +22,12 @@ Prompt = str | Sequence[int] | Sequence[Message]
 #: the budget covers generated tokens alone.
 PromptMode = Literal["evict", "keep"]
 
+# `unknown` and `UNKNOWN` stand for what the gateway does not say, or says in a word that is newer
+# than this client.
 FinishReason = Literal["stop", "length", "abort", "unknown"]
-
-
-SeedCheck = Literal["VERIFIED", "MISMATCH", "VERSION_REMOVED", "ORIGIN_UNKNOWN"]
+RecordStatus = Literal["completed", "aborted", "failed", "unknown"]
+Retention = Literal["full", "hash", "unknown"]
+SeedCheck = Literal["VERIFIED", "MISMATCH", "VERSION_REMOVED", "ORIGIN_UNKNOWN", "UNKNOWN"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +171,7 @@ class Eviction:
     policy: str
     budget: int
     window: int
-    prompt_mode: PromptMode
+    prompt_mode: PromptMode | Literal["unknown"]
     num_sinks: int | None
     protected_share: float | None
     pool_width: int | None
@@ -186,7 +188,7 @@ class Record:
 
     record_id: str
     created: datetime.datetime
-    status: Literal["completed", "aborted", "failed"]
+    status: RecordStatus
     failure: str
     input_kind: str
     prompt_token_ids: tuple[int, ...]
@@ -205,7 +207,7 @@ class Record:
     sequence: int
     previous_hash: str
     hash: str
-    retention: Literal["full", "hash"]
+    retention: Retention
     usage: Usage
     digests: ContentDigests | None
 
@@ -216,14 +218,14 @@ class RecordSummary:
 
     record_id: str
     created: datetime.datetime
-    status: Literal["completed", "aborted", "failed"]
+    status: RecordStatus
     finish_reason: FinishReason
     usage: Usage
     policy: str
     budget: int
     rounds: int
     digest: str
-    retention: Literal["full", "hash"]
+    retention: Retention
 
 
 @dataclasses.dataclass(frozen=True)

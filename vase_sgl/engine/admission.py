@@ -50,6 +50,7 @@ def create_request(
     try:
         params = EvictionParams.parse(raw, config.limits)
         _refuse_unsupported(recv_req)
+        _refuse_policy(params.policy.name, BudgetPool.of(scheduler.req_to_token_pool))
         folder = inspector.folder_for(req.rid, config.inspect_dir) if params.inspect else None
     except ParameterError as error:
         _abort(req, f"custom_params.{PARAMS_KEY}: {error}")
@@ -97,9 +98,19 @@ def _refuse_unsupported(recv_req: Any) -> None:
             raise ParameterError(f"a budget cannot be used with {name}; leave one of them out")
 
 
+def _refuse_policy(policy: str, pool: BudgetPool) -> None:
+    if (reason := pool.refused_policies.get(policy)) is not None:
+        raise ParameterError(
+            f"policy {policy} cannot run on this worker: its kernels do not compile ({reason}); "
+            "choose another policy, or start the worker with another --kv-cache-dtype or with "
+            "VASE_KERNELS=reference"
+        )
+
+
 def _abort(req: Req, message: str) -> None:
     """Answer with a 400. Upstream still admits the request once, so it must fit any pool: as one
     token, and without the slots that its prompt would have reserved."""
+    inspector.forget(req)
     detach(req)
     req.set_finish_with_abort(message)
     req.sampling_params.max_new_tokens, req.sampling_params.min_new_tokens = 1, 0

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sglang.srt.arg_groups.arg_utils import record_fields
 from sglang.srt.arg_groups.overrides import resolving_view
+from sglang.srt.server_args import ServerArgs
 
 from vase_sgl import __version__
 from vase_sgl.engine import platform_cpu
@@ -58,16 +60,24 @@ _dummy.set_result("dummy")
 #: In place of the digest, after weights were updated while serving.
 _updated: str | None = None
 
-_NOT_IN_USE = (None, False, "", "{}", "auto", "none")
+#: How long the scheduler may stand still for the digest, each time it is asked.
+_PATIENCE_SECONDS = 0.5
+
+
+class WeightsNotRead(Exception):
+    """The digest of the weights is not there yet."""
 
 
 def fingerprint(scheduler: Any) -> dict[str, str]:
-    """Everything beside the request that decides its tokens. Keys and values are strings."""
+    """Everything beside the request that decides its tokens. Keys and values are strings.
+
+    Raises `WeightsNotRead` while the weights are being read, for large ones take minutes.
+    """
     args = resolving_view(scheduler.server_args)
     runner = scheduler.tp_worker.model_runner
     return {
         "model": Path(args.model_path).name,
-        "weights_digest": _updated or begin_to_read_weights(scheduler.server_args).result(),
+        "weights_digest": _updated or _digest_of_weights(scheduler.server_args),
         "vase_sgl": __version__,
         "sglang": version("sglang"),
         "kernels": f"{BudgetPool.of(scheduler.req_to_token_pool).kernels}-5",
@@ -81,7 +91,7 @@ def fingerprint(scheduler: Any) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "tp_size": str(args.tp_size),
         **_prefill_layout(scheduler),
-        **_arithmetic(args),
+        **_arithmetic(scheduler.server_args),
     }
 
 
@@ -99,10 +109,22 @@ def _prefill_layout(scheduler: Any) -> dict[str, str]:
     }
 
 
-def _arithmetic(args: Any) -> dict[str, str]:
-    """Flags in use that choose how numbers are computed."""
-    values = {name: getattr(args, name) for name in _ARITHMETIC}
-    return {name: str(value) for name, value in values.items() if value not in _NOT_IN_USE}
+def _arithmetic(given: Any) -> dict[str, str]:
+    """Flags that choose how numbers are computed, where they are not SGLang's defaults.
+
+    What SGLang makes of defaults follows from its version, the device and the model.
+    """
+    defaults = {field.name: field.default for field in record_fields(ServerArgs)}
+    values = {name: getattr(given, name) for name in _ARITHMETIC}
+    return {name: str(value) for name, value in values.items() if value != defaults[name]}
+
+
+def _digest_of_weights(server_args: Any) -> str:
+    """Waits for a moment, which is enough for small models. Raises `WeightsNotRead`."""
+    try:
+        return begin_to_read_weights(server_args).result(timeout=_PATIENCE_SECONDS)
+    except TimeoutError as error:
+        raise WeightsNotRead("the weights are still being read for their digest") from error
 
 
 def _is_deterministic(args: Any) -> bool:
@@ -136,10 +158,7 @@ def _begin_to_read(model_path: str, revision: str | None, download_dir: str | No
     future: Future[str] = Future()
 
     def read() -> None:
-        try:
-            future.set_result(_weights(model_path, revision, download_dir))
-        except BaseException as error:
-            future.set_exception(error)
+        future.set_result(_weights(model_path, revision, download_dir))
 
     # A daemon: the process may end while tens of gigabytes are being read.
     threading.Thread(target=read, name="vase-weights", daemon=True).start()
@@ -150,6 +169,6 @@ def _weights(model_path: str, revision: str | None, download_dir: str | None) ->
     """The weights' digest; where it cannot be had, what no other process reports."""
     try:
         return weights_digest(model_path, revision=revision, download_dir=download_dir)
-    except WeightsNotFound as error:
+    except (WeightsNotFound, OSError) as error:
         logger.warning("%s; replays of this process's answers will be INCOMPARABLE", error)
         return f"unknown-{secrets.token_hex(8)}"

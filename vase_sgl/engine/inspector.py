@@ -129,6 +129,11 @@ def start(req: Req, cache: RequestCache, folder: Path) -> None:
     _running.add(req)
 
 
+def forget(req: Req) -> None:
+    """Record nothing of `req` any more; it leaves no file."""
+    _running.discard(req)
+
+
 def collect(result: Any, scheduler: Any, *args: Any) -> None:
     """AFTER `Scheduler.process_batch_result`: read finished rounds, write finished requests.
 

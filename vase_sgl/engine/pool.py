@@ -70,6 +70,8 @@ class BudgetPool:
         )
         self.kernels = chosen_kernels(config, device.type)
         rounds: Rounds = ReferenceRounds()
+        #: Policies that cannot run here, with the reason.
+        self.refused_policies: dict[str, str] = {}
         if self.kernels == "triton":
             rounds = triton = TritonRounds(
                 self,
@@ -77,7 +79,7 @@ class BudgetPool:
                 max_budget=config.limits.max_budget,
             )
             if device.type == "cuda":  # the interpreter compiles nothing
-                triton.warm_up(self)
+                self.refused_policies = triton.warm_up(self)
         self.scratch_bytes = rounds.nbytes
         self.compaction = Compaction(rounds)
         logger.info(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Protocol
@@ -22,6 +23,8 @@ from vase_sgl.engine.transfer import to_device, to_host
 if TYPE_CHECKING:
     from vase_sgl.engine.pool import BudgetPool
     from vase_sgl.engine.request_cache import RequestCache
+
+logger = logging.getLogger(__name__)
 
 #: Scratch of the Triton rounds, unless one request alone needs more.
 _SCRATCH_BYTES = 256 * 2**20
@@ -153,14 +156,22 @@ class TritonRounds:
     def nbytes(self) -> int:
         return self._memory.nbytes
 
-    def warm_up(self, pool: BudgetPool) -> None:
+    def warm_up(self, pool: BudgetPool) -> dict[str, str]:
         """Compile the kernels of every policy: else all requests wait when one policy comes first.
 
-        Mutates nothing; the table holds no request.
+        Mutates nothing; the table holds no request. Returns the policies whose kernels this device
+        cannot run, with the reason.
         """
         rows = torch.zeros(1, 4, dtype=torch.int32, device=self._memory.device)
+        failed = {}
         for policy in POLICIES:
-            self._evict(policy, [], rows, pool.query_ring.data, self._maxima(1, 4, 2, 1))
+            try:
+                self._evict(policy, [], rows, pool.query_ring.data, self._maxima(1, 4, 2, 1))
+            except Exception as error:  # the errors of the compiler and its tools share no type
+                logger.exception("the kernels of policy %s do not compile here", policy)
+                reason = str(error).strip().splitlines() or [type(error).__name__]
+                failed[policy] = reason[-1][:200]
+        return failed
 
     def run(self, pool: BudgetPool, due: Sequence[DueRequest]) -> None:
         ordered = sorted(due, key=lambda one: (one.cache.params.policy.name, len(one.slots)))

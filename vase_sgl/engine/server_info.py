@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vase_sgl.engine.config import engine_config
-from vase_sgl.engine.fingerprint import fingerprint
+from vase_sgl.engine.fingerprint import WeightsNotRead, fingerprint
 from vase_sgl.engine.pool import BudgetPool
 from vase_sgl.engine.prometheus import Slots
 
@@ -14,7 +14,10 @@ from vase_sgl.engine.prometheus import Slots
 def report_state(result: Any, controller: Any, recv_req: Any) -> Any:
     """AFTER `SchedulerInternalStateController.get_internal_state`."""
     scheduler = controller.scheduler
-    result.internal_state["vase"] = describe(scheduler)
+    try:
+        result.internal_state["vase"] = describe(scheduler)
+    except WeightsNotRead as error:
+        result.internal_state["vase"] = {"not_ready": str(error)}
     return result
 
 

@@ -1,10 +1,11 @@
 """Has a model fallen into a repetition loop?
 
 Two rules over any sequence of hashable units: token ids, or the words of a text.
+Long words come in pieces, so that digits or unspaced script without an end are many units.
 
 **Exact suffix repeat.** The sequence *ends* in copies of one block, the last of which may be cut
-off: at least `MIN_COPIES` copies and `MIN_LENGTH` units, or `MANY_COPIES` copies and `MANY_LENGTH`
-units. The loop's start and period are known exactly.
+off, even within a word: at least `MIN_COPIES` copies and `MIN_LENGTH` units, or `MANY_COPIES`
+copies and `MANY_LENGTH` units. The loop's start and period are known exactly.
 
 **N-gram repetition.** Of the n-grams (n = `NGRAM`) in the last `TAIL` units, more than
 `MAX_REPETITION` occurred before in that tail; judged from `TAIL / 2` units on. It sees loops that
@@ -32,8 +33,11 @@ NGRAM = 6
 TAIL = 200
 MAX_REPETITION = 0.75
 
+#: Longest piece of a word. Most words are shorter, and many periods divide it: copies of a block
+#: without spaces then have the same pieces.
+_PIECE = 24
 #: A ruled line of one punctuation mark is a single unit, unless it has no end.
-_WORD = re.compile(r"[^\W_]+|([^\w\s]|_)\1{0,79}")
+_WORD = re.compile(rf"[^\W_]{{1,{_PIECE}}}|([^\w\s]|_)\1{{0,79}}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +54,8 @@ class Loop:
 
 
 def words(text: str) -> list[str]:
-    """The units of a text in lower case: words, and runs of up to 80 equal punctuation marks."""
+    """The units of a text in lower case: words, in pieces of up to 24 characters, and runs of up to
+    80 equal punctuation marks."""
     return [match[0] for match in _WORD.finditer(text.casefold())]
 
 
@@ -70,6 +75,21 @@ def repetition(units: Sequence[Hashable]) -> float:
 
 
 def _suffix_repeat(units: Sequence[Hashable]) -> Loop | None:
+    """The loop of whole units, or one whose last unit is cut off."""
+    whole = _whole_suffix_repeat(units)
+    if whole is not None or not units:
+        return whole
+    cut = _whole_suffix_repeat(units[:-1])
+    if cut is None or cut.period is None:
+        return None
+    return cut if _begins(units[-1], units[-1 - cut.period]) else None
+
+
+def _begins(part: Hashable, whole: Hashable) -> bool:
+    return isinstance(part, str) and isinstance(whole, str) and whole.startswith(part)
+
+
+def _whole_suffix_repeat(units: Sequence[Hashable]) -> Loop | None:
     best: tuple[int, int] | None = None
     matches = _matches_with_own_end(units)
     for period in range(1, len(units) // MIN_COPIES + 1):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -20,7 +21,7 @@ from vase_sgl.eval.configuration import (
     Configuration,
     RunFolder,
 )
-from vase_sgl.eval.items import Item, Task
+from vase_sgl.eval.items import Grade, Item, Task
 from vase_sgl.eval.rows import Row, RowFile, Status
 from vase_sgl.eval.targets import (
     Answer,
@@ -31,6 +32,8 @@ from vase_sgl.eval.targets import (
     TargetInfo,
     request_seed,
 )
+
+logger = logging.getLogger(__name__)
 
 #: Samples without an outcome, one after the other, after which a run stops.
 FAILURES_IN_A_ROW = 5
@@ -64,6 +67,35 @@ class Sample:
     def key(self) -> tuple[str, int | None, str, str, int]:
         """As `Row.key`."""
         return self.arm.name, self.arm.budget, self.task.name, self.item.item_id, self.seed_index
+
+
+@dataclasses.dataclass(frozen=True)
+class _Forgiving:
+    """A task whose grader may raise for what a text holds, against its contract.
+
+    Such an answer counts as wrong and the grade says why. Raising would lose the row, and the same
+    seeds bring the same answer when the run is resumed.
+    """
+
+    task: Task
+
+    @property
+    def name(self) -> str:
+        return self.task.name
+
+    def items(self, limit: int | None, seed: int) -> Sequence[Item]:
+        return self.task.items(limit, seed)
+
+    def grade(self, item: Item, text: str) -> Grade:
+        """Raises what says that the machine failed, `SandboxError` for instance."""
+        try:
+            return self.task.grade(item, text)
+        except Exception as error:
+            machine_failed = isinstance(error, OSError | MemoryError | RuntimeError)
+            if machine_failed and not isinstance(error, RecursionError):
+                raise
+            logger.exception("the grader of %s failed on item %s", self.name, item.item_id)
+            return Grade(False, None, f"the grader failed: {error!r:.200}")
 
 
 class Run:
@@ -174,8 +206,9 @@ class Run:
             )
         seconds = time.monotonic() - start
         # Grading may run programs and take seconds.
+        task = _Forgiving(sample.task)
         found = await asyncio.to_thread(
-            assess, sample.task, sample.item, answer, opens_think=self._sampling.opens_think
+            assess, task, sample.item, answer, opens_think=self._sampling.opens_think
         )
         return self._row(sample, "completed", started, seconds, **_measured(answer), **found)
 

@@ -11,28 +11,25 @@ import hashlib
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import grpc
-from cryptography import x509
-from google.protobuf.message import DecodeError
-
-from vase_sgl.gateway import keys, telemetry, tenants
+from vase_sgl.gateway import keys, tenants
 from vase_sgl.gateway.errors import (
-    InvalidRequest,
     PermissionDenied,
     TooManyChecks,
     Unauthenticated,
-    as_status,
 )
-from vase_sgl.gateway.tenants import Role, Tenant, TenantFile, TenantFileError
+from vase_sgl.gateway.tenants import (
+    Role,
+    Tenant,
+    TenantFile,
+    TenantFileError,
+    TenantFileUnreadable,
+)
 
 logger = logging.getLogger(__name__)
 
-#: Services anyone may call: probes and tools have no key.
-OPEN_SERVICES = ("/grpc.health.v1.Health/", "/grpc.reflection.")
 #: Checked keys remembered and for how long, so that argon2 runs once a minute for each.
 _REMEMBERED = 4096
 _REMEMBER_SECONDS = 60.0
@@ -40,8 +37,15 @@ _REMEMBER_SECONDS = 60.0
 _PARALLEL_CHECKS = 4
 #: Checks that run or wait; more are refused.
 _WAITING_CHECKS = 256
+#: What `_stamp` sees of a file.
+_Stamp = tuple[int, int, int, int]
 
 _tenant: contextvars.ContextVar[Tenant] = contextvars.ContextVar("vase_tenant")
+
+
+def set_current_tenant(tenant: Tenant) -> None:
+    """Who the rest of the current call is for."""
+    _tenant.set(tenant)
 
 
 def current_tenant(*roles: Role) -> Tenant:
@@ -92,7 +96,10 @@ class KeyAuthenticator:
         self._on_refusal = on_refusal
         self._path = path
         self._clock = clock
+        #: Of the content in force, or of a later one that was refused.
         self._stamp = _stamp(path)
+        #: Why the file at a stamp is not in force, as it was logged.
+        self._complaint: tuple[_Stamp | None, str] | None = None
         #: Keys the digests of this process only: what leaks of them tells nothing about a key.
         self._digest_key = secrets.token_bytes(32)
         self._checks = asyncio.Semaphore(_PARALLEL_CHECKS)
@@ -178,13 +185,24 @@ class KeyAuthenticator:
         stamp = _stamp(self._path)
         if stamp == self._stamp:
             return
-        self._stamp = stamp
         try:
             self._use(tenants.load(self._path))
+        except TenantFileUnreadable as error:
+            # Tried again with the next call: what lets it be read need not change its stamp.
+            self._complain(stamp, error)
         except TenantFileError as error:
-            logger.error("the tenants loaded before stay in force: %s", error)
+            self._stamp = stamp
+            self._complain(stamp, error)
         else:
+            self._stamp = stamp
+            self._complaint = None
             logger.info("tenants file %s was read again", self._path)
+
+    def _complain(self, stamp: _Stamp | None, error: TenantFileError) -> None:
+        complaint = stamp, str(error)
+        if complaint != self._complaint:
+            logger.error("the tenants loaded before stay in force: %s", error)
+        self._complaint = complaint
 
     def _use(self, content: TenantFile) -> None:
         self._by_key_id = content.by_key_id()
@@ -226,67 +244,6 @@ class NoAuthenticator:
 Authenticator = KeyAuthenticator | NoAuthenticator
 
 
-class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not generic
-    """Puts the caller's tenant into the call's context, or ends the call with UNAUTHENTICATED."""
-
-    def __init__(self, authenticator: Authenticator) -> None:
-        self._authenticator = authenticator
-
-    async def intercept_service(
-        self,
-        continuation: Callable[
-            [grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]
-        ],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any]:
-        handler = await continuation(handler_call_details)
-        open_to_all = handler_call_details.method.startswith(OPEN_SERVICES)
-        return handler if open_to_all or handler is None else self._guarded(handler)
-
-    def _guarded(self, handler: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
-        """The same handler behind a check. Only there the certificate is known."""
-        behaviour: Any = handler.unary_stream if handler.response_streaming else handler.unary_unary
-        assert behaviour is not None, "the service has no call with a stream of requests"
-
-        async def guarded(request: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            async with as_status(context, "authentication"):
-                credential = _credential(context)
-                # The handler runs in this same task, so it sees the variable, and no other does.
-                _tenant.set(await self._authenticator.tenant_of(credential))
-                # Here and not by gRPC: nothing is parsed for strangers, and the error has a text.
-                message = _parse(handler, request)
-            with telemetry.caller(context.invocation_metadata() or ()):
-                return await behaviour(message, context)
-
-        make = (
-            grpc.unary_stream_rpc_method_handler
-            if handler.response_streaming
-            else grpc.unary_unary_rpc_method_handler
-        )
-        return make(guarded, None, handler.response_serializer)
-
-
-def _parse(handler: grpc.RpcMethodHandler[Any, Any], request: bytes) -> Any:
-    assert handler.request_deserializer is not None
-    try:
-        return handler.request_deserializer(request)
-    except DecodeError as error:
-        raise InvalidRequest(
-            "the message cannot be decoded; it is no message of this call, or was damaged"
-        ) from error
-
-
-def _credential(context: grpc.aio.ServicerContext[Any, Any]) -> Credential:
-    """What the call brings. Raises `Unauthenticated` for a malformed header."""
-    key = None
-    for name, value in context.invocation_metadata() or ():
-        if name == "authorization":
-            key = bearer(value if isinstance(value, str) else value.decode("latin-1"))
-    certificates = context.auth_context().get("x509_pem_cert", ())
-    subject = next((_subject(bytes(pem)) for pem in certificates), None)
-    return Credential(key, subject)
-
-
 def bearer(header: str) -> str:
     """The key of an `authorization` header. Raises `Unauthenticated`."""
     scheme, _, key = header.partition(" ")
@@ -296,14 +253,11 @@ def bearer(header: str) -> str:
 
 
 @functools.lru_cache(maxsize=1024)
-def _subject(pem: bytes) -> str:
-    return x509.load_pem_x509_certificate(pem).subject.rfc4514_string()
-
-
-def _stamp(path: Path) -> tuple[int, int, int] | None:
+def _stamp(path: Path) -> _Stamp | None:
     """What changes when the file does; None if it is not there."""
     try:
         stat = path.stat()
     except OSError:
         return None
-    return stat.st_mtime_ns, stat.st_size, stat.st_ino
+    # The change time too: anybody can set the other one back, and `cp -p` does.
+    return stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino

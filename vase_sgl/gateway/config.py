@@ -89,7 +89,7 @@ class Grpc(_Section):
     keepalive_timeout_seconds: float = Field(default=10.0, ge=1)
     #: Seconds between a client's own pings, at least; one that pings more often is cut off.
     min_ping_interval_seconds: float = Field(default=10.0, ge=0)
-    #: Seconds a client may leave output unread before its request is given up.
+    #: Seconds a client may leave output unread, or a request unsent, before it is given up.
     client_stall_seconds: float = Field(default=60.0, gt=0)
     #: Let tools such as grpcurl list services and messages.
     reflection: bool = True

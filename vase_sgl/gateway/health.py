@@ -36,18 +36,20 @@ class GatewayHealth(health.aio.HealthServicer):  # type: ignore[name-defined,mis
         self._names = (health.OVERALL_HEALTH, service, READINESS)
         self._server_status = dict.fromkeys(self._names, states.NOT_SERVING)
         self._server_status[LIVENESS] = states.SERVING
+        #: Set and replaced with every announcement.
+        self._changed = asyncio.Event()
         self._stopping = False
         self._watches: set[asyncio.Task[Any]] = set()
 
     async def announce(self, ready: bool) -> None:
         """Tell whether a worker is ready. Ignored once the gateway stops."""
         if not self._stopping:
-            await self._announce(ready)
+            self._announce(ready)
 
     async def shut_down(self) -> None:
         """Not ready for good; watchers are told, then their streams end."""
         self._stopping = True
-        await self._announce(False)
+        self._announce(False)
         await asyncio.sleep(_NOTICE_SECONDS)
         for watch in self._watches:
             watch.cancel()
@@ -59,7 +61,7 @@ class GatewayHealth(health.aio.HealthServicer):  # type: ignore[name-defined,mis
                 f"{_MAX_WATCHES} clients watch this gateway's health already; use Check",
             )
         # A task of its own: cancelling the call's would leave the stream open at the client.
-        watch = asyncio.create_task(super().Watch(request, context))
+        watch = asyncio.create_task(self._tell(request.service, context))
         self._watches.add(watch)
         try:
             await asyncio.gather(watch, return_exceptions=True)
@@ -67,7 +69,24 @@ class GatewayHealth(health.aio.HealthServicer):  # type: ignore[name-defined,mis
             watch.cancel()
             self._watches.discard(watch)
 
-    async def _announce(self, ready: bool) -> None:
+    async def _tell(self, service: str, context: Any) -> None:
+        """Write the state of a service and its changes.
+
+        The base class holds a lock meanwhile, so that a client that does not read would hold up
+        every announcement.
+        """
+        answer, told = health_pb2.HealthCheckResponse, None
+        while True:
+            status = self._server_status.get(service, answer.SERVICE_UNKNOWN)
+            if status == told:
+                await self._changed.wait()
+            else:
+                await context.write(answer(status=status))
+                told = status
+
+    def _announce(self, ready: bool) -> None:
         states = health_pb2.HealthCheckResponse
         for name in self._names:
-            await self.set(name, states.SERVING if ready else states.NOT_SERVING)
+            self._server_status[name] = states.SERVING if ready else states.NOT_SERVING
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()

@@ -14,12 +14,12 @@ from vase_sgl.gateway.audit import AuditStore, Record, RecordStatus
 from vase_sgl.gateway.errors import FailedPrecondition, NotFound
 from vase_sgl.gateway.generation import raise_if_aborted
 from vase_sgl.gateway.need import Need
-from vase_sgl.gateway.replay_gate import ReplayGate
+from vase_sgl.gateway.replay_gate import ReplayGate, Waiting
 from vase_sgl.gateway.router import Lease, WorkerRouter
 from vase_sgl.gateway.runs import Background, running
 from vase_sgl.gateway.seeds import SeedCheck, check_seeds
 from vase_sgl.gateway.tenants import Retention, Tenant
-from vase_sgl.gateway.workers import Worker, WorkerChunk, WorkerRequest
+from vase_sgl.gateway.workers import Worker, WorkerChunk, WorkerInfo, WorkerRequest
 
 
 class Outcome(enum.Enum):
@@ -151,6 +151,14 @@ class Comparison:
         return None
 
 
+class _Incomparable(Exception):
+    """No worker is as the one recorded; `differences` are those of the nearest."""
+
+    def __init__(self, differences: tuple[Difference, ...]) -> None:
+        super().__init__()
+        self.differences = differences
+
+
 class Replays:
     """Replays records of the audit store on the router's workers."""
 
@@ -171,15 +179,26 @@ class Replays:
     async def run(self, tenant: Tenant, record_id: str, send: Send) -> Verdict:
         """Replay one of the tenant's own records, sending progress. Raises `GatewayError`.
 
-        It counts against none of the tenant's limits.
+        It counts against none of the tenant's limits, but few may wait.
         """
-        with telemetry.span("vase.replay", tenant=tenant.name) as span:
+        with (
+            telemetry.span("vase.replay", tenant=tenant.name) as span,
+            self._gate.place(tenant.name) as waiting,
+        ):
             record = await self._load(tenant, record_id)
             telemetry.describe_eviction(span, record.eviction)
             seed_check = check_seeds(
-                tenant, record.seeds, request_id=record_id, sample_index=record.sample_index
+                tenant,
+                record.seeds,
+                sampling=record.sampling,
+                eviction=record.eviction,
+                request_id=record_id,
+                sample_index=record.sample_index,
             )
-            verdict = await self._run(record, send)
+            try:
+                verdict = await self._run(record, waiting, send)
+            except _Incomparable as error:
+                verdict = Verdict(Outcome.INCOMPARABLE, differences=error.differences)
             span.set_attribute("vase.outcome", verdict.outcome.value)
             span.set_attribute("vase.rounds", verdict.rounds_compared)
             return dataclasses.replace(verdict, seed_check=seed_check)
@@ -204,10 +223,7 @@ class Replays:
             )
         return record
 
-    async def _run(self, record: Record, send: Send) -> Verdict:
-        worker, differences = await self._worker_for(record)
-        if differences:
-            return Verdict(Outcome.INCOMPARABLE, differences=differences)
+    async def _run(self, record: Record, waiting: Waiting, send: Send) -> Verdict:
         request = WorkerRequest(
             request_id=uuid.uuid4().hex,
             prompt_token_ids=record.prompt_token_ids,
@@ -216,7 +232,7 @@ class Replays:
         )
         comparison = Comparison(record)
         async with (
-            self._turn(request, worker) as lease,
+            self._turn(record, request, waiting) as lease,
             running(lease, request, self._background) as chunks,
         ):
             async for chunk in chunks:
@@ -228,24 +244,43 @@ class Replays:
         raise AssertionError("a worker's last chunk has a finish reason")
 
     @asynccontextmanager
-    async def _turn(self, request: WorkerRequest, worker: Worker) -> AsyncIterator[Lease]:
-        """A lease on `worker`, once it can spare what the replay needs."""
+    async def _turn(
+        self, record: Record, request: WorkerRequest, waiting: Waiting
+    ) -> AsyncIterator[Lease]:
+        """A lease on a worker as the one recorded, once it can spare what the replay needs.
+
+        Raises `_Incomparable`, at once if there is none now, later if it is gone by its turn.
+        """
         need = Need.of(request)
+        worker, _ = await self._worker_for(record)
+
+        async def look() -> WorkerInfo:
+            nonlocal worker
+            info = await worker.info()
+            if fingerprint_differences(record.fingerprint, info.fingerprint):
+                # Another one runs at that address by now.
+                worker, info = await self._worker_for(record)
+            return info
+
         async with AsyncExitStack() as turn:
             with telemetry.waiting():
                 lease = await turn.enter_async_context(
                     self._gate.turn(
+                        waiting,
                         need,
-                        look=worker.info,
+                        look=look,
                         take=lambda: self._admissions.take_spare(need, worker.name),
                     )
                 )
             yield lease
 
-    async def _worker_for(self, record: Record) -> tuple[Worker, tuple[Difference, ...]]:
-        """A worker with the recorded fingerprint, or the one that differs least and how."""
+    async def _worker_for(self, record: Record) -> tuple[Worker, WorkerInfo]:
+        """A worker with the recorded fingerprint, and its state. Raises `_Incomparable`."""
         candidates = [
-            (worker, fingerprint_differences(record.fingerprint, info.fingerprint))
+            (fingerprint_differences(record.fingerprint, info.fingerprint), worker, info)
             for worker, info in await self._router.current()
         ]
-        return min(candidates, key=lambda candidate: len(candidate[1]))
+        differences, worker, info = min(candidates, key=lambda candidate: len(candidate[0]))
+        if differences:
+            raise _Incomparable(differences)
+        return worker, info

@@ -1,5 +1,7 @@
 """Replays wait for tenants' traffic: few run at once, and only where a worker has slots to spare.
 
+Tenants take turns, and few replays wait: each of them is a call and holds a record.
+
 SGLang knows priorities within its own queue only with --enable-priority-scheduling. A replay that
 never queues there needs none: it starts when no generation waits at this gateway, and when its
 worker could take it and still keep a share of its slots free for the next generations.
@@ -8,35 +10,75 @@ worker could take it and still keep a share of its slots free for the next gener
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from typing import Generic, TypeVar
 
-from vase_sgl.gateway.errors import WorkerUnavailable
-from vase_sgl.gateway.fair_queue import Releasable
+from vase_sgl.gateway.errors import LimitExceeded, WorkerUnavailable
+from vase_sgl.gateway.fair_queue import FairQueue, Place, Releasable
 from vase_sgl.gateway.need import Need
 from vase_sgl.gateway.workers import WorkerInfo
 
+#: Replays that may wait for a turn: in all, and of one tenant.
+MAX_WAITING = 256
+MAX_WAITING_PER_TENANT = 64
 #: Seconds between looks at a busy worker.
 _LOOK_SECONDS = 0.2
 
 T = TypeVar("T", bound=Releasable)
 
 
+class _Slot:
+    """The right to be one of the replays that run."""
+
+    def __init__(self, on_release: Callable[[], None]) -> None:
+        self.release = on_release
+
+
+@dataclasses.dataclass(frozen=True)
+class Waiting:
+    """A replay in the line, until `left` is closed. Made by `ReplayGate.place`."""
+
+    place: Place[_Slot]
+    left: ExitStack
+
+
 class ReplayGate(Generic[T]):
-    """Lets replays through one by one, in the order they came."""
+    """Lets few replays through at once, of each tenant in the order they came."""
 
     def __init__(self, *, max_concurrent: int, spare_share: float, max_wait_seconds: float) -> None:
         """spare_share: share of a worker's slots that a replay leaves free, unless it is alone."""
-        self._slots = asyncio.Semaphore(max_concurrent)
-        self._max_concurrent = max_concurrent
+        self._line: FairQueue[_Slot] = FairQueue(
+            max_waiting=MAX_WAITING,
+            max_waiting_per_tenant=MAX_WAITING_PER_TENANT,
+            max_wait_seconds=max_wait_seconds,
+        )
+        self._free = self._max_concurrent = max_concurrent
         self._spare_share = spare_share
         self._max_wait = max_wait_seconds
 
+    @contextmanager
+    def place(self, tenant: str) -> Iterator[Waiting]:
+        """A place in the line for one replay. Raises `LimitExceeded` if too many wait."""
+        with ExitStack() as left:
+            try:
+                place = left.enter_context(self._line.place(tenant))
+            except LimitExceeded as error:
+                assert error.retry_seconds is not None
+                raise LimitExceeded(
+                    f"replays: {error}", reason=error.reason, retry_seconds=error.retry_seconds
+                ) from error
+            yield Waiting(place, left)
+
     @asynccontextmanager
     async def turn(
-        self, need: Need, look: Callable[[], Awaitable[WorkerInfo]], take: Callable[[], T | None]
+        self,
+        waiting: Waiting,
+        need: Need,
+        look: Callable[[], Awaitable[WorkerInfo]],
+        take: Callable[[], T | None],
     ) -> AsyncIterator[T]:
         """What `take` returned, for the time that the replay runs; it is released afterwards.
 
@@ -46,13 +88,13 @@ class ReplayGate(Generic[T]):
         """
         deadline = time.monotonic() + self._max_wait
         try:
-            async with asyncio.timeout(self._max_wait):
-                await self._slots.acquire()
-        except TimeoutError as error:
+            slot = await waiting.place.wait(self._take_slot)
+        except LimitExceeded as error:
             raise WorkerUnavailable(
                 f"{self._max_concurrent} replays are running and others wait; try again later, or "
                 "raise replay.max_concurrent"
             ) from error
+        waiting.left.close()
         try:
             lease = await self._wait(need, look, take, deadline)
             try:
@@ -60,7 +102,17 @@ class ReplayGate(Generic[T]):
             finally:
                 lease.release()
         finally:
-            self._slots.release()
+            slot.release()
+
+    def _take_slot(self) -> _Slot | None:
+        if not self._free:
+            return None
+        self._free -= 1
+        return _Slot(self._free_slot)
+
+    def _free_slot(self) -> None:
+        self._free += 1
+        self._line.dispatch()
 
     async def _wait(
         self,

@@ -90,6 +90,8 @@ class _Entry:
         #: Slots of the requests this gateway has in flight, now and at the last check.
         self.slots = 0
         self.slots_at_check = 0
+        #: Set: look at the worker without waiting for the next check.
+        self.look_again = asyncio.Event()
 
     @property
     def reserved(self) -> int:
@@ -145,22 +147,27 @@ class WorkerRouter:
         self._closing: set[asyncio.Task[None]] = set()
         self._was_ready = False
         self._turn = itertools.count()
-        self._look_again = asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._reporting = asyncio.Lock()
+        self._watches: dict[_Entry, asyncio.Task[None]] = {}
+        self._discovery: asyncio.Task[None] | None = None
         for worker in workers:
             self._add(worker)
 
     def start(self, discovered: AsyncIterator[Sequence[Worker]] | None = None) -> None:
         """Begin to watch; `discovered` yields the remote workers there are, again and again."""
-        self._tasks.append(asyncio.create_task(self._watch_forever(), name="vase-worker-health"))
+        for entry in self._entries.values():
+            self._watch(entry)
         if discovered is not None:
-            self._tasks.append(asyncio.create_task(self._follow(discovered), name="vase-discovery"))
+            self._discovery = asyncio.create_task(self._follow(discovered), name="vase-discovery")
 
     async def close(self) -> None:
         """Stop watching and close every worker."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._discovery is not None:  # first: it begins watches
+            self._discovery.cancel()
+            await asyncio.gather(self._discovery, return_exceptions=True)
+        for watch in self._watches.values():
+            watch.cancel()
+        await asyncio.gather(*self._watches.values(), return_exceptions=True)
         entries = (*self._entries.values(), *self._leaving)
         await asyncio.gather(*(entry.worker.close() for entry in entries), *self._closing)
 
@@ -244,10 +251,11 @@ class WorkerRouter:
         await self._report()
 
     async def _report(self) -> None:
-        ready = any(entry.info is not None for entry in self._entries.values())
-        if ready != self._was_ready:
-            self._was_ready = ready
-            await self._on_change(ready)
+        async with self._reporting:  # one after the other, so that what is told last is true
+            ready = any(entry.info is not None for entry in self._entries.values())
+            if ready != self._was_ready:
+                self._was_ready = ready
+                await self._on_change(ready)
         self._on_room()
 
     def _available(self) -> list[_Entry]:
@@ -283,7 +291,7 @@ class WorkerRouter:
 
     def _released(self, entry: _Entry, *, failed: bool) -> None:
         if failed:
-            self._look_again.set()
+            entry.look_again.set()
         if entry in self._leaving and entry.in_flight == 0:
             self._dismiss(entry)
         self._on_room()
@@ -303,10 +311,12 @@ class WorkerRouter:
                 if worker.name not in self._entries:
                     logger.info("worker %s was found", worker.name)
                     self._add(worker)
-                    await self._check(self._entries[worker.name])
+                    self._watch(self._entries[worker.name])
             for name in self._entries.keys() - names - fixed:
                 logger.info("worker %s is gone from its name", name)
-                entry = self._entries.pop(name)
+                async with self._reporting:  # its watch may be about to tell of a change
+                    entry = self._entries.pop(name)
+                    self._watches.pop(entry).cancel()
                 self._leaving.add(entry)
                 if entry.in_flight == 0:
                     self._dismiss(entry)
@@ -328,17 +338,24 @@ class WorkerRouter:
                 logger.info("worker %s is ready", worker.name)
             entry.info, entry.slots_at_check = info, entry.slots
 
-    async def _watch_forever(self) -> None:
+    def _watch(self, entry: _Entry) -> None:
+        """Begin to watch one worker. Each has a watch of its own: one that hangs holds up none."""
+        self._watches[entry] = asyncio.create_task(
+            self._watch_forever(entry), name=f"vase-worker-health {entry.worker.name}"
+        )
+
+    async def _watch_forever(self, entry: _Entry) -> None:
         while True:
             try:
-                await self.check_all()
+                await self._check(entry)
+                await self._report()
             except Exception:
                 # A defect in one probe must not end the watch: health would freeze unnoticed.
                 logger.exception("health check failed")
-            self._look_again.clear()
+            entry.look_again.clear()
             try:
                 async with asyncio.timeout(self._settings.health_interval_seconds):
-                    await self._look_again.wait()
+                    await entry.look_again.wait()
             except TimeoutError:
                 continue
             await asyncio.sleep(_RECHECK_SECONDS)

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
@@ -88,7 +89,7 @@ class SeedCheck(enum.Enum):
 
     #: The seeds are what the tenant's secret gives.
     VERIFIED = "verified"
-    #: They are not: the record or the secret was changed.
+    #: They are not, or not those that a replay takes: the record or the secret was changed.
     MISMATCH = "mismatch"
     #: The tenant no longer has the version of the secret that the record names.
     VERSION_REMOVED = "version removed"
@@ -96,8 +97,24 @@ class SeedCheck(enum.Enum):
     ORIGIN_UNKNOWN = "origin unknown"
 
 
-def check_seeds(tenant: Tenant, seeds: Seeds, *, request_id: str, sample_index: int) -> SeedCheck:
-    """Derive recorded seeds again. A replay does not need that: it takes those recorded."""
+def check_seeds(
+    tenant: Tenant,
+    seeds: Seeds,
+    *,
+    sampling: Mapping[str, Any],
+    eviction: Mapping[str, Any] | None,
+    request_id: str,
+    sample_index: int,
+) -> SeedCheck:
+    """Derive recorded seeds again. A replay does not need that: it takes those recorded.
+
+    sampling, eviction: the recorded parameters, whose seeds are those that a replay takes.
+    """
+    taken = sampling.get("sampling_seed") == seeds.sampling and (
+        eviction is None or eviction.get("seed") == seeds.eviction
+    )
+    if not taken:
+        return SeedCheck.MISMATCH
     if seeds.origin is None:
         return SeedCheck.ORIGIN_UNKNOWN
     master = tenant.master_version(seeds.master_version)

@@ -14,17 +14,13 @@ from grpc_reflection.v1alpha import reflection
 
 from vase_sgl.gateway.admission import Admissions
 from vase_sgl.gateway.audit import AuditStore, KeyRing
-from vase_sgl.gateway.auth import (
-    Authenticator,
-    AuthInterceptor,
-    KeyAuthenticator,
-    NoAuthenticator,
-)
+from vase_sgl.gateway.auth import Authenticator, KeyAuthenticator, NoAuthenticator
 from vase_sgl.gateway.config import Audit, ConfigError, GatewayConfig, Tls, WorkerSection
 from vase_sgl.gateway.discovery import discover, resolve
 from vase_sgl.gateway.fair_queue import FairQueue
 from vase_sgl.gateway.generation import Generations
 from vase_sgl.gateway.health import GatewayHealth
+from vase_sgl.gateway.interceptor import AuthInterceptor
 from vase_sgl.gateway.limits.local import LocalUsage
 from vase_sgl.gateway.limits.shared import SharedUsage
 from vase_sgl.gateway.limits.usage import Usage
@@ -129,7 +125,13 @@ class Gateway:
             )
         )
         server = grpc.aio.server(
-            interceptors=[AuthInterceptor(authenticator)],
+            interceptors=[
+                AuthInterceptor(
+                    authenticator,
+                    client_stall_seconds=config.grpc.client_stall_seconds,
+                    max_calls=config.grpc.max_concurrent_calls,
+                )
+            ],
             options=_options(config),
             maximum_concurrent_rpcs=config.grpc.max_concurrent_calls,
         )

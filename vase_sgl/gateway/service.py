@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
-from typing import Any
 
-import grpc
 from google.protobuf.message import Message
 
 from vase_sgl.eviction.params import DEFAULT_WINDOW, reserved_slots
@@ -14,8 +11,9 @@ from vase_sgl.gateway import validation, wire
 from vase_sgl.gateway.admission import Admissions
 from vase_sgl.gateway.audit import AuditStore
 from vase_sgl.gateway.auth import current_tenant
-from vase_sgl.gateway.errors import ClientGone, ClientStalled, InvalidRequest, NotFound, as_status
+from vase_sgl.gateway.errors import InvalidRequest, NotFound, as_status
 from vase_sgl.gateway.generation import Generations
+from vase_sgl.gateway.interceptor import Context, write
 from vase_sgl.gateway.replay import Outcome, Progress, Replays, Verdict
 from vase_sgl.gateway.router import WorkerRouter
 from vase_sgl.gateway.seeds import SeedCheck
@@ -24,8 +22,6 @@ from vase_sgl.gateway.validation import require
 from vase_sgl.gateway.workers import WorkerInfo
 from vase_sgl.rpc.v1 import gateway_pb2 as pb
 from vase_sgl.rpc.v1 import gateway_pb2_grpc
-
-Context = grpc.aio.ServicerContext[Any, Any]
 
 #: Any of these may read the tenant's own records.
 READERS = (Role.GENERATE, Role.REPLAY, Role.AUDIT)
@@ -207,16 +203,7 @@ class GatewayService(gateway_pb2_grpc.VaseGatewayServicer):
         So the gateway holds one message of each stream, and gRPC a few megabytes of a connection.
         Raises `ClientGone`, and `ClientStalled` for a client that does not read for too long.
         """
-        try:
-            async with asyncio.timeout(self._client_stall):
-                await context.write(message)
-        except TimeoutError as error:
-            raise ClientStalled(
-                f"the client did not read for {self._client_stall:g} s; the request was aborted"
-            ) from error
-        except Exception as error:
-            # gRPC raises a private type when the client leaves while a message waits to be sent.
-            raise ClientGone from error
+        await write(context, message, self._client_stall)
 
 
 async def _discard(message: pb.GenerateResponse) -> None:

@@ -264,7 +264,7 @@ def _take_over_access(path: Path, descriptor: int) -> None:
         os.fchown(descriptor, old.st_uid, old.st_gid)
         # Only now: the mode may let a group read, and it must be that group.
         os.fchmod(descriptor, stat.S_IMODE(old.st_mode))
-    except (FileNotFoundError, PermissionError):
+    except OSError:  # not there, not permitted, or an owner that is none in this namespace
         pass
 
 

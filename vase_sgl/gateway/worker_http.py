@@ -265,6 +265,9 @@ def worker_info(answer: Mapping[str, Any]) -> WorkerInfo:
     With data parallelism SGLang reports one state per rank; slots and counters are summed.
     """
     states = [state["vase"] for state in answer["internal_states"]]
+    for state in states:
+        if "not_ready" in state:
+            raise WorkerUnavailable(f"the worker is not ready: {state['not_ready']}")
     first = states[0]
     vocab_size = first.get("vocab_size")
     default = first.get("default")

@@ -48,7 +48,7 @@
 {{- fail "monitoring.serviceMonitor needs gateway.metrics.enabled" -}}
 {{- end -}}
 {{- if and .Values.networkPolicy.enabled (not .Values.networkPolicy.gatewayEgress) (or (eq $g.audit.store "postgresql") $g.redis.urlSecret.name) -}}
-{{- fail "gateways reach neither PostgreSQL nor Redis: name where these run in networkPolicy.gatewayEgress, or set networkPolicy.enabled=false" -}}
+{{- fail "gateways reach neither PostgreSQL nor Redis: name where these run in networkPolicy.gatewayEgress (any rule will do if policies of your own let gateways out), or set networkPolicy.enabled=false" -}}
 {{- end -}}
 {{- if and .Values.canary.enabled .Values.canary.inRotation (or .Values.canary.modelPath .Values.canary.evictionDefault) -}}
 {{- fail "workers in rotation serve one model with one default, for the gateway tokenizes and completes a request before it picks one: set canary.inRotation=false with canary.modelPath or canary.evictionDefault" -}}

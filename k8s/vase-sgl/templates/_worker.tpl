@@ -100,7 +100,7 @@ vase-sgl/track: {{ .track }}
 {{- with .worker.eviction.maxWindow }}
 - --vase-max-window={{ . | int }}
 {{- end }}
-{{- if .worker.inspect.enabled }}
+{{- if (.worker.inspect).enabled }}
 - --vase-inspect-dir=/var/lib/vase-sgl/kept
 {{- end }}
 {{- range .worker.extraArgs }}
@@ -145,8 +145,12 @@ spec:
         {{- if $model.download }}
         - {name: HF_HOME, value: {{ $model.cache.mountPath }}/huggingface}
         {{- else }}
+        {{- $named := list }}
+        {{- range .worker.env }}{{ $named = append $named .name }}{{ end }}
+        {{- if not (or (has "HF_HOME" $named) (has "HF_HUB_CACHE" $named)) }}
         # Where downloads were put; the rest of HF_HOME must be writable.
         - {name: HF_HUB_CACHE, value: {{ $model.cache.mountPath }}/huggingface/hub}
+        {{- end }}
         - {name: HF_HUB_OFFLINE, value: "1"}
         {{- end }}
         {{- with $model.tokenSecret.name }}
@@ -195,7 +199,7 @@ spec:
         - {name: home, mountPath: /home/vase}
         - {name: tmp, mountPath: /tmp}
         - {name: shm, mountPath: /dev/shm}
-        {{- if .worker.inspect.enabled }}
+        {{- if (.worker.inspect).enabled }}
         - {name: kept, mountPath: /var/lib/vase-sgl/kept}
         {{- end }}
         - name: models
@@ -210,9 +214,9 @@ spec:
       emptyDir: {sizeLimit: {{ .worker.scratchSize }}}
     - name: shm
       emptyDir: {medium: Memory, sizeLimit: {{ .worker.shmSize }}}
-    {{- if .worker.inspect.enabled }}
+    {{- if (.worker.inspect).enabled }}
     - name: kept
-      emptyDir: {sizeLimit: {{ .worker.inspect.sizeLimit }}}
+      emptyDir: {sizeLimit: {{ (.worker.inspect).sizeLimit }}}
     {{- end }}
     - name: models
       {{- if eq $model.cache.type "pvc" }}

@@ -2,7 +2,8 @@ r"""Multiple choice. One JSON object a line: `question`, `choices` (2 to 26 text
 
 `answer` is a letter, or a place counted from 0 as in MMLU; `id` is optional. The model puts its
 letter into `\boxed{}`; by the rule of `vase_sgl.eval.answers` the final answer must be one letter,
-alone, in brackets, or followed by the choice's text.
+alone, in brackets, or followed by the choice's text, all of it perhaps within `\text{}` or the
+like. A full stop or blanks at the end of a choice's text do not matter.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ _PROMPT = """\
 {choices}
 
 Reason step by step, and put the letter of the right choice within \\boxed{{}}."""
-_LETTER = re.compile(r"(?:\\text\{)?[\s(*\[]*([A-Za-z])\b[\s)*\]}.:]*(?P<rest>.*)", re.S)
+_STYLE = r"\\(?:text|textbf|mathrm|mathbf)\s*\{"
+_STYLED = re.compile(rf"{_STYLE}(?P<content>.*)\}}", re.S)
+_LETTER = re.compile(rf"(?:{_STYLE})?[\s(*\[]*([A-Za-z])\b(?P<rest>.*)", re.S)
+_SEPARATORS = re.compile(r"[\s)*\]}.:]*")
 
 
 def open_task(spec: TaskSpec) -> ChoiceTask:
@@ -50,15 +54,47 @@ class ChoiceTask:
         answer = final_answer(text)
         if answer is None:
             return Grade(False, None, "no final answer")
-        found = _LETTER.fullmatch(answer)
+        found = _LETTER.fullmatch(_plain(answer))
         letters = string.ascii_uppercase[: int(item.metadata["choices"])]
         letter = found[1].upper() if found else ""
         texts = item.metadata["choice_texts"].split("\x1f")
-        if not found or letter not in letters or found["rest"].strip() not in ("", *texts):
+        if not found or letter not in letters or not _is_any(("", *texts), found["rest"]):
             return Grade(False, None, f"the final answer {answer!r} is not one letter of {letters}")
         if letter == item.answer:
             return Grade(True, letter, "right choice")
         return Grade(False, letter, f"the right choice is {item.answer}")
+
+
+def _is_any(texts: Sequence[str], rest: str) -> bool:
+    """Whether what follows the letter is separators and one of `texts`.
+
+    A text may begin with what separates, such as `.5`.
+    """
+    rest = _plain(rest)
+    return any(
+        rest.endswith(text) and _SEPARATORS.fullmatch(rest.removesuffix(text))
+        for text in map(_plain, texts)
+    )
+
+
+def _plain(text: str) -> str:
+    """Without a style around all of it, blanks at its ends and full stops at its end."""
+    while True:
+        text = text.strip().rstrip(string.whitespace + ".")
+        styled = _STYLED.fullmatch(text)
+        if not styled or not _is_balanced(styled["content"]):
+            return text
+        text = styled["content"]
+
+
+def _is_balanced(text: str) -> bool:
+    """Whether every brace has its counterpart."""
+    depth = 0
+    for character in text:
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if depth < 0:
+            return False
+    return depth == 0
 
 
 def _item(task: str, row: Row) -> Item:

@@ -6,6 +6,7 @@ define `check(candidate)`, as HumanEval's do, it is called with the function.
 
 The model's code is the last fenced block that defines the entry point. If the prompt is itself
 Python with the function's head, as HumanEval's, its imports and helpers come before that block.
+Imports from `__future__` come before everything.
 """
 
 from __future__ import annotations
@@ -32,7 +33,11 @@ _PROMPT = """\
 
 Write the complete Python function `{entry_point}` in one fenced code block that starts with \
 ```python."""
-_FENCE = re.compile(r"^[ \t]*```[ \t]*(?:python|py)?[ \t]*\n(.*?)^[ \t]*```", re.S | re.M | re.I)
+# Blocks in any language: of one that is skipped, the closing fence would be taken for an opening.
+_FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)^[ \t]*```[ \t\r]*$", re.S | re.M)
+_FUTURE = re.compile(
+    r"^from[ \t]+__future__[ \t]+import[ \t]*(?:\([^)]*\)|[^\n;#(]*)[ \t]*;?[ \t]*", re.M
+)
 
 LIMITS = Limits()
 
@@ -81,7 +86,7 @@ class CodeTask:
                 f"print({passed!r})",
             ]
         )
-        execution = run_program(program, LIMITS)
+        execution = run_program(_with_futures_first(program), LIMITS)
         if execution.succeeded and execution.stdout.rstrip("\n").endswith(passed):
             return Grade(True, code, "tests pass")
         if execution.outcome == "timeout":
@@ -121,6 +126,12 @@ def _code(text: str, entry_point: str) -> str | None:
 def _defines(source: str, name: str) -> bool:
     pattern = rf"^(?:(?:async\s+)?def\s+{re.escape(name)}\b|{re.escape(name)}\s*=[^=])"
     return re.search(pattern, source, re.M) is not None
+
+
+def _with_futures_first(program: str) -> str:
+    """The program with its imports from `__future__` at the top, where alone Python takes them."""
+    futures = "".join(f"{statement}\n" for statement in _FUTURE.findall(program))
+    return futures + _FUTURE.sub("", program)
 
 
 def _preamble(prompt: str, entry_point: str) -> str:

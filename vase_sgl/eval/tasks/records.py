@@ -111,7 +111,7 @@ def chosen(items: Sequence[Item], limit: int | None, seed: int) -> list[Item]:
 
 def _jsonl_rows(path: Path) -> list[Row]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise TaskError(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -31,6 +31,8 @@ _PARAMETERS = {
     "steps": IntegerParameter(default=20, low=1, high=5_000),
 }
 _LARGEST = 999
+#: Digits of a number that is read. Longer ones are no values, and the longest make int() raise.
+_MOST_DIGITS = 18
 _BINDING = re.compile(r"([A-Za-z])\s*(?:=|:|\\to)\s*(?:\\text\{)?\s*([-\u2212]?\s*\d+)")
 
 _PROMPT = """\
@@ -124,8 +126,11 @@ def _program(draw: random.Random, variables: int, steps: int) -> tuple[list[str]
     return lines, state
 
 
-def _bindings(text: str) -> dict[str, int]:
-    return {
-        name.lower(): int(value.replace("\u2212", "-").replace(" ", ""))
-        for name, value in _BINDING.findall(text)
-    }
+def _bindings(text: str) -> dict[str, int | None]:
+    return {name.lower(): _value(written) for name, written in _BINDING.findall(text)}
+
+
+def _value(written: str) -> int | None:
+    """The number; None for one that is too long to be a value."""
+    number = re.sub(r"\s", "", written).replace("\u2212", "-")
+    return int(number) if len(number.lstrip("-")) <= _MOST_DIGITS else None

@@ -3,11 +3,17 @@
 One object a line. `entry` is the text that `hash` is the SHA-256 of; `payload` is base64, as
 stored, or null. Per tenant, in this order:
 
-    {"kind": "start", "format": 1, "tenant", "sequence", "hash"}   what the first record follows
+    {"kind": "start", "format": 2, "tenant", "sequence", "hash"}   what the first record follows
     {"kind": "checkpoint", "tenant", "number", "last_sequence", "entry", "hash"}       0 or more
     {"kind": "record", "tenant", "sequence", "record_id", "created_unix_micros", "entry",
      "payload", "hash"}                                                                0 or more
     {"kind": "end", "tenant", "sequence", "hash"}                  where the chain ended then
+
+And as the last line of the file, which shows that it was not cut off between two tenants:
+
+    {"kind": "file-end", "chains"}                                 how many there are
+
+Format 1 is the same without that line.
 """
 
 from __future__ import annotations
@@ -15,7 +21,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing
 from typing import Any, TextIO
 
@@ -27,13 +33,28 @@ from vase_sgl.gateway.audit.errors import AuditError
 from vase_sgl.gateway.audit.reading import checkpoints_of, rows_of
 
 #: Version of this file format.
-FORMAT = 1
+FORMAT = 2
+#: The version whose files do not say where they end.
+_ENDLESS_FORMAT = 1
 
 
 async def lines(
+    connection: AsyncConnection, ends: Mapping[str, tuple[int, str]]
+) -> AsyncGenerator[str, None]:
+    """A file with the chains of these tenants, line by line without newlines.
+
+    `ends` is what `reading.ends` said of them.
+    """
+    for tenant, end in ends.items():
+        async with aclosing(_chain_lines(connection, tenant, end)) as chain:
+            async for line in chain:
+                yield line
+    yield _line("file-end", chains=len(ends))
+
+
+async def _chain_lines(
     connection: AsyncConnection, tenant: str, end: tuple[int, str]
 ) -> AsyncGenerator[str, None]:
-    """The tenant's chain, line by line without newlines; `ends` said that it ends at `end`."""
     yield _line("start", format=FORMAT, tenant=tenant, sequence=0, hash=GENESIS)
     after = 0
     for checkpoint in await checkpoints_of(connection, tenant):
@@ -49,29 +70,80 @@ async def lines(
 def verify_file(file: TextIO) -> Iterator[tuple[str, ChainCheck, Problem | None]]:
     """Each tenant of an export with its check, and the first problem if there is one.
 
-    Reads line by line. Raises `AuditError` for a file that is not an export, or not a whole one.
+    Reads line by line. Raises `AuditError` for a file that is not an export, or not a whole one;
+    one of format 1 that was cut off between two tenants passes for whole.
     """
-    check: ChainCheck | None = None
-    problem: Problem | None = None
-    tenant = ""
+    outline = _Outline()
+    check, problem = ChainCheck(""), None
     for number, text in enumerate(file, start=1):
         line = _parse(text, number)
-        if line["kind"] == "start":
-            if check is not None:
-                raise AuditError(f"line {number}: the chain of {tenant} has no end")
-            if line["format"] != FORMAT:
-                raise AuditError(f"line {number}: unknown export format {line['format']}")
-            tenant = line["tenant"]
-            check, problem = ChainCheck(tenant, line["sequence"], line["hash"]), None
-            continue
-        if check is None:
-            raise AuditError(f"line {number}: a {line['kind']} without a start before it")
-        problem = problem or _check(check, line)
-        if line["kind"] == "end":
-            yield tenant, check, problem
-            check = None
-    if check is not None:
-        raise AuditError(f"the file is cut off: the chain of {tenant} has no end")
+        outline.add(line, number)
+        match line["kind"]:
+            case "start":
+                check = ChainCheck(line["tenant"], line["sequence"], line["hash"])
+                problem = None
+            case "checkpoint" | "record":
+                problem = problem or _check(check, line)
+            case "end":
+                yield outline.tenant, check, problem or _check(check, line)
+    outline.finish()
+
+
+class _Outline:
+    """Checks that the lines of a file come in an order that an export has.
+
+    Methods raise `AuditError` if they do not. tenant: whose chain it is at, or was at last.
+    """
+
+    def __init__(self) -> None:
+        self.tenant = ""
+        self._format: int | None = None
+        self._within_chain = False
+        self._chains = 0
+        self._ended = False
+
+    def add(self, line: dict[str, Any], number: int) -> None:
+        """The next line."""
+        kind = line["kind"]
+        if self._ended:
+            raise AuditError(f"line {number}: a {kind} after the end of the file")
+        if kind in ("start", "file-end"):
+            if self._within_chain:
+                raise AuditError(f"line {number}: the chain of {self.tenant} has no end")
+        elif not self._within_chain:
+            raise AuditError(f"line {number}: a {kind} without a start before it")
+        match kind:
+            case "start":
+                self._start(line, number)
+            case "end":
+                self._within_chain = False
+                self._chains += 1
+            case "file-end":
+                self._end(line["chains"], number)
+
+    def finish(self) -> None:
+        """There are no more lines."""
+        if self._within_chain:
+            raise AuditError(f"the file is cut off: the chain of {self.tenant} has no end")
+        if not self._chains:
+            raise AuditError("the file holds no chain")
+        if not self._ended and self._format != _ENDLESS_FORMAT:
+            raise AuditError("the file is cut off: its last line, a file-end, is not there")
+
+    def _start(self, line: dict[str, Any], number: int) -> None:
+        found = line["format"]
+        if found not in (_ENDLESS_FORMAT, FORMAT):
+            raise AuditError(f"line {number}: unknown export format {found}")
+        if self._format not in (None, found):
+            raise AuditError(f"line {number}: export format {found} after {self._format}")
+        self.tenant, self._format, self._within_chain = line["tenant"], found, True
+
+    def _end(self, chains: int, number: int) -> None:
+        if chains != self._chains:
+            raise AuditError(
+                f"line {number}: the file once held {chains} chains, and {self._chains} are there"
+            )
+        self._ended = True
 
 
 def _check(check: ChainCheck, line: dict[str, Any]) -> Problem | None:
@@ -85,12 +157,13 @@ def _check(check: ChainCheck, line: dict[str, Any]) -> Problem | None:
             return check.end(line["sequence"], line["hash"])
 
 
-_NUMBERS = {"format", "sequence", "number", "last_sequence", "created_unix_micros"}
+_NUMBERS = {"format", "sequence", "number", "last_sequence", "created_unix_micros", "chains"}
 _FIELDS = {
     "start": {"format", "tenant", "sequence", "hash"},
     "checkpoint": set(Checkpoint.__dataclass_fields__),
     "record": set(Row.__dataclass_fields__),
     "end": {"tenant", "sequence", "hash"},
+    "file-end": {"chains"},
 }
 
 

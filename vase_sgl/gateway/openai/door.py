@@ -30,6 +30,7 @@ from vase_sgl.gateway.generation import Generations
 from vase_sgl.gateway.openai import answers
 from vase_sgl.gateway.openai.answers import Answer, Kind
 from vase_sgl.gateway.openai.requests import Call, chat_call, completion_call
+from vase_sgl.gateway.patience import Patience
 from vase_sgl.gateway.router import WorkerRouter
 from vase_sgl.gateway.tenants import Role, Tenant
 from vase_sgl.rpc.v1 import gateway_pb2 as pb
@@ -63,6 +64,7 @@ class OpenAIDoor:
         self._default_max_tokens = default_max_tokens
         self._client_stall = client_stall_seconds
         self._max_concurrent = max_concurrent
+        self._patience = Patience(seconds=client_stall_seconds, max_calls=max_concurrent)
         self._running = 0
         self._draining = False
         app = web.Application(
@@ -100,12 +102,13 @@ class OpenAIDoor:
     # -- the calls -------------------------------------------------------------------------------
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
-        return await self._generate(
-            request, "chat", chat_call(await _json(request), self._default_max_tokens)
-        )
+        content = await self._content(request)
+        return await self._generate(request, "chat", chat_call(content, self._default_max_tokens))
 
     async def _completion(self, request: web.Request) -> web.StreamResponse:
-        return await self._generate(request, "completion", completion_call(await _json(request)))
+        return await self._generate(
+            request, "completion", completion_call(await self._content(request))
+        )
 
     async def _models(self, request: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [_model(n) for n in self._names()]})
@@ -122,8 +125,25 @@ class OpenAIDoor:
             raise NotFound(f"model: {model!r} is not served here; choose {' or '.join(names)}")
         return model
 
+    async def _content(self, request: web.Request) -> object:
+        """What the body of a tenant that may generate says.
+
+        Raises `PermissionDenied`, `InvalidRequest`, and `HTTPRequestTimeout` if it does not come.
+        """
+        tenant = request[_TENANT]
+        require_role(tenant, Role.GENERATE)
+        try:
+            async with self._patience.wait(tenant.name):
+                return await request.json()
+        except TimeoutError as error:
+            raise web.HTTPRequestTimeout(
+                reason="the body did not come; the gateway waits for it for "
+                f"{self._patience.seconds:g} s, and less while many requests send none"
+            ) from error
+        except (ValueError, RecursionError) as error:
+            raise InvalidRequest("the body is not JSON, or is nested too deeply") from error
+
     async def _generate(self, request: web.Request, kind: Kind, call: Call) -> web.StreamResponse:
-        require_role(request[_TENANT], Role.GENERATE)
         self._known(call.model)
         run = _Samples(self, request, kind, call)
         return await (run.streamed() if call.stream else run.whole())
@@ -288,13 +308,6 @@ class _Samples:
             ) from error
         except ConnectionError as error:
             raise ClientGone from error
-
-
-async def _json(request: web.Request) -> object:
-    try:
-        return await request.json()
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest("the body is not JSON, or is nested too deeply") from error
 
 
 def _subject(request: web.Request) -> str | None:

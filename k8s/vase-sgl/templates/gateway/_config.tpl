@@ -51,7 +51,7 @@ variables that carry secrets into it, its health services and its commands.
 {{- with $gateway.defaultEviction -}}
 {{- $_ := set $config "default_eviction" . -}}
 {{- end -}}
-{{- if .Values.worker.inspect.enabled -}}
+{{- if (.Values.worker.inspect).enabled -}}
 {{- $_ := set $config "allow_inspect" true -}}
 {{- end -}}
 {{- if $gateway.metrics.enabled -}}
