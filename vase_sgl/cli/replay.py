@@ -228,7 +228,7 @@ def describe(verdict: Verdict) -> str:
 #: What is said of recorded seeds that could not be derived again. A replay takes those recorded.
 _SEED_CHECKS = {
     "MISMATCH": [
-        "  the recorded seeds are not what the tenant's master secret gives, or not those of the run"
+        "  the recorded seeds are not what the tenant's master secret gives, or not its own"
     ],
     "VERSION_REMOVED": [
         "  the seeds cannot be derived again: their version of the tenant's master secret was "

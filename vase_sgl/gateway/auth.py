@@ -6,7 +6,6 @@ import asyncio
 import collections
 import contextvars
 import dataclasses
-import functools
 import hashlib
 import logging
 import secrets
@@ -252,7 +251,6 @@ def bearer(header: str) -> str:
     return key.strip()
 
 
-@functools.lru_cache(maxsize=1024)
 def _stamp(path: Path) -> _Stamp | None:
     """What changes when the file does; None if it is not there."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -152,5 +153,6 @@ def _credential(context: Context) -> Credential:
     return Credential(key, subject)
 
 
+@functools.lru_cache(maxsize=1024)
 def _subject(pem: bytes) -> str:
     return x509.load_pem_x509_certificate(pem).subject.rfc4514_string()
