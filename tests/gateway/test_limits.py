@@ -275,6 +275,27 @@ async def test_a_dead_gateways_leases_end(redis_url: str, monkeypatch: pytest.Mo
     await other.close()
 
 
+async def test_closing_ends_though_a_renewal_takes_the_cancellation_for_an_error(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Redis's client does now and then."""
+    monkeypatch.setattr(shared, "LEASE_SECONDS", 0.03)
+    usage = await SharedUsage.connect(redis_url, prefix=uuid.uuid4().hex, on_failure="refuse")
+    renewing = asyncio.Event()
+
+    async def renew(**_: object) -> None:
+        renewing.set()
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError as error:
+            raise redis.RedisError from error
+
+    monkeypatch.setattr(usage, "_renew", renew)
+    await usage.enter("t", UsageLimits(None, None, concurrent=1), "a")
+    await renewing.wait()
+    await asyncio.wait_for(usage.close(), 5)
+
+
 async def let_in(usage: SharedUsage, limits: UsageLimits, request_id: str) -> None:
     """Ask until the tenant `t` has room for the request."""
     async with asyncio.timeout(10):

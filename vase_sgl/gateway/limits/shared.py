@@ -118,6 +118,8 @@ class SharedUsage:
         #: Lease ids that Redis may have though nobody holds them, by tenant, and who removes them.
         self._stray: dict[str, set[str]] = {}
         self._removing: set[asyncio.Task[None]] = set()
+        #: Beside cancelling: Redis's client may take a cancellation for an error of its own.
+        self._closing = False
         self._renewing = asyncio.create_task(self._renew_forever(), name="vase-leases")
 
     @classmethod
@@ -181,6 +183,7 @@ class SharedUsage:
                 self._remove(tenant, {request_id})
 
     async def close(self) -> None:
+        self._closing = True
         tasks = (self._renewing, *self._removing)
         for task in tasks:
             task.cancel()
@@ -208,7 +211,7 @@ class SharedUsage:
         return [f"{self._prefix}:{{{tenant}}}:levels", f"{self._prefix}:{{{tenant}}}:leases"]
 
     async def _renew_forever(self) -> None:
-        while True:
+        while not self._closing:
             await asyncio.sleep(LEASE_SECONDS / 3)
             for tenant in list(self._held):
                 await self._renew_leases(tenant)
@@ -237,7 +240,7 @@ class SharedUsage:
     async def _remove_stray(self, tenant: str) -> None:
         stray = self._stray[tenant]
         try:
-            while stray:
+            while stray and not self._closing:
                 removed = list(stray)
                 try:
                     await self._client.zrem(self._keys(tenant)[1], *removed)
