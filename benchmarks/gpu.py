@@ -63,7 +63,7 @@ def stages(model_config: str) -> tuple[Stage, ...]:
         Stage("kernels", ("benchmarks.kernels", "--json", "{output}/kernels.json")),
         Stage(
             "flashinfer",
-            ("benchmarks.kernels", "--flashinfer", "--json", "{output}/flashinfer.json"),
+            ("benchmarks.selection", "--json", "{output}/flashinfer.json"),
         ),
         # On the engine: 200 replays in batches of every size, before anything is timed.
         _benchmark(

@@ -2,7 +2,6 @@
 
     python -m benchmarks.kernels --check [--policies rkv knorm] [--json results.json]
     python -m benchmarks.kernels --check-only [--policies rkv knorm]
-    python -m benchmarks.kernels --flashinfer [--json results.json]
 
 Shapes are Qwen3-14B's: 40 layers, 8 KV heads, groups of 5, head_dim 128, bfloat16, window 64. A
 round is in steady state: budget + window rows become budget rows. `floor` is the time in which
@@ -20,16 +19,12 @@ elements:
     query rows read once         group * window: vase-attnv, snapkv, rkv
     rows moved                   window of K and V, read and written: all
     words                        a key written and read, 4 bytes each, per candidate: all
-
-With --flashinfer, selection alone is compared with `flashinfer.top_k` on the same keys, in one run:
-the victims must be the same columns; ratios are flashinfer's time over ours. It needs a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import itertools
 import json
 import statistics
@@ -45,7 +40,7 @@ from torch import Tensor
 from vase_kernels.evict import POLICIES, PoolView, evict
 from vase_kernels.reference import SCORERS, Candidates, evict_reference, select_victims_batched
 from vase_kernels.requests import LOGICAL_LENGTH, ROUND, SEED, DueRequest, pack, table_fields
-from vase_kernels.scoring import SCORING, Round
+from vase_kernels.scoring import Round
 from vase_kernels.workspace import Maxima, Workspace
 
 from benchmarks.environment import machine_line
@@ -301,42 +296,14 @@ def check(policies: Sequence[str], device: torch.device) -> None:
     print("check: kernels and reference forget the same tokens")
 
 
-def compare_with_flashinfer(shape: Shape, repeats: int, device: torch.device) -> dict[str, Any]:
-    """Selection of the window's victims among budget keys of every layer, head and request.
-
-    Ours leaves the last victim of each row, flashinfer lists the columns of all: what the next
-    step of each needs. `SystemExit` if the victims are not the same columns.
-    """
-    import flashinfer  # type: ignore[import-not-found, unused-ignore]
-
-    r = Case(shape, "random", device).round()
-    SCORING[r.policy](r)
-    rows = shape.requests * shape.layers * shape.kv_heads
-    order = r.workspace.order.view(rows, -1)[:, : shape.budget]
-    keys = (order ^ ((order >> 31) & 0x7FFFFFFF)).view(torch.float32)
-    lowest_first = (-keys).contiguous()
-
-    def theirs(*, deterministic: bool) -> Tensor:
-        tie_break = flashinfer.TopKTieBreak.SMALL if deterministic else flashinfer.TopKTieBreak.NONE
-        columns: Tensor = flashinfer.top_k(
-            lowest_first, shape.window, deterministic=deterministic, tie_break=tie_break
-        )[1]
-        return columns
-
-    r.select(victims=True)
-    # Positions are columns here, so both break ties alike.
-    position = torch.arange(shape.budget, device=device)
-    packed = (order.to(torch.int64) << 32) | position
-    ours = packed <= r.workspace.edges.view(rows, 1)
-    listed = torch.zeros_like(ours).scatter_(1, theirs(deterministic=True).to(torch.int64), True)
-    if not torch.equal(ours, listed):
-        raise SystemExit(f"{shape}: flashinfer.top_k and select_kernel chose different victims")
-    elapsed = seconds(lambda: r.select(victims=True), repeats)
-    out: dict[str, Any] = {**dataclasses.asdict(shape), "select_ms": elapsed * 1e3}
-    for name, deterministic in (("flashinfer_ms", True), ("flashinfer_any_tie_ms", False)):
-        out[name] = seconds(lambda d=deterministic: theirs(deterministic=d), repeats) * 1e3  # type: ignore[misc]
-        out[f"{name[:-3]}_over_select"] = out[name] / out["select_ms"]
-    return out
+def add_shape_options(parser: argparse.ArgumentParser) -> None:
+    """Which cases are measured, how often, and where the results go."""
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--layers", type=int, default=40 if gpu else 1)
+    parser.add_argument("--budgets", type=int, nargs="+", default=[2048, 4096, 8192])
+    parser.add_argument("--requests", type=int, nargs="+", default=[1, 4, 16, 64] if gpu else [1])
+    parser.add_argument("--repeats", type=int, default=30 if gpu else 3)
 
 
 def shapes(args: argparse.Namespace) -> Iterator[Shape]:
@@ -355,35 +322,18 @@ def shapes(args: argparse.Namespace) -> Iterator[Shape]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    gpu = torch.cuda.is_available()
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--check", action="store_true", help="compare results before timing")
     mode.add_argument("--check-only", action="store_true", help="compare results, time nothing")
-    mode.add_argument(
-        "--flashinfer", action="store_true", help="compare selection with flashinfer.top_k"
-    )
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
-    parser.add_argument("--json", type=Path, help="write the results here")
-    parser.add_argument("--layers", type=int, default=40 if gpu else 1)
-    parser.add_argument("--budgets", type=int, nargs="+", default=[2048, 4096, 8192])
-    parser.add_argument("--requests", type=int, nargs="+", default=[1, 4, 16, 64] if gpu else [1])
-    parser.add_argument("--repeats", type=int, default=30 if gpu else 3)
+    add_shape_options(parser)
     args = parser.parse_args()
 
+    gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
     torch.manual_seed(0)
     if args.check_only:
         check(args.policies, device)
-        return
-    if args.flashinfer:
-        require_flashinfer()
-        report = new_report("flashinfer", {"threads": torch.get_num_threads()}) | {"results": []}
-        for shape in shapes(args):
-            row = compare_with_flashinfer(shape, args.repeats, device)
-            numbers = (f"{k} {x:.3g}" for k, x in row.items() if isinstance(x, float))
-            print(f"select      B {row['budget']:5} due {row['requests']:3}", *numbers, flush=True)
-            report["results"].append(row)
-            write(args.json, report)
         return
     if not gpu:
         print("no GPU: times below are the torch reference's on this CPU, not the kernels'")
@@ -401,22 +351,8 @@ def main() -> None:
         print(f"{policy:20} B {shape.budget:5} due {shape.requests:3}", *numbers, flush=True)
 
 
-def require_flashinfer() -> None:
-    """`SystemExit` that says what is missing."""
-    if not torch.cuda.is_available():
-        raise SystemExit(
-            "--flashinfer needs a GPU: flashinfer has no CPU kernels, and on a CPU ours are only "
-            "interpreted; nothing was compared"
-        )
-    if importlib.util.find_spec("flashinfer") is None:
-        raise SystemExit(
-            "--flashinfer needs flashinfer: pip install flashinfer-python==0.7.2, the version that "
-            "SGLang 0.5.23 pins"
-        )
-
-
 def markdown(report: Report) -> str:
-    """The table of a report of either kind; columns that a run has not are left out."""
+    """The table of a report of this or of `benchmarks.selection`, with the columns that it has."""
     columns = {
         "kernels_ms": "kernels ms",
         "reference_ms": "torch reference ms",

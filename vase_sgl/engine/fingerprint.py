@@ -55,6 +55,9 @@ _ARITHMETIC = (
     "enable_quant_communications",
     "rl_on_policy_target",
 )
+_DEFAULTS = {field.name: field.default for field in record_fields(ServerArgs)}
+_SGLANG = version("sglang")
+
 _dummy: Future[str] = Future()
 _dummy.set_result("dummy")
 #: In place of the digest, after weights were updated while serving.
@@ -79,7 +82,7 @@ def fingerprint(scheduler: Any) -> dict[str, str]:
         "model": Path(args.model_path).name,
         "weights_digest": _updated or _digest_of_weights(scheduler.server_args),
         "vase_sgl": __version__,
-        "sglang": version("sglang"),
+        "sglang": _SGLANG,
         "kernels": f"{BudgetPool.of(scheduler.req_to_token_pool).kernels}-5",
         "torch": torch.__version__,
         "dtype": str(runner.dtype).removeprefix("torch."),
@@ -114,9 +117,8 @@ def _arithmetic(given: Any) -> dict[str, str]:
 
     What SGLang makes of defaults follows from its version, the device and the model.
     """
-    defaults = {field.name: field.default for field in record_fields(ServerArgs)}
     values = {name: getattr(given, name) for name in _ARITHMETIC}
-    return {name: str(value) for name, value in values.items() if value != defaults[name]}
+    return {name: str(value) for name, value in values.items() if value != _DEFAULTS[name]}
 
 
 def _digest_of_weights(server_args: Any) -> str:

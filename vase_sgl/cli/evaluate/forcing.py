@@ -17,6 +17,7 @@ from vase_sgl.cli.evaluate.options import (
     parts_of,
 )
 from vase_sgl.cli.evaluate.reporting import write_report
+from vase_sgl.cli.evaluate.resuming import resumable
 from vase_sgl.cli.failures import reported
 
 
@@ -74,12 +75,6 @@ def forced(
             seeds=seeds,
             seed=seed,
         )
-        try:
-            with Progress(total=run.total, left=run.left) as progress:
-                run.execute(progress.add)
-        except KeyboardInterrupt:
-            typer.echo("interrupted; the same command goes on where it was", err=True)
-            raise typer.Exit(130) from None
-        finally:
-            run.close()
+        with resumable(run), Progress(total=run.total, left=run.left) as progress:
+            run.execute(progress.add)
     write_report([output], output, None)

@@ -35,6 +35,7 @@ from vase_sgl.cli.evaluate.options import (
     parts_of,
 )
 from vase_sgl.cli.evaluate.reporting import write_report
+from vase_sgl.cli.evaluate.resuming import resumable
 from vase_sgl.cli.failures import reported
 
 if TYPE_CHECKING:
@@ -224,29 +225,26 @@ def _evaluate(
             seed=seed,
         )
         evaluation = Run(output, configuration, asked)
-        try:
-            with Progress(
+        with (
+            resumable(evaluation),
+            Progress(
                 evaluation.total, len(evaluation.left), warn_of_unopened=not sampling.opens_think
-            ) as progress:
-                asyncio.run(
-                    evaluation.execute(
-                        partial(
-                            connect,
-                            places,
-                            folder=output,
-                            windows=[arm.window or 0 for arm in arms],
-                            dial=dial,
-                            say=progress.say,
-                        ),
-                        concurrency=concurrency,
-                        on_row=progress.add,
-                    )
+            ) as progress,
+        ):
+            asyncio.run(
+                evaluation.execute(
+                    partial(
+                        connect,
+                        places,
+                        folder=output,
+                        windows=[arm.window or 0 for arm in arms],
+                        dial=dial,
+                        say=progress.say,
+                    ),
+                    concurrency=concurrency,
+                    on_row=progress.add,
                 )
-        except KeyboardInterrupt:
-            typer.echo("interrupted; the same command goes on where it was", err=True)
-            raise typer.Exit(130) from None
-        finally:
-            evaluation.close()
+            )
     write_report([output], output, price_per_hour)
 
 
