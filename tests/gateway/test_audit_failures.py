@@ -130,8 +130,9 @@ async def test_a_gateway_that_hangs_does_not_keep_a_chain_locked(
     postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As one that is stopped, or behind a cut network, after it took its turn."""
+    await (await AuditStore.open(postgres_url, migrate=True)).close()  # with all patience
     monkeypatch.setattr(database, "_PATIENCE_SECONDS", 1)
-    store = await AuditStore.open(postgres_url, migrate=True)
+    store = await AuditStore.open(postgres_url)
     hanging = await AuditStore.open(postgres_url)
     await store.append(numbered(1))
     taken, over = asyncio.Event(), asyncio.Event()
