@@ -14,7 +14,7 @@ import aiohttp
 GROUPS = {
     **dict.fromkeys(
         (
-            *("stats_kernel", "weights_kernel", "draw_kernel", "dkv_kernel", "similarity_kernel"),
+            *("lse_kernel", "weights_kernel", "draw_kernel", "dkv_kernel", "similarity_kernel"),
             *("mix_kernel", "ranges_kernel", "norms_kernel", "simple_kernel", "snapkv_kernel"),
         ),
         "eviction: scoring",

@@ -2,7 +2,7 @@
 
 Four kernels, with a selection of the protected between the last two:
 
-    stats, weights  of `attention.py`: how the window's queries attend to each candidate
+    lse, weights    of `attention.py`: how the window's queries attend to each candidate
     ranges          of `scores_rows.py`: per candidate, order of -(max - min of its value row)
     draw            per candidate: log(pooled weight) + Gumbel, +inf where protected
 

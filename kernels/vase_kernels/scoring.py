@@ -6,14 +6,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vase_kernels.attention import stats_kernel, weights_kernel
+from vase_kernels.attention import lse_kernel, weights_kernel
 from vase_kernels.pool import ELEMENTS, PoolView
 from vase_kernels.requests import MAX_PROJECTION
 from vase_kernels.scores_attnv import draw_kernel
@@ -102,6 +102,21 @@ class Round:
         )
 
 
+class AttentionBlocks(NamedTuple):
+    """Queries and columns of a block, and the warps that share one; all spill no register.
+
+    queries : divides `MAX_BLOCK_Q`
+    """
+
+    queries: int
+    columns: int
+    warps: int
+
+    def constants(self) -> dict[str, int]:
+        """As arguments of a launch."""
+        return {"BLOCK_Q": self.queries, "BLOCK": self.columns, "num_warps": self.warps}
+
+
 def common_dtype(keys: torch.dtype, queries: torch.dtype) -> torch.dtype:
     """The type that holds keys and queries exactly."""
     return queries if keys.itemsize == 1 else torch.promote_types(keys, queries)
@@ -123,12 +138,20 @@ def row_block(head_dim: int) -> int:
     return 64 if head_dim <= 64 else 32
 
 
-def attention_blocks(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Queries and columns a block of attention: the largest that spill no register."""
+def attention_blocks(head_dim: int, dtype: torch.dtype) -> tuple[AttentionBlocks, AttentionBlocks]:
+    """Blocks of `lse_kernel` and of `weights_kernel`.
+
+    The block that a program keeps is the large one: the other one passes through L2 as often as
+    there are programs, which is what these kernels wait for beside exponentials.
+    """
     row_bytes = triton.next_power_of_2(head_dim) * dtype.itemsize
-    if row_bytes <= 256:
-        return 64, 64
-    return (32, 32) if dtype.itemsize == 2 else (16, 32)
+    if dtype.itemsize == 4:
+        # Three TF32 products hold both operands in parts.
+        same = AttentionBlocks(64, 64, 4) if row_bytes <= 256 else AttentionBlocks(16, 32, 4)
+        return same, same
+    if row_bytes > 256:
+        return AttentionBlocks(64, 64, 4), AttentionBlocks(64, 64, 4)
+    return AttentionBlocks(128, 64, 8), AttentionBlocks(64, 128, 8)
 
 
 def projection_block(head_dim: int, dtype: torch.dtype) -> int:
@@ -143,8 +166,7 @@ def _attention(r: Round) -> None:
         raise ValueError(f"policy {r.policy} reads the window's queries; got None")
     group = _group(r.queries, pool, most.group, most.window)
     common = common_dtype(pool.dtype, r.queries.dtype)
-    block_q, block_k = attention_blocks(pool.head_dim, common)
-    max_queries = most.window * most.group
+    for_lse, for_weights = attention_blocks(pool.head_dim, common)
     addresses = (pool.k_pointers, r.queries, r.requests, pool.req_to_token)
     context = pool.req_to_token.shape[1]
     ring = (r.queries.shape[1], r.queries.shape[2], pool.head_dim**-0.5)
@@ -153,22 +175,27 @@ def _attention(r: Round) -> None:
         "ELEMENT": ELEMENTS[pool.dtype],
         "DOT": dot_operand(common),
         "GROUP": group,
-        "BLOCK_Q": block_q,
-        "BLOCK": block_k,
         "num_stages": 2,
     }
-    stats_kernel[(triton.cdiv(max_queries, block_q), *r.heads)](
-        scratch.stats, *addresses, context, max_queries, *ring, **constants
+    lse_kernel[(most.queries // for_lse.queries, *r.heads)](
+        scratch.lse,
+        *addresses,
+        context,
+        most.queries,
+        *ring,
+        **constants,
+        **for_lse.constants(),
     )
     weights_kernel[r.split](
         scratch.weights,
-        scratch.stats,
+        scratch.lse,
         *addresses,
         context,
         most.columns,
-        max_queries,
+        most.queries,
         *ring,
         **constants,
+        **for_weights.constants(),
     )
 
 

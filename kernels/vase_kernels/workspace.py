@@ -8,6 +8,9 @@ import math
 import torch
 from torch import Tensor
 
+#: Blocks of queries divide it, and so does a row of `Workspace.lse`: nobody masks a load of one.
+MAX_BLOCK_Q = 128
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Maxima:
@@ -25,11 +28,17 @@ class Maxima:
     window: int = 64
     group: int = 1
 
+    @property
+    def queries(self) -> int:
+        """Length of a row of `lse`: a power of two a query head, up to a whole block."""
+        queries = self.group << (self.window - 1).bit_length()
+        return -(-queries // MAX_BLOCK_Q) * MAX_BLOCK_Q
+
 
 class Workspace:
     """Scratch for `evict`, whose content before a call does not matter.
 
-    Bytes: about (8 * columns + 12 * budget + 8 * window * group) per request, layer and KV head.
+    Bytes: about (8 * columns + 12 * budget + 4 * window * group) per request, layer and KV head.
     One call at a time: calls that share a workspace must be on one stream. With `memory` (uint8,
     at least `bytes_for(...)`) it lies there, and nothing is allocated.
 
@@ -63,7 +72,7 @@ class Workspace:
 
         self.order = empty(*places, maxima.columns, dtype=torch.int32)
         self.weights = empty(*places, maxima.columns, dtype=torch.float32)
-        self.stats = empty(*places, 2, maxima.window * maxima.group, dtype=torch.float32)
+        self.lse = empty(*places, maxima.queries, dtype=torch.float32)
         self.edges = empty(*places, dtype=torch.int64)
         self.holes = empty(*places, maxima.budget, dtype=torch.int64)
         self.sources = empty(*places, maxima.budget, dtype=torch.int32)
