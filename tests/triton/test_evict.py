@@ -211,6 +211,19 @@ def test_nan_and_inf_rows(policy):
     assert_same_bytes(scene, expected)
 
 
+@pytest.mark.parametrize("policy", ["vase-attnv", "snapkv"])
+def test_a_key_that_no_query_attends_to(policy):
+    """Its logits are all -inf and its weight is 0, for a window that is padded too."""
+    scene = make_scene(STEADY, heads=1, group=3, dtype=torch.float16)
+    scene.ring[..., 0] = 1
+    for x in scene.k:
+        x[scene.req_to_token[1, 10].long(), :, 0] = -torch.inf
+    expected = scene.clone()
+    sums = run_kernels(policy, scene, STEADY).round_sums.tolist()
+    assert sums == [int(run_reference(policy, expected, STEADY[0]).round_sums)]
+    assert_same_bytes(scene, expected)
+
+
 def test_infinite_scores_stay_below_sinks():
     """Every candidate but the sinks goes, the one of infinite energy too."""
     requests = [due(0, 24, 8, 4)]
