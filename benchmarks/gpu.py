@@ -85,6 +85,8 @@ def stages(model_config: str) -> tuple[Stage, ...]:
             *("paper", *model, "--outputs", "16384", "--policy", "vase-dkv"),
             *("--budgets", "2048", "4096", "6144"),
         ),
+        # Last: it changes nothing by itself.
+        Stage("tuning", ("benchmarks.tuning", "--json", "{output}/tuning.json")),
     )
 
 

@@ -3,6 +3,8 @@
     python -m benchmarks.kernels --check [--policies rkv knorm] [--json results.json]
     python -m benchmarks.kernels --check-only [--policies rkv knorm]
 
+(`python benchmarks/kernels.py` is the same.)
+
 Shapes are Qwen3-14B's: 40 layers, 8 KV heads, groups of 5, head_dim 128, bfloat16, window 64. A
 round is in steady state: budget + window rows become budget rows. `floor` is the time in which
 the bytes that must move could be copied at the copy bandwidth measured on this device; the share
@@ -19,6 +21,9 @@ elements:
     query rows read once         group * window: vase-attnv, snapkv, rkv
     rows moved                   window of K and V, read and written: all
     words                        a key written and read, 4 bytes each, per candidate: all
+
+Bytes are not all: what the kernels ask of the tensor cores is counted too
+(`Shape.tensor_operations`), and set against a large matrix product on this device.
 """
 
 from __future__ import annotations
@@ -39,13 +44,24 @@ import triton  # type: ignore[import-untyped]
 from torch import Tensor
 from vase_kernels.evict import POLICIES, PoolView, evict
 from vase_kernels.reference import SCORERS, Candidates, evict_reference, select_victims_batched
-from vase_kernels.requests import LOGICAL_LENGTH, ROUND, SEED, DueRequest, pack, table_fields
+from vase_kernels.requests import (
+    LOGICAL_LENGTH,
+    MAX_PROJECTION,
+    ROUND,
+    SEED,
+    DueRequest,
+    pack,
+    table_fields,
+)
 from vase_kernels.scoring import Round
 from vase_kernels.workspace import Maxima, Workspace
 
+from vase_sgl.eviction import POLICIES as POLICY_CLASSES
+
+if not __package__:  # run as a file: what is imported lies beside its folder, not in it
+    sys.path[0] = str(Path(__file__).parents[1])
 from benchmarks.environment import machine_line
 from benchmarks.results import Report, new_report, number, table
-from vase_sgl.eviction import POLICIES as POLICY_CLASSES
 
 #: The interpreter counts as a device for the kernels, to try this file on tiny shapes.
 RUNS_KERNELS = torch.cuda.is_available() or triton.knobs.runtime.interpret
@@ -68,9 +84,13 @@ class Shape:
         return self.budget + self.window
 
     @property
+    def places(self) -> int:
+        """Requests times layers times KV heads."""
+        return self.requests * self.layers * self.kv_heads
+
+    @property
     def pool_bytes(self) -> int:
-        rows = self.requests * self.columns * self.layers * self.kv_heads
-        return 2 * rows * self.head_dim * 2
+        return 2 * self.places * self.columns * self.head_dim * 2
 
     def floor_bytes(self, policy: str) -> int:
         """Bytes that a round of all requests must move, as the head of this file counts them."""
@@ -79,8 +99,20 @@ class Shape:
         queries = reads.reads_queries * self.group * self.window * row
         moved = 4 * self.window * row
         words = 8 * self.budget
-        places = self.requests * self.layers * self.kv_heads
-        return places * (candidates + queries + moved + words)
+        return self.places * (candidates + queries + moved + words)
+
+    def tensor_operations(self, policy: str) -> int:
+        """Multiplications and additions of the kernels' matrix products in a round of bfloat16."""
+        if SCORERS[policy].reads_queries:  # once for the sums, once for the weights
+            return self.places * 4 * self.budget * self.group * self.window * self.head_dim
+        if policy in ("vase-dkv", "curdkv"):  # K and V by each of the three parts of G
+            return self.places * 12 * self.budget * self.head_dim * MAX_PROJECTION
+        return 0
+
+    def exponentials(self, policy: str) -> int:
+        """Of the kernels' softmax in a round, both passes."""
+        reads = SCORERS[policy].reads_queries
+        return self.places * 2 * reads * self.budget * self.group * self.window
 
 
 class Case:
@@ -258,7 +290,16 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * source.numel() / seconds(lambda: target.copy_(source), 10)
 
 
-def measure(case: Case, repeats: int, bandwidth: float) -> dict[str, Any]:
+def tensor_rate(device: torch.device) -> float:
+    """Multiplications and additions per second of a large bfloat16 product."""
+    size = 8192
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / seconds(lambda: a @ b, 10)
+
+
+def measure(
+    case: Case, repeats: int, bandwidth: float, operations_per_second: float | None = None
+) -> dict[str, Any]:
     shape, policy = case.shape, case.policy
     floor = shape.floor_bytes(policy)
     out: dict[str, Any] = {
@@ -267,6 +308,8 @@ def measure(case: Case, repeats: int, bandwidth: float) -> dict[str, Any]:
         "floor_bytes": floor,
         "floor_ms": floor / bandwidth * 1e3,
     }
+    if operations_per_second and (operations := shape.tensor_operations(policy)):
+        out["tensor_floor_ms"] = operations / operations_per_second * 1e3
     if RUNS_KERNELS:
         elapsed = kernels_seconds(case, repeats)
         out["kernels_ms"] = elapsed * 1e3
@@ -341,10 +384,15 @@ def main() -> None:
         check(args.policies, device)
     bandwidth = copy_bandwidth(device)
     print(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s")
+    operations = tensor_rate(device) if gpu else None
     report = new_report("kernels", {"threads": torch.get_num_threads()})
-    report |= {"copy_bytes_per_s": bandwidth, "results": []}
+    report |= {
+        "copy_bytes_per_s": bandwidth,
+        "tensor_operations_per_s": operations,
+        "results": [],
+    }
     for policy, shape in itertools.product(args.policies, list(shapes(args))):
-        row = measure(Case(shape, policy, device), args.repeats, bandwidth)
+        row = measure(Case(shape, policy, device), args.repeats, bandwidth, operations)
         report["results"].append(row)
         write(args.json, report)
         numbers = (f"{k} {x:.3g}" for k, x in row.items() if isinstance(x, float))
@@ -358,6 +406,7 @@ def markdown(report: Report) -> str:
         "reference_ms": "torch reference ms",
         "gather_all_ms": "gather all ms",
         "floor_ms": "floor ms",
+        "tensor_floor_ms": "tensor cores alone, ms",
         "share_of_floor": "share of copy bandwidth",
         "select_ms": "select ms",
         "flashinfer_over_select": "flashinfer over select",

@@ -5,7 +5,7 @@
 
 Rewritten is what lies between `<!-- results: NAME -->` and `<!-- end -->`: the table and plot of
 benchmarks/results/NAME.json, or that it has not been measured and how to. `goals` is made
-from several results, `floors` and `value_range` from model shapes.
+from several results, `floors`, `round_floors` and `value_range` from model shapes.
 """
 
 from __future__ import annotations
@@ -41,12 +41,15 @@ COMMANDS = {
         f"gpu/{name}": f"python -m benchmarks.gpu --only {name}"
         for name in (
             *("kernels", "flashinfer", "determinism", "overhead", "serving", "saturation"),
-            *("paper_16384", "paper_32768", "paper_dkv"),
+            *("paper_16384", "paper_32768", "paper_dkv", "tuning"),
         )
     },
 }
 #: Peak of an H100 SXM by its data sheet; the benchmark measures the device's own.
 _H100_BYTES_PER_SECOND = 3.35e12
+_H100_TENSOR_OPERATIONS_PER_SECOND = 989e12
+#: 16 a clock and multiprocessor, by CUDA's programming guide, at the clock of the line above.
+_H100_EXPONENTIALS_PER_SECOND = 16 * 132 * 1.83e9
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,6 +78,8 @@ def block(name: str, folder: Path) -> str:
         return goals(folder)
     if name == "floors":
         return floors()
+    if name == "round_floors":
+        return round_floors()
     if name == "value_range":
         return value_range()
     if name not in COMMANDS:
@@ -101,6 +106,10 @@ def _markdown(report: Report) -> str:
         from benchmarks import kernels  # imports Triton
 
         return kernels.markdown(report)
+    if report["benchmark"] == "tuning":
+        from benchmarks import tuning  # likewise
+
+        return tuning.markdown(report)
     return _MARKDOWN[report["benchmark"]](report)
 
 
@@ -174,6 +183,45 @@ def floors() -> str:
             )
         )
     head = ("Qwen3-14B, batch 16", "weights GB", "K and V GB", "floor ms a step", "tokens/s at it")
+    return table(head, rows)
+
+
+def round_floors() -> str:
+    """What a round of each policy asks of an H100, by its data sheet."""
+    from vase_kernels.evict import POLICIES  # imports Triton
+
+    from benchmarks import kernels
+
+    model, batch, window, budget = SHAPES["qwen3-14b"], 64, 64, 2048
+    shape = kernels.Shape(
+        layers=model.layers,
+        kv_heads=model.kv_heads,
+        group=model.heads // model.kv_heads,
+        head_dim=model.head_dim,
+        window=window,
+        budget=budget,
+        requests=batch,
+    )
+    steps = window * model.floor_seconds(batch, budget + window / 2, _H100_BYTES_PER_SECOND)
+    rows = []
+    for policy in POLICIES:
+        parts = (
+            shape.floor_bytes(policy) / _H100_BYTES_PER_SECOND,
+            shape.tensor_operations(policy) / _H100_TENSOR_OPERATIONS_PER_SECOND,
+            shape.exponentials(policy) / _H100_EXPONENTIALS_PER_SECOND,
+        )
+        rows.append(
+            (
+                policy,
+                *(number(1e3 * part) if part else "" for part in parts),
+                f"{number(100 * max(parts) / steps)} to {number(100 * sum(parts) / steps)} %",
+            )
+        )
+    head = (
+        f"Qwen3-14B, budget {budget:,}, {batch} requests due",
+        *("bytes, ms", "tensor cores, ms", "exponentials, ms"),
+        f"of {window} decode steps",
+    )
     return table(head, rows)
 
 

@@ -27,8 +27,9 @@ from vase_kernels.workspace import Workspace
 
 #: Programs that share the columns or pairs of one head. No result depends on it.
 SPLIT = 4
-#: The same where a program first draws its Gaussian.
-_SPLIT_DKV = 2
+#: The same where a program first draws its Gaussian, and its warps.
+SPLIT_DKV = 2
+WARPS_DKV = 8
 #: Columns a block of the kernels that read no rows.
 BLOCK_COLUMNS = 1024
 
@@ -103,7 +104,7 @@ class Round:
 
 
 class AttentionBlocks(NamedTuple):
-    """Queries and columns of a block, and the warps that share one; all spill no register.
+    """Queries and columns of a block, the warps that share one, and blocks on their way.
 
     queries : divides `MAX_BLOCK_Q`
     """
@@ -111,10 +112,16 @@ class AttentionBlocks(NamedTuple):
     queries: int
     columns: int
     warps: int
+    stages: int = 2
 
     def constants(self) -> dict[str, int]:
         """As arguments of a launch."""
-        return {"BLOCK_Q": self.queries, "BLOCK": self.columns, "num_warps": self.warps}
+        return {
+            "BLOCK_Q": self.queries,
+            "BLOCK": self.columns,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
 
 
 def common_dtype(keys: torch.dtype, queries: torch.dtype) -> torch.dtype:
@@ -175,7 +182,6 @@ def _attention(r: Round) -> None:
         "ELEMENT": ELEMENTS[pool.dtype],
         "DOT": dot_operand(common),
         "GROUP": group,
-        "num_stages": 2,
     }
     lse_kernel[(most.queries // for_lse.queries, *r.heads)](
         scratch.lse,
@@ -230,7 +236,7 @@ def _vase_attnv(r: Round) -> None:
 
 def _dkv(r: Round, *, fixed: bool) -> None:
     part = part_dtype(r.pool.dtype)
-    dkv_kernel[(_SPLIT_DKV, *r.heads)](
+    dkv_kernel[(SPLIT_DKV, *r.heads)](
         r.workspace.order,
         r.pool.k_pointers,
         r.pool.v_pointers,
@@ -244,7 +250,7 @@ def _dkv(r: Round, *, fixed: bool) -> None:
         FIXED=fixed,
         BLOCK=projection_block(r.pool.head_dim, part),
         num_stages=2,
-        num_warps=8,
+        num_warps=WARPS_DKV,
         **r.rows,
     )
 

@@ -7,15 +7,18 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
-from benchmarks import kernels, overhead
+from benchmarks import kernels, overhead, tuning
 from benchmarks.environment import ROOT
 from benchmarks.kernels import Case, Shape
 
 CPU = torch.device("cpu")
+BF16 = torch.bfloat16
 TINY = Shape(layers=1, kv_heads=1, group=2, head_dim=16, window=8, budget=32, requests=2)
 
 
@@ -56,6 +59,71 @@ def test_kernels_and_reference_agree_over_several_rounds() -> None:
         "    assert torch.equal(step(), expected())\n"
         "    assert torch.equal(case.positions, other.positions)\n"
     )
+
+
+def test_every_choice_of_block_shapes_is_a_round() -> None:
+    """Choices take the place of what the kernels are launched with, and only while measured."""
+    said = _interpreted(
+        "import json, torch\n"
+        "from unittest import mock\n"
+        "from vase_kernels import scoring\n"
+        "from benchmarks.kernels import Case, Shape\n"
+        "from benchmarks.tuning import POLICIES, choices, measure\n"
+        f"shape, before = {TINY!r}, dict(vars(scoring))\n"
+        "rows = []\n"
+        "for policy in POLICIES:\n"
+        "    case = Case(shape, policy, torch.device('cpu'))\n"
+        "    for choice in choices(policy, shape):\n"
+        "        rows.append(measure(case, choice, 1, turns=1))\n"
+        "assert dict(vars(scoring)) == before\n"
+        "print(json.dumps(rows))\n"
+    )
+    rows = json.loads(said)
+    assert all(row["ratio"] > 0 for row in rows)
+    names = {(row["policy"], row["choice"]) for row in rows}
+    assert len(names) == len(rows)
+    assert {("vase-attnv", "SPLIT 1"), ("vase-dkv", "WARPS_DKV 4"), ("knorm", "SPLIT 8")} <= names
+
+
+def test_a_choice_reaches_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, launched = Case(TINY, "vase-dkv", CPU), []
+
+    def seconds(case: Case, repeats: int) -> float:
+        launched.append((tuning.scoring.WARPS_DKV, tuning.scoring.projection_block(16, BF16)))
+        return float(len(launched))
+
+    monkeypatch.setattr(tuning, "kernels_seconds", seconds)
+    for choice in tuning.choices("vase-dkv", TINY):
+        if choice.name in ("WARPS_DKV 4", "projection_block 32"):
+            tuning.measure(case, choice, 1, turns=1)
+    assert launched == [(8, 64), (4, 64), (8, 64), (8, 32)]
+
+
+def test_a_choice_that_does_not_fit_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(case: Case, repeats: int) -> float:
+        raise OutOfResources(262144, 232448, "shared memory")
+
+    monkeypatch.setattr(tuning, "kernels_seconds", too_large)
+    row = tuning.measure(Case(TINY, "knorm", CPU), tuning.Choice("SPLIT 8", {"SPLIT": 8}), 1)
+    assert "shared memory" in row["refused"] and "ratio" not in row
+
+
+def test_what_a_round_asks_of_the_tensor_cores() -> None:
+    queries = TINY.group * TINY.window
+    assert TINY.tensor_operations("snapkv") == 2 * 2 * (2 * TINY.budget * queries * TINY.head_dim)
+    assert TINY.exponentials("snapkv") == 2 * 2 * TINY.budget * queries
+    assert TINY.tensor_operations("vase-dkv") == 2 * 2 * 3 * (2 * TINY.budget * TINY.head_dim * 32)
+    assert TINY.tensor_operations("random") == TINY.exponentials("vase-dkv") == 0
+
+
+def test_it_runs_as_a_file_from_anywhere(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "kernels.py", "--help"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0 and "--check-only" in run.stdout
 
 
 def test_no_token_is_there_twice() -> None:

@@ -23,6 +23,7 @@ from benchmarks import (
     serving,
     tables,
     traces,
+    tuning,
 )
 from benchmarks.model_configs import SHAPES
 from benchmarks.options import Model
@@ -239,6 +240,14 @@ def test_kernels_are_told_with_their_floor() -> None:
     page = kernels.markdown(report)
     assert page.startswith("Copy bandwidth 3000 GB/s.")
     assert page.splitlines()[-1] == "| random | 40 | 2,048 | 4 | 2 | 1 |"
+
+
+def test_block_shapes_are_told_where_they_are_faster() -> None:
+    row = {"policy": "random", "budget": 2048, "requests": 16, "choice": "SPLIT 2"}
+    slower = _report("tuning", results=[row | {"ratio": 0.99}, row | {"refused": "too large"}])
+    assert tuning.markdown(slower).startswith("None of 2 choices is 2 % faster")
+    page = tuning.markdown(_report("tuning", results=[*slower["results"], row | {"ratio": 0.9}]))
+    assert page.splitlines()[-1] == "| random | 2,048 | 16 | SPLIT 2 | 0.9 |"
 
 
 def test_kernels_of_a_trace_are_summed_by_purpose(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def attention(
     return compiled(
         kernel,
         f"*{ELEMENTS[queries]}",
-        {"num_stages": 2, "num_warps": blocks.warps},
+        {"num_stages": blocks.stages, "num_warps": blocks.warps},
         **rows(dtype, head_dim),
         GROUP=5,
         BLOCK_Q=blocks.queries,
@@ -170,7 +170,7 @@ def test_kernels_that_read_rows(name, head_dim, tmp_path):
     for fixed in {name == "bf16", False}:  # it changes one scalar
         binary = compiled(
             dkv_kernel,
-            options={"num_warps": 8, "num_stages": 2},
+            options={"num_warps": scoring.WARPS_DKV, "num_stages": 2},
             **dkv(dtype, head_dim, fixed),
         )
         check(binary, tmp_path, max_stack=256 if widest else 0)
