@@ -1,7 +1,7 @@
 """The locustfile: a gateway under load. `python -m loadtest --help` lists the options.
 
-Exit status: 0; 1 a call failed (without --slo) or the report is not complete; 2 a bad option or no
-gateway; 3 a threshold of --slo was missed.
+Exit status: 0; 1 a call failed or none was completed (without --slo), or the report is not
+complete; 2 a bad option or no gateway; 3 a threshold of --slo was missed.
 """
 
 from __future__ import annotations
@@ -98,6 +98,9 @@ class Test:
             missed = not all(check.passed for check in checks)
             result["slo"] = {"passed": not missed, "checks": [str(check) for check in checks]}
             environment.process_exit_code = 3 if missed else 1 if problems else 0
+        elif not result["all"]["completed"]:
+            logger.error("no call was completed")
+            environment.process_exit_code = 1
         elif problems:
             environment.process_exit_code = 1
         if environment.parsed_options.result:

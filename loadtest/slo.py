@@ -50,6 +50,7 @@ class Objectives(_Section):
     completed: Range | None = None
     failed: Range | None = None
     rejected: Range | None = None
+    unfinished: Range | None = None
     failure_ratio: Range | None = None
     rejection_ratio: Range | None = None
     completed_per_second: Range | None = None

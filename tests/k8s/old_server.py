@@ -20,11 +20,13 @@ OLDER = {
 
 
 def bridge(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Change `manifest` in place: older API versions, TCP probes instead of native gRPC ones."""
+    """Change `manifest` in place: older API versions, TCP probes instead of native gRPC ones, and
+    no grace period of a probe's own."""
     manifest["apiVersion"] = OLDER.get(manifest["kind"], manifest["apiVersion"])
     template = manifest.get("spec", {}).get("template", {})
     for container in template.get("spec", {}).get("containers", []):
         for name in ("startupProbe", "readinessProbe", "livenessProbe"):
+            container.get(name, {}).pop("terminationGracePeriodSeconds", None)
             grpc = container.get(name, {}).pop("grpc", None)
             if grpc is not None:
                 container[name]["tcpSocket"] = {"port": grpc["port"]}

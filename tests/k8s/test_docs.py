@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from fnmatch import fnmatch
+from urllib.parse import urlsplit
 
 import pytest
+import yaml
 
-from tests.k8s.chart import CHART, ROOT, tool
+from tests.k8s.chart import CHART, NAMESPACE, RELEASE, ROOT, render, tool
+from tests.k8s.manifests import check
 from tests.k8s.test_monitoring import ALERTS
 
 TEXT = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
@@ -31,6 +35,26 @@ def test_value_exists(name: str) -> None:
 
 def test_every_alert_has_advice() -> None:
     assert set(re.findall(r"`(Vase[A-Za-z]+)`", TEXT)) == ALERTS
+
+
+def test_the_example_certificate_names_the_workers_that_gateways_call() -> None:
+    (example,) = (
+        yaml.safe_load(block)
+        for block in re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
+        if "kind: Certificate" in block
+    )
+    check(example | {"metadata": example["metadata"] | {"labels": {}}})
+    secret = example["spec"]["secretName"]
+    assert f"--set worker.tls.existingSecret={secret} " in TEXT
+    names = [
+        name.replace(".vase-sgl-", f".{RELEASE}-vase-sgl-").replace(".llm.", f".{NAMESPACE}.")
+        for name in example["spec"]["dnsNames"]
+    ]
+    values = {"worker.tls.existingSecret": secret, "gateway.workerDiscovery": "list"}
+    urls = render({**values, "canary.enabled": True}).gateway_config()["worker"]["urls"]
+    assert len(urls) == 2
+    for host in (urlsplit(url).hostname or "" for url in urls):
+        assert any(fnmatch(host, name) for name in names), host
 
 
 def test_every_profile_is_listed() -> None:

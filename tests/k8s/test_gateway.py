@@ -66,10 +66,24 @@ def test_draining_fits_into_the_grace_period() -> None:
     assert rendered.gateway_config()["drain_seconds"] == 120
 
 
+def test_gateways_that_are_scaled_let_answers_run_as_long_as_workers_do() -> None:
+    rendered = render(profile="multi-tenant")
+    drain = rendered.gateway_config()["drain_seconds"]
+    # What a worker has beside: its hook, and half a minute to end.
+    assert drain + 60 > rendered.worker_pod()["terminationGracePeriodSeconds"]
+    assert rendered.gateway_pod()["terminationGracePeriodSeconds"] > drain
+
+
 def test_one_sqlite_file_has_one_writer() -> None:
     assert render().one("Deployment")["spec"]["strategy"] == {"type": "Recreate"}
     strategy = render(POSTGRESQL).one("Deployment")["spec"]["strategy"]
     assert strategy["rollingUpdate"] == {"maxUnavailable": 0, "maxSurge": 1}
+
+
+def test_a_rollout_may_take_as_long_as_a_worker_loads() -> None:
+    """A gateway is ready when a worker is; after ten minutes Kubernetes calls a rollout failed."""
+    deployment = render({"worker.startup.timeoutSeconds": 3000}).one("Deployment")
+    assert deployment["spec"]["progressDeadlineSeconds"] > 3000
 
 
 def test_records_outlive_the_release() -> None:
@@ -194,6 +208,17 @@ def test_service_leads_to_the_pods() -> None:
     assert {
         p["targetPort"] for p in rendered.one("Service", "-gateway-metrics")["spec"]["ports"]
     } == {"metrics"}
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_service_says_what_its_ports_speak(tls: bool) -> None:
+    values = {"gateway.http.enabled": True, "gateway.tls.enabled": tls}
+    rendered = render({**values, "gateway.tls.existingSecret": "tls"})
+    ports = rendered.one("Service", "-gateway")["spec"]["ports"]
+    spoken = {port["name"]: port["appProtocol"] for port in ports}
+    assert spoken == (
+        {"grpc": "https", "http": "https"} if tls else {"grpc": "grpc", "http": "http"}
+    )
 
 
 @pytest.mark.parametrize("door", ["http", "metrics"])

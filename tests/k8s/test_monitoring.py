@@ -75,10 +75,10 @@ def queries() -> list[tuple[str, str]]:
     return found + [(t["name"], t["metadata"]["query"]) for t in triggers]
 
 
-def selectors(expression: Any) -> Iterator[tuple[Any, bool]]:
-    """Every series selector below an expression, and whether it is a range."""
+def selectors(expression: Any, counts: bool = True) -> Iterator[tuple[Any, bool]]:
+    """Every series selector below an expression, and whether it has to be of a counter."""
     if isinstance(expression, promql_parser.MatrixSelector):
-        yield expression.vector_selector, True
+        yield expression.vector_selector, counts
     elif isinstance(expression, promql_parser.VectorSelector):
         yield expression, False
     else:
@@ -87,17 +87,17 @@ def selectors(expression: Any) -> Iterator[tuple[Any, bool]]:
             if child is not None:
                 yield from selectors(child)
         for child in getattr(expression, "args", None) or ():
-            yield from selectors(child)
+            yield from selectors(child, counts=not expression.func.name.endswith("_over_time"))
 
 
 @pytest.mark.parametrize(("name", "query"), queries(), ids=lambda v: str(v)[:40])
 def test_query_is_promql_over_metrics_that_exist(name: str, query: str) -> None:
     found = list(selectors(promql_parser.parse(query)))
     assert found or query == "vector(0)"
-    for selector, ranged in found:
+    for selector, counts in found:
         kind = metrics.series().get(selector.name)
         assert kind is not None, f"{name}: no metric {selector.name}"
-        if ranged:
+        if counts:
             assert kind in ("Counter", "Histogram"), f"{name}: rate of the gauge {selector.name}"
 
 

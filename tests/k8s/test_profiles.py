@@ -48,6 +48,11 @@ VARIANTS: dict[str, Values] = {
         "monitoring.rules.enabled": True,
         "monitoring.dashboard.enabled": True,
     },
+    "worker-tls": {
+        "worker.tls.existingSecret": "worker-tls",
+        "gateway.workerDiscovery": "list",
+        "monitoring.podMonitor.enabled": True,
+    },
     "closed": {"networkPolicy.clients": [], "helmTest.enabled": False},
     "pull-secret-and-labels": {
         "imagePullSecrets": ["pull"],
@@ -56,6 +61,8 @@ VARIANTS: dict[str, Values] = {
         "worker.runtimeClassName": "nvidia",
         "worker.priorityClassName": "high",
         "worker.env": [{"name": "NCCL_DEBUG", "value": "INFO"}],
+        "worker.volumes": [{"name": "ca", "configMap": {"name": "ca"}}],
+        "worker.volumeMounts": [{"name": "ca", "mountPath": "/etc/ca"}],
         "worker.affinity": {"nodeAffinity": {}},
         "gateway.podAnnotations": {"a": "b"},
         "gateway.env": [{"name": "OTEL_SERVICE_NAME", "value": "vase"}],
@@ -84,6 +91,15 @@ def test_profile_fits_kubernetes(profile: str, version: str) -> None:
 def test_variant_fits_kubernetes(variant: str) -> None:
     for manifest in render(VARIANTS[variant]).manifests:
         check(manifest)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_pods_run_on_nodes_without_zones(profile: str) -> None:
+    """As those of most clusters of one's own: a node without the label fits no such constraint."""
+    for name, pod in render(profile=profile).pods():
+        for spread in pod.get("topologySpreadConstraints", []):
+            needed = spread["whenUnsatisfiable"] == "DoNotSchedule"
+            assert not needed or spread["topologyKey"] == "kubernetes.io/hostname", name
 
 
 def test_every_custom_kind_is_checked() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ import pytest
 import yaml
 
 from tests.k8s.chart import CHART, RenderError, Values, render, tool
+from vase_sgl.eviction import EvictionParams
+from vase_sgl.eviction.policies import POLICIES
 
 SCHEMA = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
 DEFAULTS = yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
@@ -81,7 +84,19 @@ def test_unknown_key_is_refused_everywhere() -> None:
     assert sorted(named) == sorted(path.rstrip(".") or "(root)" for path in CLOSED)
 
 
+def test_every_field_of_an_eviction_policy_can_be_set() -> None:
+    fields = {
+        f.name
+        for policy in (EvictionParams, *POLICIES.values())
+        for f in dataclasses.fields(policy)
+    }
+    per_request = {"seed", "inspect"}
+    assert set(SCHEMA["definitions"]["eviction"]["properties"]) == fields - per_request
+
+
 WRONG: list[tuple[Values, str]] = [
+    ({"commonLabels": {"app.kubernetes.io/component": "x"}}, "app.kubernetes.io/component"),
+    ({"commonLabels": {"vase-sgl/track": "x"}}, "vase-sgl/track"),
     ({"worker.replicas": "two"}, "replicas"),
     ({"worker.replicas": -1}, "replicas"),
     ({"worker.port": 99999}, "port"),
@@ -154,6 +169,16 @@ IMPOSSIBLE: list[tuple[Values, str]] = [
         "model.download=false",
     ),
     ({"worker.multiNode.enabled": True, "worker.tensorParallelSize": 3}, "multiple of"),
+    ({"worker.tls.existingSecret": "tls"}, "gateway.workerDiscovery=list"),
+    (
+        {
+            "worker.tls.existingSecret": "tls",
+            "gateway.workerDiscovery": "list",
+            "worker.multiNode.enabled": True,
+            "worker.tensorParallelSize": 16,
+        },
+        "probes in clear text",
+    ),
     (
         {
             "worker.multiNode.enabled": True,

@@ -51,6 +51,11 @@ def test_keda_scales_on_reserved_slots_and_queue_time() -> None:
         assert "authenticationRef" not in trigger
 
 
+def test_keda_takes_no_worker_away_when_none_is_scraped() -> None:
+    """KEDA takes an empty answer for 0 unless it is told that it is an error."""
+    assert triggers(render(KEDA))["reserved-slots"]["metadata"]["ignoreNullValues"] == "false"
+
+
 def test_keda_counts_workers_that_it_scales_and_the_gateways_queue() -> None:
     """Canaries are not scaled; and SGLang's own queue is empty, for gateways hold requests back."""
     found = triggers(render(KEDA))

@@ -7,10 +7,11 @@ import json
 import re
 from pathlib import Path
 from typing import ClassVar
+from urllib.parse import urlsplit
 
 import pytest
 
-from tests.k8s.chart import Rendered, Values, render
+from tests.k8s.chart import POSTGRESQL, Rendered, Values, render
 from vase_sgl.engine.config import EngineConfig
 from vase_sgl.engine.server import complete_argv, value_of
 
@@ -63,8 +64,9 @@ def test_every_flag_is_one_of_sglang_or_the_worker() -> None:
         },
         profile="h100",
     )
-    flags = {re.split("=", argument)[0] for argument in arguments(rendered)}
-    assert len(flags) >= 16
+    given = (*arguments(rendered), *arguments(render(TestTls.VALUES)))
+    flags = {re.split("=", argument)[0] for argument in given}
+    assert len(flags) >= 18
     sglang = importlib.util.find_spec("sglang")  # not imported: that takes seconds
     assert sglang is not None and sglang.origin is not None
     fields = Path(sglang.origin).parent / "srt" / "arg_groups" / "fields"
@@ -201,6 +203,79 @@ def test_gateways_know_the_key_of_the_workers() -> None:
         assert reference["name"] not in {e["name"] for e in container["env"]}
 
 
+class TestTls:
+    VALUES: ClassVar[Values] = {
+        "worker.tls.existingSecret": "worker-tls",
+        "gateway.workerDiscovery": "list",
+        "canary.enabled": True,
+    }
+
+    def test_workers_show_the_secrets_certificate(self) -> None:
+        rendered = render(self.VALUES)
+        for name in ("-worker", "-worker-canary"):
+            worker, pod = rendered.worker(name), rendered.worker_pod(name)
+            files = dict(a.split("=", 1) for a in worker["args"] if a.startswith("--ssl-"))
+            assert set(files) == {"--ssl-certfile", "--ssl-keyfile"}
+            (mount,) = (m for m in worker["volumeMounts"] if m["name"] == "tls")
+            assert {Path(f).parent for f in files.values()} == {Path(mount["mountPath"])}
+            assert {Path(f).name for f in files.values()} == {"tls.crt", "tls.key"}
+            (volume,) = (v for v in pod["volumes"] if v["name"] == "tls")
+            assert volume["secret"]["secretName"] == "worker-tls"
+            for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+                assert worker[probe]["httpGet"]["scheme"] == "HTTPS"
+
+    def test_gateways_ask_for_a_certificate_of_its_authority(self) -> None:
+        rendered = render(self.VALUES)
+        config = rendered.gateway_config()["worker"]
+        assert config["urls"] == [
+            "https://r-vase-sgl-worker-0.r-vase-sgl-worker.ns.svc:30000",
+            "https://r-vase-sgl-worker-canary-0.r-vase-sgl-worker-canary.ns.svc:30000",
+        ]
+        (mount,) = (m for m in rendered.gateway()["volumeMounts"] if m["name"] == "worker-ca")
+        assert Path(config["ca_file"]).parent == Path(mount["mountPath"])
+        (volume,) = (v for v in rendered.gateway_pod()["volumes"] if v["name"] == "worker-ca")
+        # Not the workers' private key.
+        assert [item["key"] for item in volume["secret"]["items"]] == ["ca.crt"]
+
+    def test_prometheus_asks_for_it_by_a_name_that_gateways_ask_for(self) -> None:
+        rendered = render({**self.VALUES, "monitoring.podMonitor.enabled": True})
+        (endpoint,) = rendered.one("PodMonitor")["spec"]["podMetricsEndpoints"]
+        assert endpoint["scheme"] == "https"
+        assert endpoint["tlsConfig"]["ca"]["secret"] == {"name": "worker-tls", "key": "ca.crt"}
+        urls = rendered.gateway_config()["worker"]["urls"]
+        assert endpoint["tlsConfig"]["serverName"] == urlsplit(urls[0]).hostname
+
+    def test_is_off_by_default(self) -> None:
+        rendered = render({"monitoring.podMonitor.enabled": True})
+        assert not any("--ssl" in argument for argument in arguments(rendered))
+        (endpoint,) = rendered.one("PodMonitor")["spec"]["podMetricsEndpoints"]
+        assert "scheme" not in endpoint and "tlsConfig" not in endpoint
+        assert "ca_file" not in rendered.gateway_config()["worker"]
+
+
+def test_a_hung_worker_is_killed_without_a_drain() -> None:
+    values = {"worker.drain.preStopSeconds": 40, "worker.drain.timeoutSeconds": 900}
+    rendered = render(values)
+    worker = rendered.worker()
+    for probe in ("startupProbe", "livenessProbe"):
+        # Time for the preStop hook, and no more than a little beyond it.
+        assert 40 < worker[probe]["terminationGracePeriodSeconds"] <= 70
+    assert "terminationGracePeriodSeconds" not in worker["readinessProbe"]
+    assert rendered.worker_pod()["terminationGracePeriodSeconds"] >= 940
+
+
+def test_further_volumes() -> None:
+    volume = {"name": "ca", "configMap": {"name": "company-ca"}}
+    mount = {"name": "ca", "mountPath": "/etc/company", "readOnly": True}
+    values: Values = {**POSTGRESQL}
+    for part in ("worker", "gateway"):
+        values |= {f"{part}.volumes": [volume], f"{part}.volumeMounts": [mount]}
+    pods = dict(render(values).pods())
+    for name in ("-worker", "-gateway", "-migrate"):
+        pod = pods[f"r-vase-sgl{name}"]
+        assert volume in pod["volumes"] and mount in pod["containers"][0]["volumeMounts"]
+
+
 def test_startup_probe_lasts_as_long_as_a_load() -> None:
     probe = render({"worker.startup.timeoutSeconds": 1805}).worker()["startupProbe"]
     assert probe["httpGet"] == {"path": "/health", "port": "http"}
@@ -257,8 +332,13 @@ def test_inspection_has_a_folder_and_the_gateways_consent() -> None:
 
 def test_values_of_an_older_chart_render() -> None:
     """`helm upgrade --reuse-values` brings them: without the keys that came since."""
-    rendered = render({"worker.inspect": None, "canary.clients": None, "canary.enabled": True})
-    assert not any("inspect" in argument for argument in arguments(rendered))
+    newer = ("worker.inspect", "worker.tls", "canary.clients")
+    newer += tuple(
+        f"{p}.{key}" for p in ("worker", "gateway") for key in ("volumes", "volumeMounts")
+    )
+    values: Values = {**POSTGRESQL, "canary.enabled": True, "monitoring.podMonitor.enabled": True}
+    rendered = render({**values, **dict.fromkeys(newer)})
+    assert rendered == render(values)
 
 
 @pytest.mark.parametrize("name", ["HF_HOME", "HF_HUB_CACHE"])

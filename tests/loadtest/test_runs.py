@@ -196,13 +196,37 @@ async def test_calls_cut_by_sigterm_are_unfinished_here_and_aborted_there(
     async with run:
         await until(lambda: running.worker.tokens_written > 3 and len(running.worker.running) == 3)
         run.process.send_signal(signal.SIGTERM)
-        await run.finished()
+        ended = await run.finished()
+    assert ended.status == 1 and "no call was completed" in ended.stderr
     await running.worker.wait_for_abort_of(3)
     found = read(result)["all"]
     assert (found["completed"], found["unfinished"]) == (0, 3)
     assert 3 < found["output_tokens"] < 3000
     assert found["ttft_ms"]["count"] == 3 and found["tpot_ms"] is None
     assert await recorded(running) == {"alice": {"aborted": 3}}
+
+
+async def test_a_gateway_that_stops_answering_misses_a_threshold(
+    running: Running, tmp_path: Path
+) -> None:
+    """Nothing failed, and what was answered was fast."""
+    result = tmp_path / "result.json"
+    run = Locust(
+        *(*FAST, "--host", running.target, "--users", "2", "--stop-timeout", "1"),
+        *("--max-new-tokens", "20", "--result", str(result), "--slo"),
+        slo(tmp_path, ttft_ms={"p99": 60000}, failed={"max": 0}, unfinished={"max": 0}),
+        VASE_API_KEY=running.key,
+    )
+    async with run:
+        await until(lambda: len(running.worker.bodies) > 4)
+        running.worker.token_seconds = 1000
+        await until(lambda: len(running.worker.running) == 2)
+        run.process.send_signal(signal.SIGTERM)
+        ended = await run.finished()
+    found = read(result)
+    assert ended.status == 3 and found["all"]["unfinished"] == 2
+    assert sum(check.startswith("MISSED: unfinished") for check in found["slo"]["checks"]) == 1
+    assert sum(check.startswith("kept") for check in found["slo"]["checks"]) == 2
 
 
 async def test_calls_that_fail_after_their_first_token_count_in_ttft(

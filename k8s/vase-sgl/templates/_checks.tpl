@@ -38,6 +38,12 @@
 {{- fail "worker.updatePartition belongs to a StatefulSet; with worker.multiNode use the canary group" -}}
 {{- end -}}
 {{- end -}}
+{{- if and ($w.tls).existingSecret (ne $g.workerDiscovery "list") -}}
+{{- fail "worker.tls.existingSecret needs gateway.workerDiscovery=list: a certificate names workers, and the look-up of a Service gives addresses" -}}
+{{- end -}}
+{{- if and ($w.tls).existingSecret $w.multiNode.enabled -}}
+{{- fail "worker.tls.existingSecret with worker.multiNode: the ranks behind a leader answer probes in clear text only" -}}
+{{- end -}}
 {{- if and (ne $w.autoscaling.mode "none") (gt (int $w.autoscaling.minReplicas) (int $w.autoscaling.maxReplicas)) -}}
 {{- fail "worker.autoscaling.minReplicas is above maxReplicas" -}}
 {{- end -}}

@@ -44,10 +44,14 @@ vase-sgl/track: {{ .track }}
 {{- if eq .worker.autoscaling.mode "none" }}{{ .worker.replicas }}{{ else }}{{ .worker.autoscaling.maxReplicas }}{{ end -}}
 {{- end -}}
 
+{{- define "vase-sgl.workerScheme" -}}
+{{- if (.Values.worker.tls).existingSecret }}https{{ else }}http{{ end -}}
+{{- end -}}
+
 {{/* URLs of a group by ordinal, one per line. In a LeaderWorkerSet NAME-0 is the first leader. */}}
 {{- define "vase-sgl.workerUrls" -}}
 {{- range $ordinal := until (int (include "vase-sgl.workerMost" .)) }}
-- http://{{ $.name }}-{{ $ordinal }}.{{ $.name }}.{{ $.root.Release.Namespace }}.svc:{{ $.worker.port }}
+- {{ include "vase-sgl.workerScheme" $.root }}://{{ $.name }}-{{ $ordinal }}.{{ $.name }}.{{ $.root.Release.Namespace }}.svc:{{ $.worker.port }}
 {{- end }}
 {{- end -}}
 
@@ -102,6 +106,10 @@ vase-sgl/track: {{ .track }}
 {{- end }}
 {{- if (.worker.inspect).enabled }}
 - --vase-inspect-dir=/var/lib/vase-sgl/kept
+{{- end }}
+{{- if (.worker.tls).existingSecret }}
+- --ssl-certfile=/etc/vase-sgl/tls/tls.crt
+- --ssl-keyfile=/etc/vase-sgl/tls/tls.key
 {{- end }}
 {{- range .worker.extraArgs }}
 - {{ . | quote }}
@@ -175,22 +183,27 @@ spec:
       {{- end }}
       {{- end }}
       resources: {{- toYaml $resources | nindent 8 }}
+      {{- $health := printf "{path: /health, port: http%s}" (ternary ", scheme: HTTPS" "" (eq (include "vase-sgl.workerScheme" .root) "https")) }}
+      {{- /* A worker that failed these has nothing to drain; the preStop hook counts as well. */}}
+      {{- $hung := add .worker.drain.preStopSeconds 30 }}
       # Loading ends with SGLang's own warm-up; until then /health is 503.
       startupProbe:
-        httpGet: {path: /health, port: http}
+        httpGet: {{ $health }}
         periodSeconds: 10
         timeoutSeconds: 25
         failureThreshold: {{ divf .worker.startup.timeoutSeconds 10 | ceil }}
+        terminationGracePeriodSeconds: {{ $hung }}
       readinessProbe:
-        httpGet: {path: /health, port: http}
+        httpGet: {{ $health }}
         periodSeconds: 10
         timeoutSeconds: 25
         failureThreshold: 3
       livenessProbe:
-        httpGet: {path: /health, port: http}
+        httpGet: {{ $health }}
         periodSeconds: {{ .worker.liveness.periodSeconds }}
         timeoutSeconds: 25
         failureThreshold: {{ .worker.liveness.failureThreshold }}
+        terminationGracePeriodSeconds: {{ $hung }}
       # On SIGTERM SGLang answers what runs, and then ends.
       lifecycle:
         preStop:
@@ -202,11 +215,17 @@ spec:
         {{- if (.worker.inspect).enabled }}
         - {name: kept, mountPath: /var/lib/vase-sgl/kept}
         {{- end }}
+        {{- if (.worker.tls).existingSecret }}
+        - {name: tls, mountPath: /etc/vase-sgl/tls, readOnly: true}
+        {{- end }}
         - name: models
           mountPath: {{ $model.cache.mountPath }}
           {{- if not $model.download }}
           readOnly: true
           {{- end }}
+        {{- with .worker.volumeMounts }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
   volumes:
     - name: home
       emptyDir: {sizeLimit: {{ .worker.scratchSize }}}
@@ -217,6 +236,10 @@ spec:
     {{- if (.worker.inspect).enabled }}
     - name: kept
       emptyDir: {sizeLimit: {{ (.worker.inspect).sizeLimit }}}
+    {{- end }}
+    {{- with (.worker.tls).existingSecret }}
+    - name: tls
+      secret: {secretName: {{ . }}, defaultMode: 0440}
     {{- end }}
     - name: models
       {{- if eq $model.cache.type "pvc" }}
@@ -229,4 +252,7 @@ spec:
       {{- else }}
       emptyDir: {sizeLimit: {{ $model.cache.emptyDir.sizeLimit }}}
       {{- end }}
+    {{- with .worker.volumes }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
 {{- end -}}

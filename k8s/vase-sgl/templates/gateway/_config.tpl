@@ -15,12 +15,15 @@ variables that carry secrets into it, its health services and its commands.
 {{- range $groups -}}
 {{- $group := set . "root" $ -}}
 {{- $urls = concat $urls (include "vase-sgl.workerUrls" $group | fromYamlArray) -}}
-{{- $dns = append $dns (printf "http://%s.%s.svc:%d" (include "vase-sgl.workerService" $group) $.Release.Namespace (int .worker.port)) -}}
+{{- $dns = append $dns (printf "%s://%s.%s.svc:%d" (include "vase-sgl.workerScheme" $) (include "vase-sgl.workerService" $group) $.Release.Namespace (int .worker.port)) -}}
 {{- end -}}
 {{- if eq $gateway.workerDiscovery "list" -}}
 {{- $_ := set $worker "urls" $urls -}}
 {{- else -}}
 {{- $_ := set $worker "dns" $dns -}}
+{{- end -}}
+{{- if (.Values.worker.tls).existingSecret -}}
+{{- $_ := set $worker "ca_file" "/etc/vase-sgl/worker-ca/ca.crt" -}}
 {{- end -}}
 {{- $config := dict
   "listen" (dict "host" "0.0.0.0" "port" (int $gateway.service.port))
