@@ -65,6 +65,17 @@ async def test_generate_as_json(running: Running) -> None:
     assert answer["request_id"] in table and "completed" in table
 
 
+async def test_ids_in_the_list_are_whole(running: Running) -> None:
+    answer = await running.client.generate_once("tell me", max_new_tokens=40, budget=32, window=8)
+    narrow = {**environment(running), "COLUMNS": "80"}
+    listed = await asyncio.to_thread(
+        CliRunner().invoke, build_app(), ["records", "list"], env=narrow
+    )
+    assert answer.result.cache is not None
+    (line,) = [line for line in listed.stdout.splitlines() if answer.request_id in line]
+    assert "vase-attnv" in line and answer.result.cache.digest in line
+
+
 async def test_generate_names_policies_and_prompt_modes(running: Running) -> None:
     text, _ = await run(running, "generate", "--help")
     for name in POLICIES:
@@ -88,6 +99,10 @@ async def test_errors_are_one_line_and_status_1(running: Running) -> None:
     assert errors.startswith("error: there is no record 'nothing'")
     _, errors = await run(running, "generate", "x", "--target", "127.0.0.1:9", status=1)
     assert errors.startswith("error: cannot connect to the gateway; check host and port")
+    _, errors = await run(running, "generate", "x", "--seed", str(2**64), status=1)
+    assert errors == f"error: seed: Value out of range: {2**64}\n"
+    _, errors = await run(running, "generate", "x", "--ca-file", "/tmp", status=2)
+    assert "'/tmp' is a directory" in errors
     _, errors = await run(running, "generate", "x", "--budgett", "9", status=2)
     assert "No such option: --budgett" in errors
 

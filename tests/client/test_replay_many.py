@@ -55,6 +55,15 @@ async def test_all_of_a_time_match(running: Running, tmp_path: Path) -> None:
     assert len(running.worker.bodies) == bodies
 
 
+async def test_what_fails_at_once_leaves_no_report(running: Running, tmp_path: Path) -> None:
+    """Else the same command with the right key would be refused: the file is there."""
+    file = tmp_path / "out.json"
+    await run(running, *SINCE, "--report", str(file), "--api-key", "vsk_no", status=1)
+    assert not file.exists()
+    await run(running, *SINCE, "--report", str(file), status=5)
+    assert json.loads(file.read_text())["records"] == []
+
+
 async def test_a_divergence_is_shown_where_it_is(running: Running, tmp_path: Path) -> None:
     ids = await generate(running, 3)
     running.worker.faults.other_token_at = 7
@@ -76,9 +85,9 @@ async def test_other_outcomes_have_their_status(tmp_path: Path) -> None:
         assert found["outcomes"] == {"FAILED": 2}
         assert all("status 500" in record["error"] for record in found["records"])
         running.worker.faults.refuse_status = None
-        running.worker.fingerprint["sglang"] = "1"
+        running.worker.fingerprint |= {"sglang": "1", "[/not markup]": "1"}
         output, _ = await run(running, *SINCE, status=4)
-        assert "INCOMPARABLE: sglang" in output
+        assert "INCOMPARABLE: [/not markup], sglang" in output
 
 
 async def test_more_than_may_wait_at_the_gateway_wait_here(

@@ -16,6 +16,8 @@ from vase_sgl.eval.answers import after_thinking, final_answer
         (r"\fbox{7}", "7"),
         (r"\boxed{5} and then \boxed{6", "5"),
         (r"\boxed{}", None),
+        (r"\boxed{\boxed{1} + \{2\}}", "1"),
+        (r"\boxed{1 \\} and more}", r"1 \\"),
         (r"<think>\boxed{1}</think> it is \boxed{2}", "2"),
         (r"<think>\boxed{1}</think> it is two", None),
         (r"<think>\boxed{1}", None),

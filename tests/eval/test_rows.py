@@ -33,6 +33,15 @@ def test_a_row_survives_its_line() -> None:
     assert Row.from_mapping(json.loads(line)) == ROW
 
 
+def test_a_row_may_hold_half_a_character(tmp_path: Path) -> None:
+    """JSON of a worker can; UTF-8 cannot."""
+    half = dataclasses.replace(ROW, text="a\ud83d, ä \U0001f600")
+    with RowFile(tmp_path / "rows.jsonl") as file:
+        file.append(half)
+    assert read(tmp_path / "rows.jsonl") == [half]
+    assert "ä \U0001f600" in (tmp_path / "rows.jsonl").read_text(encoding="utf-8")
+
+
 def test_a_torn_last_line_is_cut_off_and_the_rest_kept(tmp_path: Path) -> None:
     path = tmp_path / "new" / "rows.jsonl"
     other = dataclasses.replace(ROW, item_id="2")

@@ -27,7 +27,9 @@ ApiKey = Annotated[
 TlsFlag = Annotated[bool, typer.Option("--tls", help="Encrypt; trust the system's authorities.")]
 CaFile = Annotated[
     Path | None,
-    typer.Option(help="Encrypt; trust the authorities in this PEM file.", exists=True),
+    typer.Option(
+        help="Encrypt; trust the authorities in this PEM file.", exists=True, dir_okay=False
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 

@@ -39,7 +39,8 @@ def list_records(
     if as_json:
         print_json(found)
         return
-    table = Table("id", "when", "status", "tokens", "policy", "budget", "rounds", "digest")
+    header = ("id", "when", "status", "tokens", "policy", "budget", "rounds", "digest")
+    table = Table(*header, box=None, padding=(0, 2, 0, 0))
     for record in found:
         table.add_row(
             record.record_id,
@@ -51,7 +52,7 @@ def list_records(
             str(record.rounds),
             record.digest,
         )
-    Console().print(table)
+    Console(width=1000).print(table)  # ids and digests are whole in any terminal and in pipes
 
 
 def show(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import datetime
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn, TextIO
 
 import typer
 
@@ -164,8 +165,6 @@ async def _replay_many(
     from vase_sgl.cli import replay_many
     from vase_sgl.cli.jsonout import print_json, write_json
 
-    # Opened first: hours of replays must not end at a file that cannot be written.
-    file = None if report is None else report.open("x", encoding="utf-8")
     console = Console(stderr=True)
     counts: dict[str, int] = {}
     bar = Progress(
@@ -179,45 +178,62 @@ async def _replay_many(
         transient=True,
         disable=as_json or not console.is_terminal,
     )
-    async with connect() as client:
-        records = client.list_records(page_size=1000, since=period[0], until=period[1])
-        sample = await replay_many.choose(records, share, seed)
-        begun = time.monotonic()
-        with bar:
-            task = bar.add_task("replaying", total=len(sample.chosen))
+    with _new_file(report) as file:
+        async with connect() as client:
+            records = client.list_records(page_size=1000, since=period[0], until=period[1])
+            sample = await replay_many.choose(records, share, seed)
+            begun = time.monotonic()
+            with bar:
+                task = bar.add_task("replaying", total=len(sample.chosen))
 
-            def count(done: replay_many.Replayed) -> None:
-                counts[done.outcome] = counts.get(done.outcome, 0) + 1
-                words = ", ".join(f"{number} {name}" for name, number in counts.items())
-                bar.update(task, advance=1, description=words)
+                def count(done: replay_many.Replayed) -> None:
+                    counts[done.outcome] = counts.get(done.outcome, 0) + 1
+                    words = ", ".join(f"{number} {name}" for name, number in counts.items())
+                    bar.update(task, advance=1, description=words)
 
-            results = await replay_many.replay_all(
-                client, sample.chosen, parallel=parallel, on_done=count
-            )
-        seconds = time.monotonic() - begun
-    content = {
-        "since": period[0],
-        "until": period[1],
-        "sample": share,
-        "sample_seed": seed,
-        "listed": sample.listed,
-        "not_kept": sample.not_kept,
-        **replay_many.summarize(results, seconds),
-        "records": results,
-    }
-    if file is not None:
-        with file:
+                results = await replay_many.replay_all(
+                    client, sample.chosen, parallel=parallel, on_done=count
+                )
+            seconds = time.monotonic() - begun
+        content = {
+            "since": period[0],
+            "until": period[1],
+            "sample": share,
+            "sample_seed": seed,
+            "listed": sample.listed,
+            "not_kept": sample.not_kept,
+            **replay_many.summarize(results, seconds),
+            "records": results,
+        }
+        if file is not None:
             write_json(file, content)
     if as_json:
         print_json(content)
     elif results:
-        replay_many.show(Console(), sample, results, seconds)
+        replay_many.show(Console(markup=False, soft_wrap=True), sample, results, seconds)
     else:
         typer.echo(
             f"nothing to replay: {sample.listed} completed records in that time, "
             f"{sample.not_kept} of the sample hold digests only"
         )
     return replay_many.exit_status(results)
+
+
+@contextmanager
+def _new_file(path: Path | None) -> Iterator[TextIO | None]:
+    """A file of that name, if there is one; a body that fails leaves none.
+
+    Opened at once: hours of replays must not end at a file that cannot be written.
+    """
+    if path is None:
+        yield None
+        return
+    with path.open("x", encoding="utf-8") as file:
+        try:
+            yield file
+        except BaseException:
+            path.unlink()
+            raise
 
 
 def describe(verdict: Verdict) -> str:

@@ -30,12 +30,16 @@ class Tls:
     """An encrypted connection; PEM contents.
 
     root_certificates: who may sign the gateway's certificate; None: the system's authorities.
-    certificate, key: the client's own, where the gateway asks for one.
+    certificate, key: the client's own, both or neither, where the gateway asks for one.
     """
 
     root_certificates: bytes | None = None
     certificate: bytes | None = None
     key: bytes | None = None
+
+    def __post_init__(self) -> None:
+        if (self.certificate is None) != (self.key is None):  # gRPC would end the whole process
+            raise ValueError("a client's certificate needs its key, and a key its certificate")
 
     def credentials(self) -> grpc.ChannelCredentials:
         """What gRPC wants."""

@@ -35,8 +35,8 @@ class PermissionError_(VaseError):
 
 
 class InvalidRequest(VaseError):
-    """A field of the request is wrong, it is too large, the API key cannot be one, or the record is
-    not in a state that allows the call."""
+    """An argument is wrong, the request or answer is too large, the API key cannot be one, or the
+    record is not in a state that allows the call."""
 
 
 class NotFound(VaseError):
@@ -71,6 +71,8 @@ _BY_CODE: dict[grpc.StatusCode, type[VaseError]] = {
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
     grpc.StatusCode.CANCELLED: Cancelled,
 }
+#: How gRPC's own text begins where there is no connection.
+_NOT_CONNECTED = ("failed to connect", "errors resolving")
 
 
 def from_status(
@@ -80,12 +82,22 @@ def from_status(
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in (details or ""):
         # gRPC's own limit of a message's size: unlike the gateway's limits, waiting cannot help.
         return InvalidRequest(f"request or answer is too large ({details})", code.name)
-    if code is grpc.StatusCode.UNAVAILABLE and (details or "").startswith("failed to connect"):
-        details = (
-            "cannot connect to the gateway; check host and port, and that `vase-sgl serve` runs "
-            f"there ({details})"
-        )
+    if code is grpc.StatusCode.UNAVAILABLE and (details or "").startswith(_NOT_CONNECTED):
+        details = f"cannot connect to the gateway; {_advice(details or '')} ({details})"
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED and details == "Deadline Exceeded":  # gRPC's own
+        details = "the call's timeout passed; the request was aborted"
     return _BY_CODE.get(code, VaseError)(details or code.name, code.name, retry_seconds)
+
+
+def _advice(details: str) -> str:
+    """What to check where gRPC could not connect."""
+    if "andshake" in details or "Verification" in details:
+        return (
+            "TLS failed: check the certificates, and that it uses TLS and its own names this host"
+        )
+    if "Socket closed" in details:
+        return "it hung up: does it want TLS, or a client's certificate?"
+    return "check host and port, and that `vase-sgl serve` runs there"
 
 
 def cancelled_here() -> Cancelled:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
-from typing import Any, Literal, TypedDict, TypeVar, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypedDict, TypeVar
 
 from google.protobuf.message import Message as ProtoMessage
 
@@ -13,6 +13,7 @@ from vase_sgl.client.errors import InvalidRequest, VaseError
 from vase_sgl.rpc.v1 import gateway_pb2 as pb
 
 T = TypeVar("T")
+M = TypeVar("M", bound=ProtoMessage)
 
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
@@ -48,11 +49,19 @@ _OUTCOME: dict[int, Literal["MATCH", "DIVERGED", "INCOMPARABLE"]] = {
 
 
 class Options(TypedDict, total=False):
-    """Options of a generation; the gateway's proto file documents ranges and defaults.
+    """Options of a generation. None is the same as leaving one out. The gateway checks ranges.
 
-    budget, window, policy, prompt_mode, num_sinks, protected_share, pool_width, projection_dim,
-    mix_lambda: eviction. Give at least a budget, or the policy `full`; with none of them the
-    gateway's default applies.
+    budget: KV entries (tokens) kept per layer and KV head after a round, the window included.
+    window: recent tokens that are never evicted, also the tokens between two rounds; less than the
+    budget. policy, prompt_mode, num_sinks, protected_share, pool_width, projection_dim,
+    mix_lambda: how; shares from 0 to 1. Give at least a budget, or the policy `full`; with none of
+    these the gateway's default applies.
+    seed: 0 to 2^63 - 1. The same request with the same seed gives the same tokens, as far as the
+    gateway's workers are deterministic. Without one the tenant's seed policy decides, by default a
+    new seed for every request. sample_index: another sample of the same seed.
+    temperature: 0 (greedy) to 100, 1 without it. top_p: above 0 to 1. top_k: -1 is all. min_p: 0 to
+    1. repetition_penalty: above 0 to 2. frequency_penalty, presence_penalty: -2 to 2.
+    stop, stop_token_ids: end the answer. ignore_eos: go on to max_new_tokens.
     inspect: have what was kept written to a file on the worker's disk, for `vase-sgl inspect`.
     """
 
@@ -88,66 +97,86 @@ def generate_request(
     prompt: types.Prompt, max_new_tokens: int, options: Options
 ) -> pb.GenerateRequest:
     """The request. Raises `InvalidRequest` for what cannot be put into a message at all."""
-    given = {name: value for name, value in options.items() if value is not None}
+    given: dict[str, object] = {name: value for name, value in options.items() if value is not None}
     known = Options.__annotations__
     unknown = sorted(set(given) - set(known))
     if unknown:
-        raise InvalidRequest(
-            f"unknown option {', '.join(unknown)}; known are {', '.join(known)}",
-            "INVALID_ARGUMENT",
-        )
+        raise _wrong(f"unknown option {', '.join(unknown)}; known are {', '.join(known)}")
     if isinstance(given.get("stop"), str):
         given["stop"] = [given["stop"]]
     if "prompt_mode" in given:
         given["prompt_mode"] = _prompt_mode(given["prompt_mode"])
     eviction = {name: given.pop(name) for name in _EVICTION if name in given}
     sampling = {name: given.pop(name) for name in _SAMPLING if name in given}
+    request = fitted(pb.GenerateRequest, max_new_tokens=max_new_tokens, **given)
+    if eviction:
+        request.eviction.CopyFrom(fitted(pb.EvictionParams, **eviction))
+    if sampling:
+        request.sampling.CopyFrom(fitted(pb.SamplingParams, **sampling))
     try:
-        request = pb.GenerateRequest(max_new_tokens=max_new_tokens, **cast("dict[str, Any]", given))
-        if eviction:
-            request.eviction.CopyFrom(pb.EvictionParams(**cast("dict[str, Any]", eviction)))
-        if sampling:
-            request.sampling.CopyFrom(pb.SamplingParams(**cast("dict[str, Any]", sampling)))
         _set_prompt(request, prompt)
     except (TypeError, ValueError) as error:
-        raise InvalidRequest(f"an option does not fit: {error}", "INVALID_ARGUMENT") from error
+        raise _wrong(f"prompt: {error}") from error
     return request
+
+
+def fitted(kind: type[M], **fields: object) -> M:
+    """A message of these fields; None: not given. Raises `InvalidRequest`, which names the field
+    whose value does not fit."""
+    made = kind()
+    for name, value in fields.items():
+        try:
+            made.MergeFrom(kind(**{name: value}))
+        except (TypeError, ValueError, OverflowError) as error:
+            raise _wrong(f"{name}: {error}") from error
+    return made
+
+
+def _wrong(text: str) -> InvalidRequest:
+    return InvalidRequest(text, "INVALID_ARGUMENT")
 
 
 def _prompt_mode(name: object) -> pb.PromptMode.ValueType:
     for known, mode in _PROMPT_MODES.items():
         if name == known:
             return mode
-    raise InvalidRequest(
-        f"unknown prompt_mode {name!r}; choose one of {', '.join(_PROMPT_MODES)}",
-        "INVALID_ARGUMENT",
-    )
+    raise _wrong(f"unknown prompt_mode {name!r}; choose one of {', '.join(_PROMPT_MODES)}")
 
 
 def capacity_request(
     budget: int | None, window: int | None, prompt_tokens: int, prompt_mode: str | None
 ) -> pb.GetCapacityRequest:
-    """The question about a budget. Raises `InvalidRequest` for an unknown prompt mode."""
-    return pb.GetCapacityRequest(
+    """The question about a budget. Raises `InvalidRequest`."""
+    return fitted(
+        pb.GetCapacityRequest,
         budget=budget,
         window=window,
         prompt_tokens=prompt_tokens,
-        prompt_mode=pb.PROMPT_MODE_UNSPECIFIED
-        if prompt_mode is None
-        else _prompt_mode(prompt_mode),
+        prompt_mode=None if prompt_mode is None else _prompt_mode(prompt_mode),
     )
 
 
 def _set_prompt(request: pb.GenerateRequest, prompt: types.Prompt) -> None:
     if isinstance(prompt, str):
         request.text = prompt
-    elif prompt and isinstance(prompt[0], dict):
-        messages = cast("Sequence[types.Message]", prompt)
+    elif isinstance(prompt, bytes | Mapping):
+        kind = type(prompt).__name__
+        raise TypeError(f"must be text, token ids or a list of messages, not {kind}")
+    elif len(prompt) and isinstance(prompt[0], Mapping):
         request.chat.SetInParent()
-        request.chat.messages.extend(pb.ChatMessage(**message) for message in messages)
+        request.chat.messages.extend(map(_chat_message, prompt))
     else:
         request.token_ids.SetInParent()
-        request.token_ids.ids.extend(cast("Sequence[int]", prompt))
+        request.token_ids.ids.extend(prompt)  # type: ignore[arg-type]
+
+
+def _chat_message(given: object) -> pb.ChatMessage:
+    if not isinstance(given, Mapping):
+        raise TypeError(f"a message is a dict, not {type(given).__name__}")
+    for name in ("role", "content"):
+        if not isinstance(given.get(name), str):
+            raise TypeError(f"a message needs the texts role and content; {name} is not one")
+    return pb.ChatMessage(**given)
 
 
 def cache(holder: Any) -> types.CacheStats | None:
@@ -258,8 +287,8 @@ def unix_micros(moment: datetime.datetime | None) -> int | None:
     """Microseconds since the epoch. Raises `InvalidRequest` without a time zone."""
     if moment is None:
         return None
-    if moment.tzinfo is None:
-        raise InvalidRequest(f"{moment.isoformat()} has no time zone; add tzinfo=datetime.UTC")
+    if not isinstance(moment, datetime.datetime) or moment.tzinfo is None:
+        raise _wrong(f"{moment} is not a datetime with a time zone; add tzinfo=datetime.UTC")
     return (moment - _EPOCH) // datetime.timedelta(microseconds=1)
 
 

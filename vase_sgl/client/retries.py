@@ -6,7 +6,7 @@ import dataclasses
 import random
 import time
 
-from vase_sgl.client.errors import RateLimited, Unavailable, VaseError
+from vase_sgl.client.errors import InvalidRequest, RateLimited, Unavailable, VaseError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,17 +22,32 @@ class RetryPolicy:
     first_seconds: float = 0.5
     longest_seconds: float = 30.0
 
+    def __post_init__(self) -> None:
+        if self.attempts < 1 or not (self.first_seconds >= 0 and self.longest_seconds >= 0):
+            raise ValueError(f"a retry policy has at least 1 attempt and no negative wait: {self}")
+
 
 #: What clients do unless told otherwise.
 DEFAULT = RetryPolicy()
 #: Every call is tried once.
 NEVER = RetryPolicy(attempts=1)
+#: 31 years. gRPC takes much longer timeouts, and infinity, for moments that have passed.
+_LONGEST_TIMEOUT = 1e9
 
 
 class Attempts:
     """The attempts of one call, within its timeout in seconds."""
 
     def __init__(self, policy: RetryPolicy, timeout: float | None) -> None:
+        """Raises `InvalidRequest` for what is not a timeout. None: any time."""
+        if timeout is not None and not (
+            isinstance(timeout, int | float) and timeout <= _LONGEST_TIMEOUT
+        ):
+            raise InvalidRequest(
+                f"timeout: must be seconds, up to {_LONGEST_TIMEOUT:g}, or None for no limit; "
+                f"got {timeout!r}",
+                "INVALID_ARGUMENT",
+            )
         self._policy = policy
         self._deadline = None if timeout is None else time.monotonic() + timeout
         self._made = 0

@@ -149,7 +149,12 @@ class Replay:
 
 
 class Client:
-    """A connection to a gateway, for use from any thread. Every call raises `VaseError`s."""
+    """A connection to a gateway, for use from any thread.
+
+    Every call raises `VaseError`s: `InvalidRequest` for a wrong argument at once, the others of
+    `vase_sgl.client.errors` when the answer is awaited. A `timeout` is in seconds, for all of a
+    call with what is tried again; None: no limit.
+    """
 
     def __init__(
         self,
@@ -181,7 +186,7 @@ class Client:
         timeout: float | None = None,
         **options: Unpack[messages.Options],
     ) -> Generation:
-        """Start a generation. `timeout` in seconds covers all of it."""
+        """Start a generation of at most `max_new_tokens` tokens; see `Options` for the rest."""
         request = messages.generate_request(prompt, max_new_tokens, options)
         return Generation(self._stream(self._stub.Generate, request, timeout))
 
@@ -193,7 +198,7 @@ class Client:
         timeout: float | None = None,
         **options: Unpack[messages.Options],
     ) -> types.Completion:
-        """Generate and wait for the whole answer."""
+        """Generate and wait for the whole answer. Arguments as for `generate`."""
         request = pb.GenerateOnceRequest(
             request=messages.generate_request(prompt, max_new_tokens, options)
         )
@@ -202,12 +207,12 @@ class Client:
 
     def replay(self, record_id: str, *, timeout: float | None = None) -> Replay:
         """Start to run a record again and compare."""
-        request = pb.ReplayRequest(record_id=record_id)
+        request = messages.fitted(pb.ReplayRequest, record_id=record_id)
         return Replay(self._stream(self._stub.Replay, request, timeout))
 
     def get_record(self, record_id: str, *, timeout: float | None = None) -> types.Record:
         """One of the tenant's own records."""
-        request = pb.GetRecordRequest(record_id=record_id)
+        request = messages.fitted(pb.GetRecordRequest, record_id=record_id)
         answer = self._unary(self._stub.GetRecord, request, timeout)
         return messages.record(answer.record)
 
@@ -222,8 +227,10 @@ class Client:
         """The tenant's own records, newest first; fetches pages as it goes.
 
         Requests that arrived at `since` or later, and before `until`; both need a time zone.
+        `page_size`: records a fetch, up to 1000; 0: 50. `timeout` is of one fetch.
         """
-        request = pb.ListRecordsRequest(
+        request = messages.fitted(
+            pb.ListRecordsRequest,
             page_size=page_size,
             since_unix_micros=messages.unix_micros(since),
             until_unix_micros=messages.unix_micros(until),
@@ -244,7 +251,10 @@ class Client:
         prompt_mode: types.PromptMode | None = None,
         timeout: float | None = None,
     ) -> types.Capacity:
-        """Free slots and ceilings; with a budget, also how many such requests fit."""
+        """Free slots and ceilings; with a budget, also how many such requests fit.
+
+        Lengths in tokens; `window`, `prompt_tokens` and `prompt_mode` are of such a request.
+        """
         request = messages.capacity_request(budget, window, prompt_tokens, prompt_mode)
         answer = self._unary(self._stub.GetCapacity, request, timeout)
         return messages.capacity(answer)

@@ -15,8 +15,9 @@ class Message(TypedDict):
     content: str
 
 
-#: Text, token ids or a conversation.
-Prompt = str | Sequence[int] | Sequence[Message]
+#: Text, token ids or a conversation. One sequence of the two kinds, not one of each, so that type
+#: checkers take a list of plain dicts for messages.
+Prompt = str | Sequence[int | Message]
 
 #: What happens to the prompt's KV entries: the budget covers them, or they are never evicted and
 #: the budget covers generated tokens alone.

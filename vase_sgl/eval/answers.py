@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import re
 
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+#: What decides where a box ends: backslashes, then perhaps a box's opening or a brace; or a brace.
+_TOKEN = re.compile(r"(\\+)(?:((?:boxed|fbox)\s*\{)|([{}]))?|([{}])")
 _FINAL = re.compile(r"final answer\W{0,4}?\s*(?:is\b)?\s*[:=]?[ \t*]*(?P<answer>[^\n]*)", re.I)
 
 THINK_OPEN = "<think>"
@@ -46,12 +47,19 @@ def final_answer(text: str) -> str | None:
 
 
 def _last_boxed(text: str) -> str | None:
-    for opening in reversed(list(_BOX.finditer(text))):
-        depth = 1
-        for index in range(opening.end(), len(text)):
-            if text[index - 1] == "\\" and text[index] in "{}":
-                continue  # an escaped brace is part of the answer
-            depth += {"{": 1, "}": -1}.get(text[index], 0)
-            if depth == 0:
-                return text[opening.end() : index].strip() or None
-    return None
+    """In one pass: a model in a loop opens thousands of boxes and closes none."""
+    start, end = -1, -1
+    open_braces: list[int | None] = []  # where the content of a box begins; None: another brace
+    for token in _TOKEN.finditer(text):
+        slashes, box, after, brace = token.groups()
+        if slashes is not None and len(slashes) % 2 == 0:
+            brace = after  # it is not escaped: the backslashes are pairs
+        if box is not None:
+            open_braces.append(token.end())
+        elif brace == "{":
+            open_braces.append(None)
+        elif brace == "}" and open_braces:
+            begun = open_braces.pop()
+            if begun is not None and begun > start:
+                start, end = begun, token.end() - 1
+    return text[start:end].strip() or None if start >= 0 else None

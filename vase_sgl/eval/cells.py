@@ -242,5 +242,13 @@ def _names(pairs: Sequence[tuple[str, int]]) -> str:
 def _sessions(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:  # an interruption may have left it unfinished
+            raise row_files.RowError(
+                f"{path}, line {number} is not JSON ({error}); remove that line, which holds "
+                "counters alone"
+            ) from error
+    return found

@@ -47,8 +47,9 @@ class Measure:
         return statistics.mean(values)
 
     def difference(self, cell: Cell, base: Cell) -> Estimate:
-        """Mean of the paired differences `cell` minus `base`, with a bootstrap interval."""
-        return statistics.paired_difference(self.pairs(cell), self.pairs(base))
+        """Mean of the paired differences `cell` minus `base`."""
+        compare = statistics.paired_share_difference if self.share else statistics.paired_difference
+        return compare(self.pairs(cell), self.pairs(base))
 
 
 def _share(value: Callable[[Row], bool | None]) -> Callable[[Row], float | None]:

@@ -22,7 +22,7 @@ class Progress:
     def __init__(self, total: int, left: int, *, warn_of_unopened: bool = False) -> None:
         """warn_of_unopened: say so when an answer closes a think block that it did not open."""
         self._warn_of_unopened = warn_of_unopened
-        self._console = Console(stderr=True)
+        self._console = Console(stderr=True, markup=False)
         self._total, self._done, self._first = total, total - left, total - left
         self._correct = self._graded = self._failed = 0
         self._start = self._said = time.monotonic()
@@ -33,7 +33,7 @@ class Progress:
             rich.progress.TimeElapsedColumn(),
             rich.progress.TextColumn("left"),
             rich.progress.TimeRemainingColumn(),
-            rich.progress.TextColumn("{task.fields[state]}"),
+            rich.progress.TextColumn("{task.fields[state]}", markup=False),
             console=self._console,
             disable=not self._console.is_terminal,
         )

@@ -19,14 +19,15 @@ _PLOTS = "plots"
 
 _HOW_TO_READ = """\
 Every share and score has its 95 % interval and the number of samples n. *Δ* is the mean of the
-paired differences to `full` on the same items and seeds, with a bootstrap interval over items;
-*better : worse* counts the items, and *p* is the exact sign test on them. An arm whose interval
-of Δ holds 0 is not shown to differ. *Evicted* is the share of samples in which an eviction
-happened; under {control:.0f} % a row shows only that nothing broke (a *no-regression control*) and
-says nothing about the policy. Slots are KV slots, one token in every layer; *reserved* at the end
-of the request, when a fixed budget has settled. *Machine-seconds* is the time in which at least
-one request of the arm ran, *slot-seconds* are slots reserved times seconds; both divided by the
-samples that ended with an answer. Seconds and rates compare arms of this very run alone."""
+paired differences to `full` on the same items and seeds, with an interval over items (Bonett and
+Price's for shares with one seed, else a bootstrap); *better : worse* counts the items, and *p* is
+the exact sign test on them. An arm whose interval of Δ holds 0 is not shown to differ, nor to be
+as good. *Evicted* is the share of samples in which an eviction happened; under {control:.0f} % a
+row shows only that nothing broke (a *no-regression control*) and says nothing about the policy.
+Slots are KV slots, one token in every layer; *reserved* at the end of the request, when a fixed
+budget has settled. *Machine-seconds* is the time in which at least one request of the arm ran,
+*slot-seconds* are slots reserved times seconds; both divided by the samples that ended with an
+answer. Seconds and rates compare arms of this very run alone."""
 
 
 def write(results: Results, folder: Path, price_per_hour: float | None) -> tuple[Path, Path]:

@@ -6,6 +6,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +15,8 @@ from typing import IO, Any, Literal, Self, get_args
 #: completed: an answer, whole or cut at its longest length. aborted: the worker gave the request
 #: up, which is an outcome of the arm. failed: no outcome; the sample has to run again.
 Status = Literal["completed", "aborted", "failed"]
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class RowError(Exception):
@@ -90,8 +93,9 @@ class Row:
         return self.arm, self.budget, self.task, self.item_id, self.seed_index
 
     def to_json(self) -> str:
-        """One line, without its end."""
-        return json.dumps(dataclasses.asdict(self), ensure_ascii=False, allow_nan=False)
+        """One line, without its end. Unpaired surrogates are escaped: UTF-8 has none."""
+        line = json.dumps(dataclasses.asdict(self), ensure_ascii=False, allow_nan=False)
+        return _SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", line)
 
     @classmethod
     def from_mapping(cls, raw: object) -> Row:

@@ -40,7 +40,9 @@ For each function call, return a json object with function name and arguments wi
 <tool_call>
 {{"name": <function-name>, "arguments": <args-json-object>}}
 </tool_call>"""
-_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
+_OPENING = re.compile(r"<tool_call>\s*")
+_CLOSING = re.compile(r"\s*</tool_call>")
+_JSON = json.JSONDecoder()
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -191,15 +193,18 @@ def _add(context: list[Message], role: str, content: str) -> None:
 
 def _called(text: str) -> tuple[list[dict[str, Any]], str]:
     """The calls in a generated text, and the first that cannot be read."""
-    calls = []
-    for match in _CALL.finditer(text):
+    calls: list[dict[str, Any]] = []
+    opening = _OPENING.search(text)
+    while opening is not None:
         try:
-            raw = json.loads(match[1])
+            raw, end = _JSON.raw_decode(text, opening.end())
             calls.append({"name": str(raw["name"]), "arguments": raw.get("arguments") or {}})
-        except (ValueError, KeyError):
-            return calls, match[1]
-    if text.count("<tool_call>") > len(calls):
-        return calls, text[text.rindex("<tool_call>") :]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return calls, text[opening.start() :]
+        closing = _CLOSING.match(text, end)
+        if closing is None:
+            return calls, text[opening.start() :]
+        opening = _OPENING.search(text, closing.end())
     return calls, ""
 
 

@@ -26,7 +26,7 @@ _PROMPT = """\
 
 Reason step by step, and put the letter of the right choice within \\boxed{{}}."""
 _STYLE = r"\\(?:text|textbf|mathrm|mathbf)\s*\{"
-_STYLED = re.compile(rf"{_STYLE}(?P<content>.*)\}}", re.S)
+_STYLED = re.compile(_STYLE)
 _LETTER = re.compile(rf"(?:{_STYLE})?[\s(*\[]*([A-Za-z])\b(?P<rest>.*)", re.S)
 _SEPARATORS = re.compile(r"[\s)*\]}.:]*")
 
@@ -78,23 +78,30 @@ def _is_any(texts: Sequence[str], rest: str) -> bool:
 
 
 def _plain(text: str) -> str:
-    """Without a style around all of it, blanks at its ends and full stops at its end."""
+    """Without styles around all of it, blanks at its ends and full stops at its end."""
+    closing = _closing_braces(text)
+    start, end = 0, len(text)
     while True:
-        text = text.strip().rstrip(string.whitespace + ".")
-        styled = _STYLED.fullmatch(text)
-        if not styled or not _is_balanced(styled["content"]):
-            return text
-        text = styled["content"]
+        while start < end and text[start].isspace():
+            start += 1
+        while start < end and (text[end - 1].isspace() or text[end - 1] == "."):
+            end -= 1
+        styled = _STYLED.match(text, start, end)
+        if not styled or closing.get(styled.end() - 1) != end - 1:
+            return text[start:end]
+        start, end = styled.end(), end - 1
 
 
-def _is_balanced(text: str) -> bool:
-    """Whether every brace has its counterpart."""
-    depth = 0
-    for character in text:
-        depth += {"{": 1, "}": -1}.get(character, 0)
-        if depth < 0:
-            return False
-    return depth == 0
+def _closing_braces(text: str) -> dict[int, int]:
+    """Where each brace that opens is closed."""
+    closing: dict[int, int] = {}
+    opened: list[int] = []
+    for place, character in enumerate(text):
+        if character == "{":
+            opened.append(place)
+        elif character == "}" and opened:
+            closing[opened.pop()] = place
+    return closing
 
 
 def _item(task: str, row: Row) -> Item:

@@ -7,6 +7,9 @@ define `check(candidate)`, as HumanEval's do, it is called with the function.
 The model's code is the last fenced block that defines the entry point. If the prompt is itself
 Python with the function's head, as HumanEval's, its imports and helpers come before that block.
 Imports from `__future__` come before everything.
+
+The tests run in the process of the code that they test: one that sets out to, such as by reading
+its own source, passes any tests. Do not train on these grades.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import dataclasses
 import keyword
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from vase_sgl.eval.answers import after_thinking
 from vase_sgl.eval.items import Grade, Item
@@ -34,7 +37,8 @@ _PROMPT = """\
 Write the complete Python function `{entry_point}` in one fenced code block that starts with \
 ```python."""
 # Blocks in any language: of one that is skipped, the closing fence would be taken for an opening.
-_FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)^[ \t]*```[ \t\r]*$", re.S | re.M)
+_OPENING = re.compile(r"[ \t]*```[^`]*")
+_CLOSING = re.compile(r"[ \t]*```[ \t\r]*")
 _FUTURE = re.compile(
     r"^from[ \t]+__future__[ \t]+import[ \t]*(?:\([^)]*\)|[^\n;#(]*)[ \t]*;?[ \t]*", re.M
 )
@@ -75,7 +79,7 @@ class CodeTask:
         code = _code(after_thinking(text), entry_point)
         if code is None:
             return Grade(False, None, f"no fenced code block that defines {entry_point}")
-        # Code that ends the process before the tests have run cannot know this line.
+        # Code that ends the process before the tests have run does not write this line by chance.
         passed = f"passed {secrets.token_hex(16)}"
         program = "\n\n".join(
             [
@@ -119,8 +123,21 @@ def _item(task: str, row: Row) -> Item:
 
 
 def _code(text: str, entry_point: str) -> str | None:
-    blocks = [block for block in _FENCE.findall(text) if _defines(block, entry_point)]
+    blocks = [block for block in _blocks(text) if _defines(block, entry_point)]
     return blocks[-1] if blocks else None
+
+
+def _blocks(text: str) -> Iterator[str]:
+    """The content of every fenced block that is closed."""
+    block: list[str] | None = None
+    for line in text.split("\n"):
+        if block is None:
+            block = [] if _OPENING.fullmatch(line) else None
+        elif _CLOSING.fullmatch(line):
+            yield "".join(block)
+            block = None
+        else:
+            block.append(f"{line}\n")
 
 
 def _defines(source: str, name: str) -> bool:

@@ -26,7 +26,7 @@ DEFAULT_ITEMS = 50
 
 _PARAMETERS = {"steps": IntegerParameter(default=100, low=1, high=10_000)}
 _DIGITS = 5
-_STEP = re.compile(r"^\W*step\s+(\d+)", re.I | re.M)
+_STEP = re.compile(r"^[^\w\n]*step\s+(\d+)", re.I | re.M)
 _STATED = re.compile(r"passkey\b[^\d\n]{0,60}?(\d+(?:,\d{3})*)", re.I)
 
 _PROMPT = """\
