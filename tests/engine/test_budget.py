@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 
 from tests.engine.scheduler_harness import Answer, SteppedScheduler
 from tests.engine.test_schedules import expected_rounds
 from tests.engine.tiny_model import CONTEXT
 from vase_sgl import eviction
+from vase_sgl.engine import admission
+from vase_sgl.engine.config import EngineConfig
 
 POOL = 400
 PROMPT = [2 + (11 * i) % 250 for i in range(30)]
@@ -89,6 +92,14 @@ def test_an_answer_may_be_longer_than_the_pool(stepped: SteppedScheduler) -> Non
 def test_output_is_bounded_by_the_context(stepped: SteppedScheduler) -> None:
     answer = _answer(stepped, {**BUDGET, "policy": "streaming"}, new=10 * CONTEXT)
     assert len(answer.tokens) == CONTEXT - 2 - len(PROMPT)
+
+
+def test_output_is_bounded_by_the_operator(
+    stepped: SteppedScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLANG_MAX_NEW_TOKENS_LIMIT."""
+    monkeypatch.setattr(stepped.scheduler, "max_new_tokens_limit", 50)
+    assert len(_answer(stepped, BUDGET, new=100).tokens) == 50
 
 
 def test_a_long_prompt_shrinks_and_reopens_admission(stepped: SteppedScheduler) -> None:
@@ -258,6 +269,36 @@ class TestRefusals:
         assert stepped.answers["behind"].finish is not None
         stepped.run()
         assert len(stepped.answers["other"].tokens) == 60
+
+
+def test_the_default_is_not_for_probes(
+    stepped: SteppedScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An idle worker answers `/health` by a token; it must not look like answers with a budget."""
+    config = EngineConfig(default=BUDGET)
+    monkeypatch.setattr(admission, "engine_config", lambda: config)
+    for rid in ("asked", f"{HEALTH_CHECK_RID_PREFIX}_1"):
+        stepped.submit(rid, [0], max_new_tokens=1)
+        stepped.run()
+        assert stepped.answers[rid].finish == {"type": "length", "length": 1}
+        assert (stepped.answers[rid].statistics is None) == (rid != "asked")
+
+
+def test_what_upstream_refuses_waits_for_nobody_either(stepped: SteppedScheduler) -> None:
+    """A grammar, which this worker has no backend for: refused after the budget was attached."""
+    stepped.submit("other", PROMPT * 10, max_new_tokens=60, vase={**BUDGET, "prompt": "keep"})
+    stepped.step()
+    stepped.submit("bad", PROMPT * 5, max_new_tokens=60, vase=BUDGET, regex="a+")
+    stepped.submit("behind", PROMPT[:2], max_new_tokens=2)
+    for _ in range(4):
+        stepped.step()
+    finish = stepped.answers["bad"].finish
+    assert finish is not None and finish["status_code"] == 400
+    assert "--grammar-backend none" in finish["message"]
+    assert stepped.answers["bad"].statistics is None
+    assert stepped.answers["behind"].finish == {"type": "length", "length": 2}
+    assert stepped.answers["other"].finish is None
+    stepped.run()
 
 
 def test_beam_search_beside_a_budget(stepped: SteppedScheduler) -> None:

@@ -8,7 +8,9 @@ import sys
 import pytest
 import torch
 from sglang.srt.platforms import current_platform
+from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
+from tests.engine.scheduler_harness import SteppedScheduler
 from vase_sgl.engine import device, linear_cpu, platform_cpu, sampling_cpu, torchvision_cpu
 
 
@@ -114,6 +116,36 @@ class TestSampling:
     def test_a_token_without_probability_is_never_drawn(self) -> None:
         probs = torch.tensor([0.0, 0.5, 0.0, 0.5])
         assert set(_draw(probs, range(500)).tolist()) == {1, 3}
+
+    @pytest.mark.parametrize("top_k", [4, 1 << 30])
+    def test_the_mask_is_told_with_the_seeded_token(
+        self, stepped: SteppedScheduler, top_k: int
+    ) -> None:
+        """`return_sampling_mask`: the logprob belongs to the token that was answered."""
+        rows = 64
+        sampler = stepped.scheduler.tp_worker.model_runner.sampler
+        info = SamplingBatchInfo(
+            temperatures=torch.ones(rows, 1),
+            top_ps=torch.ones(rows),
+            top_ks=torch.full((rows,), top_k),
+            min_ps=torch.zeros(rows),
+            is_all_greedy=False,
+            is_any_greedy=False,
+            need_top_p_sampling=False,
+            need_top_k_sampling=top_k == 4,
+            need_min_p_sampling=False,
+            vocab_size=5,
+            sampling_seed=torch.arange(rows),
+            sampling_mask_batch_indices=torch.arange(rows),
+        )
+        probs = self.probs.repeat(rows, 1)
+        tokens, capture = sampler._sample_from_probs(
+            probs.clone(), info, torch.arange(rows), top_k > 4
+        )
+        told = sampler._build_sampling_mask_output(tokens, capture, None)
+        kept = probs.masked_fill(probs < 0.1, 0) if top_k == 4 else probs
+        expected = (kept / kept.sum(1, keepdim=True)).gather(1, tokens.long()[:, None])[:, 0].log()
+        torch.testing.assert_close(told.selected_logprobs, expected)
 
     def test_position_and_seed_key_the_draw(self) -> None:
         uniforms = sampling_cpu._uniforms(

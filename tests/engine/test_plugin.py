@@ -14,7 +14,8 @@ import pytest
 from fastapi import HTTPException
 from prometheus_client import CollectorRegistry
 from sglang.srt.arg_groups.overrides import declare_resolution
-from sglang.srt.managers.io_struct import PauseGenerationReqInput
+from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.managers.io_struct import PauseGenerationReqInput, UpdateWeightFromDiskReqInput
 from sglang.srt.managers.multi_tokenizer_mixin import TokenizerWorker
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
@@ -23,6 +24,7 @@ from sglang.srt.server_args import ServerArgs
 
 from tests.engine.scheduler_harness import SteppedScheduler
 from vase_sgl.engine import admission, fingerprint, limits, plugin
+from vase_sgl.engine.pool import BudgetPool
 from vase_sgl.engine.prometheus import EngineMetrics
 from vase_sgl.eviction import ParameterError
 
@@ -89,15 +91,44 @@ def test_a_foreign_kv_pool_is_refused(stepped: SteppedScheduler) -> None:
     class Runner:
         token_to_kv_pool = LatentPool()
         token_to_kv_pool_allocator = stepped.scheduler.token_to_kv_pool_allocator
+        req_to_token_pool = LatentPool()
 
     with pytest.raises(limits.UnsupportedConfiguration, match="KV pool is LatentPool"):
         limits.refuse_unsupported_pool(Runner())
+    # The attention backend is the first to ask for our buffers, long before SGLang is up.
+    with pytest.raises(limits.UnsupportedConfiguration, match="KV pool is LatentPool"):
+        BudgetPool.of_runner(Runner())
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"quant_method": SimpleNamespace(name="nvfp4")}, "not nvfp4 .* --kv-cache-dtype auto"),
+        ({"kv_cache_layout": "hnd"}, "layout hnd: .* leave SGLANG_USE_HND_KVCACHE unset"),
+    ],
+    ids=["packed with scales", "by pages and heads"],
+)
+def test_entries_that_are_no_rows_of_slots_are_refused(
+    stepped: SteppedScheduler,
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, object],
+    text: str,
+) -> None:
+    """SGLang keeps them in a pool of the same class."""
+    runner = stepped.scheduler.tp_worker.model_runner
+    limits.refuse_unsupported_pool(runner)
+    for name, value in change.items():
+        monkeypatch.setattr(runner.token_to_kv_pool, name, value)
+    with pytest.raises(limits.UnsupportedConfiguration, match=text):
+        limits.refuse_unsupported_pool(runner)
 
 
 @pytest.mark.parametrize(
     ("change", "text"),
     [
         ({"sliding_window_size": 4096}, "has attention over a sliding window"),
+        ({"layer.sliding_window_size": 4096}, "has attention over a sliding window"),
+        ({"layer.xai_temperature_len": 1024}, "has a temperature of attention that grows"),
         ({"model_config.model_is_mrope": True}, "has multimodal rotary positions"),
         ({"model_config.is_encoder_decoder": True}, "has an encoder"),
         ({"decode_attention_backend_str": "trtllm_mha"}, "than trtllm_mha: use --attention-"),
@@ -111,11 +142,11 @@ def test_models_and_backends_that_go_by_columns_are_refused(
 ) -> None:
     runner = stepped.scheduler.tp_worker.model_runner
     limits.refuse_unsupported_model(runner, plugin._BACKENDS)
+    layers = [part for part in runner.model.modules() if isinstance(part, RadixAttention)]
+    owners = {"": runner, "model_config": runner.model_config, "layer": layers[-1]}
     for name, value in change.items():
-        owner, _, attribute = f"runner.{name}".rpartition(".")
-        monkeypatch.setattr(
-            runner.model_config if owner.endswith("model_config") else runner, attribute, value
-        )
+        owner, _, attribute = name.rpartition(".")
+        monkeypatch.setattr(owners[owner], attribute, value)
     with pytest.raises(limits.UnsupportedConfiguration, match=text):
         limits.refuse_unsupported_model(runner, plugin._BACKENDS)
 
@@ -156,10 +187,16 @@ def test_updated_weights_are_not_those_of_the_files(
     first = fingerprint.fingerprint(scheduler)["weights_digest"]
     assert fingerprint.fingerprint(scheduler)["weights_digest"] == first
     digests = {first}
-    for version in ("2", "3"):
-        scheduler.weight_updater.record_weight_version_after_update(version)
+    for succeeds in (True, False, True):  # one that fails may have loaded half of them
+        load = SimpleNamespace(update_weights_from_disk=lambda *_, ok=succeeds, **__: (ok, "said"))
+        runner = ("target", SimpleNamespace(weight_updater=load))
+        monkeypatch.setattr(
+            type(scheduler.weight_updater), "_select_runners", lambda _, r=runner: [r]
+        )
+        update = UpdateWeightFromDiskReqInput(model_path="elsewhere", weight_version="2")
+        assert scheduler.weight_updater.update_weights_from_disk(update).success == succeeds
         digests.add(fingerprint.fingerprint(scheduler)["weights_digest"])
-    assert len(digests) == 3
+    assert len(digests) == 4
 
 
 def test_sglang_itself_is_unmodified() -> None:

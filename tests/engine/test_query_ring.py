@@ -10,7 +10,9 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests.engine.scheduler_harness import SteppedScheduler
+from vase_sgl.engine import sizing
 from vase_sgl.engine.config import EngineConfig
+from vase_sgl.engine.limits import UnsupportedConfiguration
 from vase_sgl.engine.pool import BudgetPool
 from vase_sgl.engine.query_ring import QueryRing, recording_backend
 from vase_sgl.engine.sizing import BufferSizes
@@ -144,6 +146,19 @@ class TestSizes:
         assert _sizes(config=config, max_running_requests=9).ring_requests(10**6) == 7
         assert _sizes(max_running_requests=9).ring_requests(10**6) == 9
         assert _sizes().ring_requests(10 * (2048 + 64) + 5) == 10
+
+    def test_buffers_that_leave_no_memory_are_named(self, stepped: SteppedScheduler) -> None:
+        """Else SGLang says that the weights leave none."""
+        configurator = stepped.scheduler.tp_worker.model_runner.kv_cache_configurator
+        left: list[int] = []
+
+        def note(_: object, budget_bytes: int) -> None:
+            left.append(budget_bytes)
+
+        sizing.leave_room_for_buffers(note, configurator, 2**30)
+        assert 0 < left[0] < 2**30
+        with pytest.raises(UnsupportedConfiguration, match="lower --vase-max-requests"):
+            sizing.leave_room_for_buffers(note, configurator, 2**10)
 
 
 def test_the_engine_sizes_its_ring_to_the_running_requests(stepped: SteppedScheduler) -> None:

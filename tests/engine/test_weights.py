@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import huggingface_hub.constants
 import pytest
+import triton
 from sglang.srt.server_args import ServerArgs
 
 from vase_sgl.engine import fingerprint, server_info
@@ -124,6 +125,7 @@ def test_weights_that_are_still_read_hold_nothing_up(
     with pytest.raises(fingerprint.WeightsNotRead):
         fingerprint._digest_of_weights(args)
     monkeypatch.setattr(server_info, "describe", lambda _: fingerprint._digest_of_weights(args))
+    monkeypatch.setattr(server_info, "answers_for_worker", lambda: True)
     answer = SimpleNamespace(internal_state={})
     server_info.report_state(answer, SimpleNamespace(scheduler=None), None)
     with pytest.raises(WorkerUnavailable, match="not ready: the weights are still being read"):
@@ -132,10 +134,71 @@ def test_weights_that_are_still_read_hold_nothing_up(
     assert fingerprint.begin_to_read_weights(args).result() == "digest"
 
 
+def test_only_the_rank_that_answers_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every rank of a tensor-parallel worker is asked, and would read all of them."""
+    monkeypatch.setattr(server_info, "describe", lambda _: {"digest": "d"})
+    told = []
+    for rank in (0, 1):
+        parallel = SimpleNamespace(attn_tp_rank=rank)
+        monkeypatch.setattr(server_info, "get_parallel", lambda p=parallel: p)
+        answer = SimpleNamespace(internal_state={})
+        server_info.report_state(answer, SimpleNamespace(scheduler=None), None)
+        told.append(answer.internal_state)
+    assert told == [{"vase": {"digest": "d"}}, {}]
+
+
 def test_only_flags_that_somebody_gave_are_entries() -> None:
     assert fingerprint._arithmetic(ServerArgs(model_path="m")) == {}
     given = ServerArgs(model_path="m", quantization="fp8", enable_fp32_lm_head=True)
     assert fingerprint._arithmetic(given) == {"quantization": "fp8", "enable_fp32_lm_head": "True"}
+
+
+def test_flags_that_change_what_is_drawn_are_entries() -> None:
+    """SGLang adds the preferred parameters to those of every request."""
+    given = ServerArgs(model_path="m", preferred_sampling_params={"stop": ["x"]})
+    assert fingerprint._arithmetic(given) == {"preferred_sampling_params": "{'stop': ['x']}"}
+    given = ServerArgs(model_path="m", enable_watermark=True)
+    assert fingerprint._arithmetic(given) == {"enable_watermark": "True"}
+
+
+def test_an_accelerator_names_the_packages_of_its_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scheduler = SimpleNamespace(
+        chunked_prefill_size=8192, tree_cache=SimpleNamespace(page_size=1, disable=True)
+    )
+    monkeypatch.setattr(fingerprint.platform_cpu, "is_active", lambda: True)
+    assert fingerprint._of_accelerators(scheduler) == {}
+    monkeypatch.setattr(fingerprint.platform_cpu, "is_active", lambda: False)
+    found = fingerprint._of_accelerators(scheduler)
+    assert found["triton"] == triton.__version__ and found["prefix_cache"] == "off"
+
+
+_X86 = """processor\t: 0
+vendor_id\t: AuthenticAMD
+cpu family\t: 26
+model\t\t: 2
+model name\t: AMD EPYC
+flags\t\t: fpu vme
+
+processor\t: 1
+model name\t: another
+"""
+_ARM = (
+    "processor\t: 0\nBogoMIPS\t: 50\nCPU implementer\t: 0x41\nCPU part\t: 0xd4f\n\nprocessor\t: 1\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "model"), [(_X86, "AMD EPYC 26 2"), (_ARM, "0x41 0xd4f")], ids=["x86", "Arm"]
+)
+def test_a_cpu_is_named_by_its_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, model: str
+) -> None:
+    """CPUs of one instruction set, AVX512 say, have bfloat16 products of different bits."""
+    (tmp_path / "cpuinfo").write_text(text)
+    monkeypatch.setattr(fingerprint, "_CPU_INFO", tmp_path / "cpuinfo")
+    assert fingerprint._cpu_model() == model
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from fastapi import HTTPException
 from sglang.srt.beam_search.batch_tail import num_beam_member_rows
 from sglang.srt.managers import schedule_policy
 from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
+from sglang.srt.managers.utils import is_health_check_generate_req
 
 from vase_sgl.engine import inspector
 from vase_sgl.engine.config import engine_config
@@ -38,12 +39,12 @@ def create_request(
     """AROUND `Scheduler._create_generation_req`: attach a `RequestCache`, or abort with a 400."""
     req = original(scheduler, recv_req, *args, **kwargs)
     if (problem := _prompt_problem(req, recv_req, scheduler.model_config.vocab_size)) is not None:
-        _abort(req, problem)
+        req.set_finish_with_abort(problem)
         return req
     config = engine_config()
     custom = req.sampling_params.custom_params
     raw = custom.get(PARAMS_KEY) if isinstance(custom, dict) else None
-    if raw is None:
+    if raw is None and not is_health_check_generate_req(recv_req):
         raw = config.default
     if raw is None:
         return req
@@ -53,7 +54,7 @@ def create_request(
         _refuse_policy(params.policy.name, BudgetPool.of(scheduler.req_to_token_pool))
         folder = inspector.folder_for(req.rid, config.inspect_dir) if params.inspect else None
     except ParameterError as error:
-        _abort(req, f"custom_params.{PARAMS_KEY}: {error}")
+        req.set_finish_with_abort(f"custom_params.{PARAMS_KEY}: {error}")
         return req
     cache = RequestCache(
         params,
@@ -107,20 +108,24 @@ def _refuse_policy(policy: str, pool: BudgetPool) -> None:
         )
 
 
-def _abort(req: Req, message: str) -> None:
-    """Answer with a 400. Upstream still admits the request once, so it must fit any pool: as one
-    token, and without the slots that its prompt would have reserved."""
+def forget_refused(result: None, req: Req, *args: Any, **kwargs: Any) -> None:
+    """AFTER `Req.set_finish_with_abort`, by which upstream refuses too (grammars, lengths, ...).
+
+    Upstream still admits the request once, as one token. So it must fit any pool, and wait neither
+    for the slots that its prompt would have reserved nor for a query ring.
+    """
     inspector.forget(req)
     detach(req)
-    req.set_finish_with_abort(message)
-    req.sampling_params.max_new_tokens, req.sampling_params.min_new_tokens = 1, 0
+    sampling = req.sampling_params
+    if sampling.max_new_tokens != 0:  # 0: nothing but a prefill was asked for
+        sampling.max_new_tokens, sampling.min_new_tokens = 1, 0
 
 
 def bound_max_new_tokens(original: Callable[..., None], scheduler: Scheduler, req: Req) -> None:
     """AROUND `Scheduler.init_req_max_new_tokens`: a budget lifts the pool's bound on length.
 
-    Output is bounded by the context length alone. A request whose static slots exceed the whole
-    pool can never run: it is aborted with a 400 that says by how much.
+    Output is bounded by the context length and the operator's limit alone. A request whose static
+    slots exceed the whole pool can never run: it is aborted with a 400 that says by how much.
     """
     cache = evicting_cache_of(req)
     if cache is None:
@@ -128,16 +133,17 @@ def bound_max_new_tokens(original: Callable[..., None], scheduler: Scheduler, re
         return
     sampling = req.sampling_params
     wanted = sampling.max_new_tokens if sampling.max_new_tokens is not None else 1 << 30
+    if (limit := scheduler.max_new_tokens_limit or 0) > 0:  # SGLANG_MAX_NEW_TOKENS_LIMIT
+        wanted = min(wanted, limit)
     room = scheduler.model_config.context_len - 1 - len(req.origin_input_ids) - 1
     sampling.max_new_tokens = max(0, min(wanted, room))
     sampling.min_new_tokens = min(sampling.min_new_tokens, sampling.max_new_tokens)
     slots = cache.max_slots(sampling.max_new_tokens) + _ADMISSION_SLACK * cache.page_size
     if slots > scheduler.max_total_num_tokens:
-        _abort(
-            req,
+        req.set_finish_with_abort(
             f"the request needs {slots} KV slots (prompt {cache.prompt_tokens}, budget "
             f"{cache.params.budget}, window {cache.params.window}) but the pool holds "
-            f"{scheduler.max_total_num_tokens}; lower the budget or shorten the prompt",
+            f"{scheduler.max_total_num_tokens}; lower the budget or shorten the prompt"
         )
 
 

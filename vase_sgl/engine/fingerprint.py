@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
+import platform
 import secrets
 import threading
 from concurrent.futures import Future
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,8 @@ from vase_sgl.engine.weights import WeightsNotFound, weights_digest
 
 logger = logging.getLogger(__name__)
 
-#: SGLang's flags that change the numbers of a model whose weights are the same, beside those with
-#: an entry of their own.
+#: SGLang's flags that change the numbers of a model whose weights are the same, or what is drawn by
+#: them, beside those with an entry of their own.
 _ARITHMETIC = (
     "model_impl",
     "json_model_override_args",
@@ -54,6 +56,8 @@ _ARITHMETIC = (
     "enable_flashinfer_allreduce_fusion",
     "enable_quant_communications",
     "rl_on_policy_target",
+    "preferred_sampling_params",
+    "enable_watermark",
 )
 _DEFAULTS = {field.name: field.default for field in record_fields(ServerArgs)}
 _SGLANG = version("sglang")
@@ -62,6 +66,10 @@ _dummy: Future[str] = Future()
 _dummy.set_result("dummy")
 #: In place of the digest, after weights were updated while serving.
 _updated: str | None = None
+
+_CPU_INFO = Path("/proc/cpuinfo")
+#: What names a CPU there: x86's fields (virtual machines often hide the name), then Arm's.
+_CPU_FACTS = ("model name", "cpu family", "model", "CPU implementer", "CPU part")
 
 #: How long the scheduler may stand still for the digest, each time it is asked.
 _PATIENCE_SECONDS = 0.5
@@ -83,7 +91,7 @@ def fingerprint(scheduler: Any) -> dict[str, str]:
         "weights_digest": _updated or _digest_of_weights(scheduler.server_args),
         "vase_sgl": __version__,
         "sglang": _SGLANG,
-        "kernels": f"{BudgetPool.of(scheduler.req_to_token_pool).kernels}-5",
+        "kernels": f"{BudgetPool.of(scheduler.req_to_token_pool).kernels}-6",
         "torch": torch.__version__,
         "dtype": str(runner.dtype).removeprefix("torch."),
         "kv_cache_dtype": str(runner.token_to_kv_pool.dtype).removeprefix("torch."),
@@ -93,15 +101,16 @@ def fingerprint(scheduler: Any) -> dict[str, str]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
         "tp_size": str(args.tp_size),
-        **_prefill_layout(scheduler),
+        **_of_accelerators(scheduler),
         **_arithmetic(scheduler.server_args),
     }
 
 
-def _prefill_layout(scheduler: Any) -> dict[str, str]:
-    """How prompts are cut and stored, which decides rounding in accelerators' attention kernels.
+def _of_accelerators(scheduler: Any) -> dict[str, str]:
+    """What decides rounding in accelerators' kernels: how prompts are cut and stored, and packages.
 
-    Not on our CPU platform, where tests show the same bits for every layout.
+    SGLang pins these packages, but nothing holds an installation to that; Triton compiles for
+    itself. Not on our CPU platform, where tests show the same bits for every layout.
     """
     if platform_cpu.is_active():
         return {}
@@ -109,7 +118,17 @@ def _prefill_layout(scheduler: Any) -> dict[str, str]:
         "chunked_prefill_size": str(scheduler.chunked_prefill_size),
         "page_size": str(scheduler.tree_cache.page_size),
         "prefix_cache": "off" if scheduler.tree_cache.disable else "on",
+        **_versions_of_kernels(),
     }
+
+
+@functools.cache
+def _versions_of_kernels() -> dict[str, str]:
+    found = {}
+    for package in ("triton", "sglang-kernel", "flashinfer-python"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package.replace("-", "_")] = version(package)
+    return found
 
 
 def _arithmetic(given: Any) -> dict[str, str]:
@@ -134,8 +153,19 @@ def _is_deterministic(args: Any) -> bool:
     return bool(args.enable_deterministic_inference) or platform_cpu.is_active()
 
 
+@functools.cache
 def _device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu {_cpu_model()}"
+
+
+def _cpu_model() -> str:
+    """BLAS chooses its kernels by it: CPUs of one `cpu_capability` round bfloat16 differently."""
+    try:
+        lines = _CPU_INFO.read_text().split("\n\n")[0].splitlines()
+    except OSError:  # not Linux
+        return platform.processor()
+    facts = dict(line.replace("\t", "").split(":", 1) for line in lines if ":" in line)
+    return " ".join(facts[name].strip() for name in _CPU_FACTS if name in facts)
 
 
 def begin_to_read_weights(server_args: Any) -> Future[str]:
@@ -149,8 +179,11 @@ def begin_to_read_weights(server_args: Any) -> Future[str]:
     return _begin_to_read(args.model_path, args.revision, args.download_dir)
 
 
-def note_updated_weights(_result: None, *_: Any, **__: Any) -> None:
-    """AFTER every update of weights while serving: nobody knows these weights' files."""
+def note_updated_weights(*_: Any, **__: Any) -> None:
+    """BEFORE every update of weights while serving: nobody knows these weights' files.
+
+    Nor those of an update that failed, which may have got half-way.
+    """
     global _updated
     _updated = f"updated-{secrets.token_hex(8)}"
 

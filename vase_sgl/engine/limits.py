@@ -15,6 +15,8 @@ _REQUIRED: dict[str, tuple[object, str]] = {
     "enable_lmcache": (False, "leave out --enable-lmcache"),
     "enable_dp_attention": (False, "leave out --enable-dp-attention"),
     "enable_pdmux": (False, "leave out --enable-pdmux"),
+    "enable_nvidia_megakernel": (False, "leave out --enable-nvidia-megakernel"),
+    "enable_amd_monokernel": (False, "leave out --enable-amd-monokernel"),
     "enable_lora": (False, "leave out --enable-lora"),
     "enable_unified_memory": (False, "leave out --enable-unified-memory"),
     "enable_session_radix_cache": (False, "leave out --enable-session-radix-cache"),
@@ -66,12 +68,23 @@ def refuse_unsupported_model(model_runner: Any, backends: Collection[str]) -> No
     """Raise `UnsupportedConfiguration` for a model or backend that reads the cache in another way.
 
     A round moves rows to other columns, so what goes by columns must not mean positions: neither a
-    sliding window over them, nor multimodal positions, nor encoder entries before them. And the
-    queries of decode steps must be seen, which only `backends` are made to show.
+    sliding window over them, nor a temperature by their number, nor multimodal positions, nor
+    encoder entries before them. And the queries of decode steps must be seen, which only `backends`
+    are made to show.
     """
+    from sglang.srt.layers.radix_attention import RadixAttention
+
     config = model_runner.model_config
+    layers = [part for part in model_runner.model.modules() if isinstance(part, RadixAttention)]
+    # Some models have windows that SGLang knows of in their layers alone.
+    has_windows = any(layer.sliding_window_size > -1 for layer in layers)
     unsupported = {
-        "attention over a sliding window": model_runner.sliding_window_size is not None,
+        "attention over a sliding window": (
+            model_runner.sliding_window_size is not None or has_windows
+        ),
+        "a temperature of attention that grows with the position": any(
+            (layer.xai_temperature_len or -1) > 0 for layer in layers
+        ),
         "multimodal rotary positions": config.model_is_mrope,
         "an encoder": config.is_encoder_decoder,
     }
@@ -100,6 +113,12 @@ def refuse_unsupported_pool(model_runner: Any) -> None:
             f"a static KV budget needs plain multi-head or grouped-query attention; this model's "
             f"KV pool is {type(pool).__name__} (MLA, sliding window, Mamba and hybrids are not "
             "supported)"
+        )
+    if pool.is_quantized_kv_cache or pool.kv_cache_layout != "nhd":
+        raise UnsupportedConfiguration(
+            "a static KV budget needs a KV entry to be one row of its slot, not "
+            f"{pool.quant_method.name} in layout {pool.kv_cache_layout}: use --kv-cache-dtype "
+            "auto, fp8_e4m3 or fp8_e5m2, and leave SGLANG_USE_HND_KVCACHE unset"
         )
     if type(allocator) not in (TokenToKVPoolAllocator, PagedTokenToKVPoolAllocator):
         raise UnsupportedConfiguration(

@@ -73,7 +73,8 @@ def _check_start(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> Non
     limits.refuse_unsupported_pool(runner)
     limits.refuse_unsupported_model(runner, _BACKENDS)
     limits.refuse_scaled_kv(runner.model)
-    fingerprint.begin_to_read_weights(scheduler.server_args)
+    if server_info.answers_for_worker():
+        fingerprint.begin_to_read_weights(scheduler.server_args)
     verify_applied()
     prometheus.start_metrics(scheduler)
 
@@ -119,6 +120,13 @@ HOOKS: tuple[Hook, ...] = (
         HookType.AROUND,
         admission.bound_max_new_tokens,
         "a budgeted request may grow past the pool; one that can never run is refused",
+    ),
+    Hook(
+        "managers.schedule_batch.Req.set_finish_with_abort",
+        ("self", "error_msg", "status_code", "err_type"),
+        HookType.AFTER,
+        admission.forget_refused,
+        "a refused request reserves nothing, so its answer waits for nobody",
     ),
     Hook(
         "managers.scheduler.Scheduler.get_prefill_adder_class",
@@ -172,9 +180,9 @@ HOOKS: tuple[Hook, ...] = (
     ),
     Hook(
         "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
-        "record_weight_version_after_update",
-        ("self", "weight_version"),
-        HookType.AFTER,
+        "_observe_weight_load",
+        ("self", "source"),
+        HookType.BEFORE,
         fingerprint.note_updated_weights,
         "answers of updated weights are not taken for those of the model's files",
     ),

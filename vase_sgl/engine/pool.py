@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from sglang.srt.runtime_context import get_parallel
 
+from vase_sgl.engine import limits
 from vase_sgl.engine.compaction import Compaction
 from vase_sgl.engine.config import EngineConfig, engine_config
 from vase_sgl.engine.query_ring import QueryRing
@@ -105,9 +106,13 @@ class BudgetPool:
 
     @classmethod
     def of_runner(cls, model_runner: Any) -> BudgetPool:
-        """The pool of a model runner, created on first use."""
+        """The pool of a model runner, created on first use.
+
+        Raises `UnsupportedConfiguration` for a KV pool that the budget cannot work on.
+        """
         key = model_runner.req_to_token_pool
         if key not in _pools:
+            limits.refuse_unsupported_pool(model_runner)
             _pools[key] = cls(model_runner, engine_config())
         return _pools[key]
 

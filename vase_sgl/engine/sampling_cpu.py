@@ -59,6 +59,9 @@ def sample_with_seeds(
         top_p=sampling_info.top_ps[seeded],
         min_p=sampling_info.min_ps[seeded],
     ).to(tokens.dtype)
+    if capture is not None:
+        # For `return_sampling_mask`: the weight is that of the stock draw, so upstream looks it up.
+        capture = capture._replace(selected_weight=None)
     return tokens, capture
 
 

@@ -5,14 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sglang.srt.runtime_context import get_parallel
+
 from vase_sgl.engine.config import engine_config
 from vase_sgl.engine.fingerprint import WeightsNotRead, fingerprint
 from vase_sgl.engine.pool import BudgetPool
 from vase_sgl.engine.prometheus import Slots
 
 
+def answers_for_worker() -> bool:
+    """Whether this rank's answers are sent; the others would read all weights for nobody."""
+    return bool(get_parallel().attn_tp_rank == 0)
+
+
 def report_state(result: Any, controller: Any, recv_req: Any) -> Any:
-    """AFTER `SchedulerInternalStateController.get_internal_state`."""
+    """AFTER `SchedulerInternalStateController.get_internal_state`, which every rank runs."""
+    if not answers_for_worker():
+        return result
     scheduler = controller.scheduler
     try:
         result.internal_state["vase"] = describe(scheduler)

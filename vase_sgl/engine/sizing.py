@@ -10,11 +10,13 @@ import torch
 from sglang.srt.runtime_context import get_parallel
 
 from vase_sgl.engine.config import EngineConfig, engine_config
+from vase_sgl.engine.limits import UnsupportedConfiguration
 from vase_sgl.engine.rounds import chosen_kernels, scratch_bytes
 
 #: Budget that concurrency is estimated with where neither the operator nor a default says more.
 REFERENCE_BUDGET = 2048
 _POSITION_BYTES = 4
+_GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +95,10 @@ class BufferSizes:
 def leave_room_for_buffers(
     original: Callable[..., Any], configurator: Any, budget_bytes: int, **kwargs: Any
 ) -> Any:
-    """AROUND `KVCacheConfigurator.config_from_budget`: the pool gets what our buffers leave."""
+    """AROUND `KVCacheConfigurator.config_from_budget`: the pool gets what our buffers leave.
+
+    Raises `UnsupportedConfiguration` if that is nothing: SGLang would blame the weights.
+    """
     sizes = BufferSizes.of(
         configurator.model_config,
         engine_config(),
@@ -102,4 +107,14 @@ def leave_room_for_buffers(
         max_running_requests=configurator.server_args.max_running_requests,
         device_type=configurator.device,
     )
-    return original(configurator, sizes.kv_bytes(budget_bytes), **kwargs)
+    left = sizes.kv_bytes(budget_bytes)
+    if not left:
+        rings = (1 + (sizes.requests or 0)) * sizes.ring_row_bytes
+        raise UnsupportedConfiguration(
+            f"a static KV budget's buffers leave no memory for KV entries: of "
+            f"{budget_bytes / _GIB:.2f} GiB, query rings would take {rings / _GIB:.2f} and the "
+            f"kernels' scratch {sizes.scratch_bytes / _GIB:.2f}; lower --vase-max-requests (by "
+            "default --max-running-requests), --vase-max-window or --context-length, or raise "
+            "--mem-fraction-static"
+        )
+    return original(configurator, left, **kwargs)
