@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import ssl
 from typing import Any, Self
 
 from aiohttp import web
@@ -47,7 +48,13 @@ class Faults:
 class ScriptedWorker:
     """Serve with `async with ScriptedWorker() as worker`, at `worker.url`."""
 
-    def __init__(self, port: int = 0, host: str = "127.0.0.1", api_key: str | None = None) -> None:
+    def __init__(
+        self,
+        port: int = 0,
+        host: str = "127.0.0.1",
+        api_key: str | None = None,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self.url = ""
         self.faults = Faults()
         self.fingerprint = dict(FINGERPRINT)
@@ -79,6 +86,7 @@ class ScriptedWorker:
         self._api_key = api_key
         self._host = host
         self._port = port
+        self._tls = tls
         self._runner: web.AppRunner | None = None
 
     async def __aenter__(self) -> Self:
@@ -90,11 +98,11 @@ class ScriptedWorker:
         app.router.add_get("/server_info", self._server_info)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, self._host, self._port)
+        site = web.TCPSite(self._runner, self._host, self._port, ssl_context=self._tls)
         await site.start()
         assert site._server is not None
         port = site._server.sockets[0].getsockname()[1]  # type: ignore[attr-defined]
-        self.url = f"http://{self._host}:{port}"
+        self.url = f"{'https' if self._tls else 'http'}://{self._host}:{port}"
         return self
 
     async def __aexit__(self, *exception: object) -> None:

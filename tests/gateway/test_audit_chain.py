@@ -8,11 +8,14 @@ import json
 import random
 import tracemalloc
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from tests.gateway.audit_records import numbered, tamper
 from tests.gateway.test_audit_store import problems
+from vase_sgl.cli import build_app
 from vase_sgl.gateway.audit import AuditError, AuditStore, KeyRing, export, pruning, reading
 from vase_sgl.gateway.audit.chain import ChainCheck
 from vase_sgl.gateway.audit.entries import seal
@@ -46,7 +49,7 @@ def in_format_1(lines: list[str]) -> list[str]:
 
 def file_problems(lines: list[str]) -> dict[str, str | None]:
     file = io.StringIO("".join(f"{line}\n" for line in lines))
-    return {t: None if p is None else str(p) for t, _, p in export.verify_file(file)}
+    return {t: None if p is None else str(p) for t, _, p in export.FileCheck().chains(file)}
 
 
 async def checked(url: str, known: tuple[int, str]) -> str | None:
@@ -158,6 +161,24 @@ async def test_a_file_of_format_1_is_checked_by_its_own_rules(
     assert file_problems(lines) == {"alice": None, "bob": None}
     del lines[3]
     assert "missing at record" in str(file_problems(lines)["alice"])
+
+
+async def test_a_file_that_does_not_say_where_it_ends_is_told_apart(
+    store: AuditStore, audit_url: str, tmp_path: Path
+) -> None:
+    lines, file = await exported(audit_url), tmp_path / "export.jsonl"
+
+    def verified(lines: list[str]) -> str:
+        file.write_text("".join(f"{line}\n" for line in lines))
+        result = CliRunner().invoke(build_app(), ["audit", "verify", "--file", str(file)])
+        assert result.exit_code == 0
+        return result.stdout
+
+    note = "of export format 1, which does not say where a file ends"
+    assert note not in verified(lines)
+    cut = in_format_1(lines)[:7]
+    whole, said = verified(cut).splitlines()
+    assert whole.startswith("alice: 5 records, chain is whole; head 5:") and note in said
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -178,6 +178,18 @@ async def test_reads_that_hang_keep_no_record_from_being_written(audit_url: str)
     await store.close()
 
 
+async def test_a_read_that_gets_no_connection_is_told_so_soon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "_POOL_SECONDS", 0.1)
+    async with run_gateway(tmp_path) as running, AsyncExitStack() as taken:
+        engine = running.gateway._store._engine
+        for _ in range(15):  # SQLAlchemy's pool: 5, and 10 more
+            await taken.enter_async_context(engine.connect())
+        with pytest.raises(Unavailable, match="audit store cannot be read now; try again later"):
+            await running.client.get_record("a" * 32, timeout=15)
+
+
 async def test_an_append_that_gets_no_connection_is_a_failed_write(audit_url: str) -> None:
     """One failure for the whole batch, not one more for each of its records."""
     store = await AuditStore.open(audit_url, migrate=True)

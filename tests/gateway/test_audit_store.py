@@ -7,15 +7,19 @@ import dataclasses
 import hashlib
 import json
 import struct
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy.exc import DBAPIError
 
 from tests.gateway.audit_records import execute, numbered
+from tests.gateway.running import until
 from vase_sgl.gateway.audit import AuditError, AuditStore, KeyRing, reading
-from vase_sgl.gateway.audit.entries import hash_of, seal
+from vase_sgl.gateway.audit.entries import hash_of, seal, unseal
+from vase_sgl.gateway.audit.records import StoredRecord
 from vase_sgl.gateway.tenants import Retention
 
 
@@ -52,6 +56,31 @@ async def test_a_record_comes_back_as_it_went_in(store: AuditStore, audit_url: s
     assert await store.get("alice", "nothing") is None
     assert await store.get("alice", "no\0thing") is None
     assert await problems(audit_url) == {"alice": None}
+
+
+async def test_what_is_read_is_decoded_beside_the_event_loop(
+    store: AuditStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await store.append(numbered(1))
+    begun, go_on, unsealed = threading.Event(), threading.Event(), unseal
+
+    def long_unseal(*arguments: Any, **options: Any) -> StoredRecord:
+        begun.set()
+        assert go_on.wait(10)
+        return unsealed(*arguments, **options)
+
+    monkeypatch.setattr("vase_sgl.gateway.audit.store.unseal", long_unseal)
+    for read in (
+        store.get("alice", numbered(1).record_id),
+        store.latest("alice", before=None, count=9),
+    ):
+        reading = asyncio.ensure_future(read)
+        await until(begun.is_set)
+        assert not reading.done()
+        go_on.set()
+        assert await reading
+        begun.clear()
+        go_on.clear()
 
 
 async def test_pages_go_back_in_time(store: AuditStore) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import logging
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from tests.gateway.running import Running, add_tenant, run_gateway
+from tests.gateway.running import Running, add_tenant, run_gateway, until
 from vase_sgl.client import (
     NEVER,
     AsyncClient,
@@ -165,6 +166,33 @@ async def test_a_wrong_file_is_read_and_reported_once(
     for _ in range(3):
         assert (await authenticator.tenant_of(Credential(key))).name == "bob"
     assert len(loaded) == 1 and caplog.text.count("is not text in UTF-8") == 1
+
+
+async def test_a_long_tenants_file_is_read_once_and_holds_up_no_stream(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running.worker.token_seconds = 0.01
+    chunks = aiter(running.client.generate("tell me", max_new_tokens=4000))
+    await anext(chunks)
+    key = running.add_tenant("bob")
+    reading, go_on, load = threading.Event(), threading.Event(), tenants.load
+    let_go: list[bool] = []
+
+    def long_load(path: Path) -> tenants.TenantFile:
+        reading.set()
+        let_go.append(go_on.wait(10))
+        return load(path)
+
+    monkeypatch.setattr(tenants, "load", long_load)
+    async with AsyncClient(running.target, key, retry=NEVER) as bob:
+        calls = [asyncio.create_task(bob.capacity()) for _ in range(3)]
+        await until(reading.is_set)
+        for _ in range(3):
+            await anext(chunks)
+        assert not any(call.done() for call in calls)
+        go_on.set()
+        await asyncio.gather(*calls)
+    assert let_go == [True]
 
 
 async def test_a_key_revoked_in_place_is_refused_whatever_the_files_time_says(

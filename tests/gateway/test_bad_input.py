@@ -8,7 +8,7 @@ import pytest
 
 from tests.gateway.running import Running
 from tests.gateway.scripted_worker import VOCAB
-from vase_sgl.client import InvalidRequest, channels
+from vase_sgl.client import InvalidRequest, NotFound, channels
 from vase_sgl.rpc.v1 import gateway_pb2 as pb
 
 EVICT = {"budget": 64, "window": 16}
@@ -40,6 +40,7 @@ CASES: list[tuple[Any, dict[str, Any], str]] = [
     ("a", {"presence_penalty": -3.0}, "sampling.presence_penalty: must be from -2 to 2, got -3"),
     ("a", {"stop": [""]}, "sampling.stop: send at most 16 strings, none of them empty"),
     ("a", {"stop": ["x"] * 17}, "sampling.stop: send at most 16 strings"),
+    ("a", {"stop": ["語" * 257]}, "sampling.stop: a string may have 256 characters at most"),
     ("a", {"stop_token_ids": [-1]}, "sampling.stop_token_ids: send at most 64 ids, none of them"),
     ("a", {"seed": -1}, "seed: must be from 0 to 2^63 - 1, got -1"),
     ("a", {"sample_index": -1}, "sample_index: must not be negative, got -1"),
@@ -118,6 +119,13 @@ async def test_pages_and_capacity_check_their_fields(running: Running) -> None:
     question = pb.GetCapacityRequest(budget=100, prompt_mode=9)  # type: ignore[arg-type]
     with pytest.raises(Exception, match="prompt_mode: unknown mode 9; use PROMPT_MODE_EVICT"):
         await stub.GetCapacity(question, metadata=metadata)
+
+
+@pytest.mark.parametrize("letter", ["x", "\n", "語"])
+async def test_what_is_quoted_does_not_hide_the_error(running: Running, letter: str) -> None:
+    """Clients take 8 KiB of metadata, in which a text is up to three times as long."""
+    with pytest.raises(NotFound, match=r"^there is no record '.* …$"):
+        await running.client.get_record(letter * 100_000)
 
 
 async def test_a_message_above_the_size_limit_is_refused(running: Running) -> None:

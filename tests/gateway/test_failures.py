@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
+from aiohttp import web
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.gateway.running import Running, run_gateway, until
 from tests.gateway.scripted_worker import ScriptedWorker
 from vase_sgl.client import NEVER, AsyncClient, Client, InvalidRequest, Unavailable, VaseError
+from vase_sgl.gateway import worker_http
 from vase_sgl.gateway.config import load_config
 from vase_sgl.gateway.server import Gateway, PortInUse
 
@@ -99,6 +104,96 @@ async def test_failures_of_a_generation(
     for name in fault:
         setattr(running.worker.faults, name, None)
     await running.client.generate_once("tell me", max_new_tokens=2)
+
+
+class EndlessError(ScriptedWorker):
+    """A worker that does not stop to say what went wrong."""
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(status=500)
+        await response.prepare(request)
+        with contextlib.suppress(ConnectionError):
+            while True:
+                await response.write(bytes(2**20))
+        return response
+
+
+class LongError(ScriptedWorker):
+    """A worker that quotes all of what it did not like."""
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        return web.json_response({"error": {"message": "no: " + "語" * 100_000}}, status=400)
+
+
+class OtherShape(ScriptedWorker):
+    """A worker whose events are not SGLang's."""
+
+    async def _stream(self, body: dict[str, Any], response: web.StreamResponse) -> None:
+        meta = {"completion_tokens": 1, "finish_reason": None, "vase": "none"}
+        event = {"text": "a", "output_ids": [1], "meta_info": meta}
+        await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "text"),
+    [
+        (EndlessError, Unavailable, "gave an answer that cannot be understood"),
+        (LongError, InvalidRequest, "the worker refused the request: no: 語語語"),
+        (OtherShape, Unavailable, "gave an answer that cannot be understood"),
+    ],
+)
+async def test_workers_that_answer_too_much_or_otherwise(
+    tmp_path: Path, kind: type[ScriptedWorker], error: type[VaseError], text: str
+) -> None:
+    async with kind() as worker, run_gateway(tmp_path, worker={"urls": [worker.url]}) as running:
+        with pytest.raises(error, match=text) as failure:
+            await running.client.generate_once("tell me", max_new_tokens=2, timeout=20)
+        assert len(str(failure.value).encode()) < 2000
+        (summary,) = [record async for record in running.client.list_records()]
+        assert summary.status == "failed"
+
+
+class Elsewhere(ScriptedWorker):
+    """A worker that sends its callers to another one."""
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        raise web.HTTPTemporaryRedirect(self.elsewhere)
+
+    elsewhere = ""
+
+
+async def test_prompts_go_nowhere_but_to_the_workers(tmp_path: Path) -> None:
+    async with (
+        ScriptedWorker() as other,
+        Elsewhere() as worker,
+        run_gateway(tmp_path, worker={"urls": [worker.url]}) as running,
+    ):
+        worker.elsewhere = f"{other.url}/generate"
+        with pytest.raises(Unavailable, match="answered generate with status 307"):
+            await running.client.generate_once("tell me", max_new_tokens=2)
+        assert other.bodies == []
+
+
+class DeafToAborts(ScriptedWorker):
+    """A worker that no longer answers, when it is asked to give a request up."""
+
+    async def _abort(self, request: web.Request) -> web.Response:
+        self.aborted.append((await request.json())["rid"])
+        await asyncio.sleep(3600)
+        return web.Response()
+
+
+async def test_a_worker_that_hangs_does_not_hold_up_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_http, "ABORT_TIMEOUT", 0.2)
+    async with DeafToAborts() as worker:
+        worker.token_seconds = 0.02
+        config: dict[str, Any] = {"worker": {"urls": [worker.url]}, "drain_seconds": 0.1}
+        async with run_gateway(tmp_path, **config) as running:
+            await running.client.generate("tell me", max_new_tokens=4000).started()
+            await asyncio.wait_for(running.gateway.stop(), 15)
+            assert worker.aborted
 
 
 async def test_a_generation_without_a_record_has_no_result(

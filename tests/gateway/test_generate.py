@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from typing import Any
 
 from tests.gateway.running import Running
@@ -211,3 +212,15 @@ async def test_two_clients_of_one_tenant_see_the_same_records(running: Running) 
     answer = await running.client.generate_once("tell me", max_new_tokens=2)
     async with AsyncClient(running.target, running.key, retry=NEVER) as second:
         assert (await second.get_record(answer.request_id)).text == answer.text
+
+
+async def test_an_answer_leaves_nothing_for_the_event_loop_to_close(running: Running) -> None:
+    """A generator that nobody closes costs a task of its own, some time later."""
+    left: list[str] = []
+    hooks = sys.get_asyncgen_hooks()
+    sys.set_asyncgen_hooks(finalizer=lambda generator: left.append(generator.__qualname__))
+    try:
+        await running.client.generate_once("tell me", max_new_tokens=5)
+    finally:
+        sys.set_asyncgen_hooks(*hooks)
+    assert left == []

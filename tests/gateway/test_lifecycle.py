@@ -17,7 +17,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from tests.gateway.running import Running, run_gateway, until
 from tests.gateway.test_abort import record_of
-from vase_sgl.client import NEVER, AsyncClient, Unavailable, VaseError, channels
+from vase_sgl.client import NEVER, AsyncClient, RateLimited, Unavailable, VaseError, channels
 from vase_sgl.gateway.patience import Patience
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -71,23 +71,48 @@ async def test_liveness_is_not_readiness(tmp_path: Path) -> None:
         await stopping
 
 
-async def test_watches_are_bounded(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("calls", "most"), [(1000, 64), (8, 2)])
+async def test_watches_are_bounded(tmp_path: Path, calls: int, most: int) -> None:
     """They need no key: without a bound anyone could take every call there is."""
     async with (
-        run_gateway(tmp_path, grpc={"max_concurrent_calls": 100}) as running,
+        run_gateway(tmp_path, grpc={"max_concurrent_calls": calls}) as running,
         grpc.aio.insecure_channel(running.target) as channel,
     ):
         stub = health_pb2_grpc.HealthStub(channel)
         request = health_pb2.HealthCheckRequest(service="liveness")
-        watches = [stub.Watch(request) for _ in range(64)]
+        watches = [stub.Watch(request) for _ in range(most)]
         for watch in watches:
             await watch.read()
-        with pytest.raises(grpc.aio.AioRpcError, match="64 clients watch"):
+        with pytest.raises(grpc.aio.AioRpcError, match=f"{most} clients watch"):
             await stub.Watch(request).read()
         await running.client.capacity()
         watches[0].cancel()
         await asyncio.sleep(0.1)
         assert (await stub.Watch(request).read()).status == SERVING
+
+
+async def test_a_gateway_with_as_many_calls_as_may_be_is_alive(tmp_path: Path) -> None:
+    """Whoever probes it would otherwise end it, and all of its streams."""
+    async with (
+        run_gateway(tmp_path, grpc={"max_concurrent_calls": 2}) as running,
+        grpc.aio.insecure_channel(running.target) as channel,
+    ):
+        running.worker.token_seconds = 0.02
+        streams = [running.client.generate("tell me", max_new_tokens=4000) for _ in range(2)]
+        for stream in streams:
+            await stream.started()
+        stub = health_pb2_grpc.HealthStub(channel)
+        for name in ("liveness", "readiness"):
+            request = health_pb2.HealthCheckRequest(service=name)
+            assert (await stub.Check(request)).status == SERVING
+        with pytest.raises(RateLimited, match="2 calls run already") as error:
+            await running.client.capacity()
+        assert error.value.retry_seconds == 1.0
+        for stream in streams:
+            stream.cancel()
+        await running.worker.wait_for_abort_of(2)
+        await until(lambda: not running.gateway._admissions._metrics.open_requests)
+        await running.client.capacity()
 
 
 async def test_a_watcher_that_does_not_read_holds_up_nothing(tmp_path: Path) -> None:

@@ -354,6 +354,39 @@ async def test_a_redis_that_lost_its_data_counts_what_runs_again(
         await usage.close()
 
 
+async def test_what_was_let_in_while_redis_was_away_is_counted_when_it_is_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shared, "LEASE_SECONDS", 1.5)
+    limits = UsageLimits(None, None, concurrent=1)
+    with redis_server() as server:
+        usage = await SharedUsage.connect(server.url, prefix="p", on_failure="allow")
+        server.kill()
+        await usage.enter("t", limits, "a")
+        server.start()
+        async with redis.asyncio.from_url(server.url) as client, asyncio.timeout(10):
+            while not await client.zcard("p:{t}:leases"):
+                await asyncio.sleep(0.02)
+        with pytest.raises(LimitExceeded):
+            await usage.enter("t", limits, "b")
+        await usage.leave("t", limits, "a", 0)
+        await usage.enter("t", limits, "c")
+        await usage.close()
+
+
+@pytest.mark.parametrize("name", ["requests", "tokens"])
+async def test_a_redis_whose_clock_was_set_back_locks_nobody_out(redis_url: str, name: str) -> None:
+    limits = UsageLimits(requests_per_second=50, tokens_per_minute=3000, concurrent=None)
+    prefix = uuid.uuid4().hex
+    usage = await SharedUsage.connect(redis_url, prefix=prefix, on_failure="refuse")
+    async with redis.asyncio.from_url(redis_url) as client:
+        seconds, _ = await client.time()
+        noted = {name: "0.5", f"{name}_at": str(seconds + 3600)}
+        await client.hset(f"{prefix}:{{t}}:levels", mapping=noted)  # type: ignore[misc]
+    await let_in(usage, limits, "a")
+    await usage.close()
+
+
 async def test_a_renewal_brings_back_no_request_that_left(redis_url: str) -> None:
     limits = UsageLimits(None, None, concurrent=1)
     prefix = uuid.uuid4().hex

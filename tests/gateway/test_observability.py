@@ -11,12 +11,13 @@ from typing import Any
 import aiohttp
 import grpc
 import pytest
+from aiohttp import web
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.gateway.otlp_receiver import attributes, otlp_receiver
 from tests.gateway.running import Running, add_tenant, run_gateway, until_ready
 from tests.gateway.scripted_worker import ScriptedWorker
-from tests.gateway.test_serve_command import serve, target_of
+from tests.gateway.test_serve_command import run_python, serve, target_of
 from vase_sgl.client import (
     NEVER,
     AsyncClient,
@@ -114,6 +115,63 @@ async def test_a_trace_goes_from_the_caller_to_the_worker(tmp_path: Path) -> Non
         }
         assert usage["text_completion", "input"] == 2 and usage["text_completion", "output"] == 60
         assert usage["chat", "output"] == 2
+
+
+#: A process whose environment brings providers, as `opentelemetry-instrument` does.
+INSTRUMENTED = """
+import sys
+from opentelemetry import metrics, trace
+from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from vase_sgl.cli import main
+
+endpoint = sys.argv.pop(1)
+tracers = TracerProvider()
+tracers.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint, insecure=True)))
+trace.set_tracer_provider(tracers)
+reader = PeriodicExportingMetricReader(OTLPMetricExporter(endpoint, insecure=True))
+metrics.set_meter_provider(MeterProvider([reader]))
+main()
+"""
+
+
+async def test_providers_of_the_environment_are_used(tmp_path: Path) -> None:
+    key = add_tenant(tmp_path / ".vase-sgl" / "tenants.yaml", "alice")
+    async with otlp_receiver() as collector, ScriptedWorker() as worker:
+        options = ("serve", "--worker-url", worker.url, "--grpc-port", "0")
+        async with run_python(tmp_path, "-c", INSTRUMENTED, collector.url, *options) as process:
+            async with AsyncClient(await target_of(process), key, retry=NEVER) as client:
+                await until_ready(client)
+                await client.generate_once("tell me", max_new_tokens=2)
+            process.send_signal(signal.SIGTERM)
+            assert await asyncio.wait_for(process.wait(), 20) == 0
+        assert len(collector.spans("vase.generate")) == 1
+        assert "vase.requests" in collector.latest_metrics()
+
+
+class Forger(ScriptedWorker):
+    """A worker that is down, and would have that look like something else."""
+
+    async def _health(self, request: web.Request) -> web.Response:
+        await super()._health(request)
+        return web.Response(status=503, text="down\r\n2026-01-01 INFO vase_sgl: all is well")
+
+
+async def test_nobody_writes_a_line_of_the_log(tmp_path: Path) -> None:
+    add_tenant(tmp_path / ".vase-sgl" / "tenants.yaml", "alice")
+    async with Forger() as worker:
+        options = ("--worker-url", worker.url, "--grpc-port", "0")
+        async with serve(tmp_path, *options) as process:
+            await target_of(process)
+            assert process.stderr is not None
+            async with asyncio.timeout(20):
+                while b"is not ready" not in (line := await process.stderr.readline()):
+                    assert line
+    assert line.endswith(b": down\\r\\n2026-01-01 INFO vase_sgl: all is well\n")
 
 
 async def scrape(running: Running) -> dict[tuple[str, ...], float]:

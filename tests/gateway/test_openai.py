@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import json
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,14 @@ import aiohttp
 import openai
 import pytest
 from openai import AsyncOpenAI
+from pydantic import ValidationError
 
 from tests.gateway.running import Running, run_gateway, until
 from tests.gateway.test_abort import record_of
 from tests.gateway.test_transport import certificate
 from vase_sgl.client import Tls
+from vase_sgl.gateway.errors import InvalidRequest
+from vase_sgl.gateway.openai.requests import chat_call, completion_call
 
 CHAT: Any = [{"role": "user", "content": "tell me"}]
 VASE = {"vase": {"budget": 32, "window": 8, "policy": "random"}}
@@ -145,11 +148,25 @@ async def test_models(door: Running) -> None:
             await api.models.retrieve("gpt-9")
         with pytest.raises(openai.NotFoundError):
             await api.chat.completions.create(model="gpt-9", messages=CHAT)
-        door.worker.model_name = "assistant"
+        door.worker.model_name = "Qwen/Qwen3-8B"
         await door.worker.noticed()
-        assert [model.id async for model in api.models.list()] == ["assistant"]
-        answer = await api.chat.completions.create(model="assistant", messages=CHAT, max_tokens=1)
-        assert answer.model == "assistant"
+        assert [model.id async for model in api.models.list()] == ["Qwen/Qwen3-8B"]
+        assert (await api.models.retrieve("Qwen/Qwen3-8B")).id == "Qwen/Qwen3-8B"
+        answer = await api.chat.completions.create(
+            model="Qwen/Qwen3-8B", messages=CHAT, max_tokens=1
+        )
+        assert answer.model == "Qwen/Qwen3-8B"
+
+
+async def test_an_answer_goes_on_as_the_client_holds_it(door: Running) -> None:
+    """Written out it has every field that OpenAI's messages may have, most of them null."""
+    async with client(door) as api:
+        answer = await api.chat.completions.create(model="scripted", messages=CHAT, max_tokens=3)
+        message: Any = answer.choices[0].message
+        for held in (message, message.model_dump()):
+            await api.chat.completions.create(
+                model="scripted", messages=[*CHAT, held, *CHAT], max_tokens=1
+            )
 
 
 @pytest.mark.parametrize(
@@ -188,6 +205,26 @@ async def test_what_is_wrong_is_named_and_nothing_is_dropped(
     assert door.worker.bodies == []
 
 
+@pytest.mark.parametrize(
+    ("parse", "fields"),
+    [
+        (completion_call, {"prompt": [0.5] * 1000}),
+        (completion_call, {"prompt": "a", "stop": [1] * 1000}),
+        (completion_call, {"prompt": "a", "stop_token_ids": ["a"] * 1000}),
+        (lambda body: chat_call(body, 1), {"messages": [{}] * 1000}),
+        (lambda body: chat_call(body, 1), {"messages": [{"role": "user", "content": [0] * 1000}]}),
+    ],
+)
+def test_of_many_wrong_items_the_first_is_enough(
+    parse: Callable[[object], object], fields: dict[str, Any]
+) -> None:
+    """A body has room for millions, and a problem for each of them takes gigabytes."""
+    with pytest.raises(InvalidRequest) as error:
+        parse({"model": "scripted", **fields})
+    assert isinstance(error.value.__cause__, ValidationError)
+    assert error.value.__cause__.error_count() < 5
+
+
 async def test_errors_have_openais_shape_and_status(door: Running) -> None:
     limited = door.add_tenant("bob", limits={"requests_per_second": 0.1})
     auditor = door.add_tenant("auditor", roles=["audit"])
@@ -216,8 +253,24 @@ async def test_errors_have_openais_shape_and_status(door: Running) -> None:
         async with http.post(f"{door.http_url}/v1/completions", data="{") as answer:
             assert answer.status == 400
             assert (await answer.json())["error"]["message"].startswith("the body is not JSON")
+        headers = {"Content-Type": "application/json; charset=none"}
+        url = f"{door.http_url}/v1/completions"
+        async with http.post(url, data="{}", headers=headers) as answer:
+            assert answer.status == 400
+            assert (await answer.json())["error"]["message"].startswith("the body is not JSON")
+        async with http.post(
+            f"{door.http_url}/v1/completions", data="{}", headers={"Content-Encoding": "gzip"}
+        ) as answer:
+            assert answer.status == 400
+            text = (await answer.json())["error"]["message"]
+            assert text == "the body is not encoded as its headers say"
     async with aiohttp.ClientSession() as http, http.get(f"{door.http_url}/v1/models") as answer:
         assert answer.status == 401 and "no API key" in (await answer.json())["error"]["message"]
+    assert door.gateway.http_port is not None
+    reader, writer = await asyncio.open_connection("127.0.0.1", door.gateway.http_port)
+    writer.write(b"GET /v1/models HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer vsk_\xff\r\n\r\n")
+    assert (await reader.readline()).startswith(b"HTTP/1.1 401 ")
+    writer.close()
 
 
 async def test_a_client_waits_as_long_as_it_is_told(door: Running) -> None:
@@ -243,6 +296,23 @@ async def test_a_worker_lost_mid_stream_ends_the_stream_with_an_error(door: Runn
     assert seen == 3
     record = await door.client.get_record(chunk.id.removeprefix("chatcmpl-"))
     assert record.status == "failed"
+
+
+async def test_a_defect_mid_stream_ends_the_stream_with_an_error(
+    door: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def full(record: object) -> None:
+        raise OSError("disk full at /secret/place")
+
+    monkeypatch.setattr(door.gateway._store, "append", full)
+    async with client(door) as api:
+        stream = await api.completions.create(
+            model="scripted", prompt="a", max_tokens=2, stream=True
+        )
+        with pytest.raises(openai.APIError) as error:
+            assert [chunk async for chunk in stream]
+    assert str(error.value) == ("/v1/completions failed inside the gateway; its log has the reason")
+    assert "disk full" in caplog.text
 
 
 async def test_leaving_aborts_in_the_worker(door: Running) -> None:

@@ -25,9 +25,15 @@ from vase_sgl.client import NEVER, AsyncClient, Unavailable, VaseError
 
 @asynccontextmanager
 async def serve(folder: Path, *options: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    async with run_python(folder, "-m", "vase_sgl.cli", "serve", *options) as process:
+        yield process
+
+
+@asynccontextmanager
+async def run_python(folder: Path, *arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("VASE_")}
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "vase_sgl.cli", "serve", *options),
+        *(sys.executable, *arguments),
         env={**environment, "VASE_DRAIN_SECONDS": "20"},
         cwd=folder,
         stdout=asyncio.subprocess.PIPE,

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import grpc
 import pytest
+from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -58,6 +59,13 @@ async def test_a_failed_call_says_only_what_kind(
         await running.client.generate_once("tell me", max_new_tokens=-12345)
     (span,) = spans.get_finished_spans()
     assert span.status.description == "InvalidRequest" and "12345" not in span.to_json()
+
+
+def test_a_span_of_the_server_s_own_instrumentation_stays() -> None:
+    with TracerProvider().get_tracer("server").start_as_current_span("call") as span:
+        headers = [("traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")]
+        with telemetry.caller(headers):
+            assert trace.get_current_span() is span
 
 
 async def test_without_a_provider_the_caller_s_trace_still_reaches_the_worker(

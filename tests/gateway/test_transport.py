@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import ssl
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from tests.gateway.running import Running, run_gateway
+from tests.gateway.scripted_worker import ScriptedWorker
 from vase_sgl.client import (
     NEVER,
     AsyncClient,
@@ -124,6 +126,28 @@ async def test_a_certificate_that_is_not_there_is_named(tmp_path: Path) -> None:
     config = {"certificate": tmp_path / "none.pem", "key": tmp_path / "none.key"}
     with pytest.raises(ConfigError, match=r"tls: cannot read .*none"):
         async with run_gateway(tmp_path, tls=config):
+            pass
+
+
+async def test_a_worker_has_to_show_a_certificate_of_the_authority(tmp_path: Path) -> None:
+    cert, key = certificate(tmp_path)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(cert, key)
+    async with ScriptedWorker(tls=context) as worker, ScriptedWorker() as plain:
+        known = {"urls": [worker.url], "ca_file": cert}
+        async with run_gateway(tmp_path, worker=known) as running:
+            assert await works(running, None)
+        (unknown := tmp_path / "unknown").mkdir()
+        checked = worker.health_checks
+        async with run_gateway(unknown, worker={"urls": [worker.url, plain.url]}) as running:
+            (status,) = (s for s in running.gateway._router.statuses() if s.name == worker.url)
+            assert not status.ready and worker.health_checks == checked > 0
+
+
+async def test_an_authority_that_is_not_there_is_named(tmp_path: Path) -> None:
+    worker = {"urls": ["https://127.0.0.1:1"], "ca_file": tmp_path / "none.pem"}
+    with pytest.raises(ConfigError, match=r"worker.ca_file: .*none\.pem cannot be used"):
+        async with run_gateway(tmp_path, worker=worker):
             pass
 
 

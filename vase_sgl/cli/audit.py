@@ -157,16 +157,21 @@ async def _verify(url: str, tenant: str | None, head: tuple[int, str] | None) ->
 def _verify_file(file: Path, tenant: str | None) -> bool:
     from vase_sgl.gateway.audit import AuditError, export
 
-    whole, found = True, []
+    whole, found, file_check = True, [], export.FileCheck()
     try:
         with file.open(encoding="utf-8") as lines:
-            for name, check, problem in export.verify_file(lines):
+            for name, check, problem in file_check.chains(lines):
                 found.append(name)
                 if tenant in (None, name):
                     whole = _report(name, check, problem) and whole
     except UnicodeError as error:
         raise AuditError(f"{file} is not a file of `vase-sgl audit export`: {error}") from error
     _chosen(found, tenant)
+    if file_check.may_be_cut_off:
+        typer.echo(
+            f"{file}: of export format 1, which does not say where a file ends: whether it once "
+            "held more chains cannot be shown"
+        )
     return whole
 
 

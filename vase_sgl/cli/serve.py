@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -122,6 +123,10 @@ async def _serve(config: GatewayConfig) -> None:
         await asyncio.gather(starting, return_exceptions=True)
         return
     gateway = starting.result()
+    # What a start leaves stays for good: a collector that looks at it again and again would hold up
+    # every stream for as long.
+    gc.collect()
+    gc.freeze()
     if gateway.metrics_port is not None:
         typer.echo(f"metrics on http://{config.listen.host}:{gateway.metrics_port}/metrics")
     if gateway.http_port is not None:

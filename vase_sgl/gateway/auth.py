@@ -101,13 +101,15 @@ class KeyAuthenticator:
         self._complaint: tuple[_Stamp | None, str] | None = None
         #: Keys the digests of this process only: what leaks of them tells nothing about a key.
         self._digest_key = secrets.token_bytes(32)
+        self._reloading = asyncio.Lock()
         self._checks = asyncio.Semaphore(_PARALLEL_CHECKS)
         self._waiting_checks = 0
         self._use(tenants.load(path))
 
     async def tenant_of(self, credential: Credential) -> Tenant:
         """The tenant of a key, or without one of a certificate. Raises `Unauthenticated`."""
-        self._reload_if_changed()
+        if _stamp(self._path) != self._stamp:
+            await self._reload()
         try:
             return await self._find(credential)
         except Unauthenticated:
@@ -131,7 +133,9 @@ class KeyAuthenticator:
         return tenant
 
     async def _tenant_of_key(self, key: str) -> Tenant:
-        digest = hashlib.blake2b(key.encode(), key=self._digest_key, digest_size=32).digest()
+        # An HTTP header may hold bytes that are no text.
+        spelled = key.encode(errors="surrogateescape")
+        digest = hashlib.blake2b(spelled, key=self._digest_key, digest_size=32).digest()
         entry = self._remembered(digest)
         if entry is None:
             entry = await self._check(key, digest)
@@ -180,22 +184,27 @@ class KeyAuthenticator:
             self._checked.popitem(last=False)
         return entry
 
-    def _reload_if_changed(self) -> None:
-        stamp = _stamp(self._path)
-        if stamp == self._stamp:
-            return
-        try:
-            self._use(tenants.load(self._path))
-        except TenantFileUnreadable as error:
-            # Tried again with the next call: what lets it be read need not change its stamp.
-            self._complain(stamp, error)
-        except TenantFileError as error:
-            self._stamp = stamp
-            self._complain(stamp, error)
-        else:
-            self._stamp = stamp
-            self._complaint = None
-            logger.info("tenants file %s was read again", self._path)
+    async def _reload(self) -> None:
+        """Read the file unless a call before has done so meanwhile.
+
+        In a thread: a file of a thousand tenants takes a second, and streams go on meanwhile.
+        """
+        async with self._reloading:
+            stamp = _stamp(self._path)
+            if stamp == self._stamp:
+                return
+            try:
+                self._use(await asyncio.to_thread(tenants.load, self._path))
+            except TenantFileUnreadable as error:
+                # Tried again with the next call: what lets it be read need not change its stamp.
+                self._complain(stamp, error)
+            except TenantFileError as error:
+                self._stamp = stamp
+                self._complain(stamp, error)
+            else:
+                self._stamp = stamp
+                self._complaint = None
+                logger.info("tenants file %s was read again", self._path)
 
     def _complain(self, stamp: _Stamp | None, error: TenantFileError) -> None:
         complaint = stamp, str(error)

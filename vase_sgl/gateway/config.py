@@ -81,7 +81,7 @@ class Grpc(_Section):
     max_receive_bytes: int = Field(default=16 * 2**20, ge=1024)
     #: Largest message sent to a client, in bytes.
     max_send_bytes: int = Field(default=64 * 2**20, ge=1024)
-    #: Calls at once; more are refused with RESOURCE_EXHAUSTED.
+    #: Calls at once, and as many health checks; more are refused with RESOURCE_EXHAUSTED.
     max_concurrent_calls: int = Field(default=1024, ge=1)
     #: Seconds between pings that find out whether a silent client is still there.
     keepalive_seconds: float = Field(default=30.0, ge=1)
@@ -125,6 +125,8 @@ class WorkerSection(_Section):
     #: The key that the workers ask for. They and this gateway read it from the variable
     #: VASE_WORKER__API_KEY. None: remote workers are open; an embedded one gets a key of its own.
     api_key: SecretStr | None = None
+    #: PEM file of the authorities whose certificates `https://` workers show. None: the system's.
+    ca_file: Path | None = None
     #: Seconds between look-ups of the names in `dns`.
     dns_interval_seconds: float = Field(default=10.0, gt=0)
     #: Requests one worker is given at once. None: what it reports as its own maximum.
@@ -211,7 +213,8 @@ class UsageSection(_Section):
 class TelemetrySection(_Section):
     """Where spans and metrics go."""
 
-    #: OTLP collector (gRPC), such as http://collector:4317; https:// is encrypted. None: off.
+    #: OTLP collector (gRPC), such as http://collector:4317; https:// is encrypted. None: to the
+    #: providers that the environment of the process has set up, if it has any.
     otlp_endpoint: str | None = None
     #: Seconds between exports to it.
     export_interval_seconds: float = Field(default=10.0, gt=0)

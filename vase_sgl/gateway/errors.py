@@ -19,10 +19,13 @@ logger = logging.getLogger(__name__)
 
 #: Trailing metadata that carries a `google.rpc.Status`, as every gRPC library knows it.
 STATUS_DETAILS = "grpc-status-details-bin"
+#: Bytes of a text, in UTF-8. It travels twice, up to three times as long, and gRPC's clients take
+#: 8 KiB of metadata: with more they see RESOURCE_EXHAUSTED instead of the status.
+_MAX_TEXT_BYTES = 1500
 
 
 class GatewayError(Exception):
-    """A failure with a text for the client. `str(error)` is that text.
+    """A failure with a text for the client. `str(error)` is that text, cut where it is too long.
 
     retry_seconds: when the client may come back; None: nothing is known about that.
     """
@@ -30,7 +33,10 @@ class GatewayError(Exception):
     code: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
 
     def __init__(self, message: str, *, retry_seconds: float | None = None) -> None:
-        super().__init__(message)
+        # What a client sent or a worker answered may be quoted in it.
+        text = message.encode(errors="replace")
+        cut = text[:_MAX_TEXT_BYTES].decode(errors="ignore")
+        super().__init__(cut if len(text) <= _MAX_TEXT_BYTES else f"{cut} …")
         self.retry_seconds = retry_seconds
 
 

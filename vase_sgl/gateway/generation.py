@@ -148,7 +148,7 @@ class Generations:
     async def _plan(self, tenant: Tenant, request: pb.GenerateRequest) -> _Plan:
         self._store.check()
         request_id = uuid.uuid4().hex
-        prompt = validation.prompt_of(request)
+        prompt = validation.prompt_of(request, tenant)
         max_new_tokens = validation.max_new_tokens_of(request, tenant)
         sampling = validation.sampling_of(request.sampling)
         validation.check_seed(request)

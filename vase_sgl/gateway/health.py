@@ -19,8 +19,9 @@ READINESS = "readiness"
 
 #: Seconds between telling watchers that the gateway stops and ending their streams.
 _NOTICE_SECONDS = 0.1
-#: Watch streams at once. They need no API key, and each takes one of the calls there may be.
-_MAX_WATCHES = 64
+#: Watch streams at once, at most. They need no API key, and each takes one of the calls there may
+#: be: a quarter of these is the other bound.
+MAX_WATCHES = 64
 
 
 class GatewayHealth(health.aio.HealthServicer):  # type: ignore[name-defined,misc]  # not in its stubs
@@ -30,8 +31,9 @@ class GatewayHealth(health.aio.HealthServicer):  # type: ignore[name-defined,mis
     the drain for all of its time.
     """
 
-    def __init__(self, service: str) -> None:
+    def __init__(self, service: str, max_watches: int = MAX_WATCHES) -> None:
         super().__init__()
+        self._max_watches = max_watches
         states = health_pb2.HealthCheckResponse
         self._names = (health.OVERALL_HEALTH, service, READINESS)
         self._server_status = dict.fromkeys(self._names, states.NOT_SERVING)
@@ -55,10 +57,10 @@ class GatewayHealth(health.aio.HealthServicer):  # type: ignore[name-defined,mis
             watch.cancel()
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Any) -> None:
-        if len(self._watches) >= _MAX_WATCHES:
+        if len(self._watches) >= self._max_watches:
             await context.abort(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"{_MAX_WATCHES} clients watch this gateway's health already; use Check",
+                f"{self._max_watches} clients watch this gateway's health already; use Check",
             )
         # A task of its own: cancelling the call's would leave the stream open at the client.
         watch = asyncio.create_task(self._tell(request.service, context))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
@@ -13,11 +14,20 @@ from google.protobuf.message import DecodeError, Message
 
 from vase_sgl.gateway import telemetry
 from vase_sgl.gateway.auth import Authenticator, Credential, bearer, set_current_tenant
-from vase_sgl.gateway.errors import ClientGone, ClientStalled, InvalidRequest, as_status
+from vase_sgl.gateway.errors import (
+    ClientGone,
+    ClientStalled,
+    InvalidRequest,
+    LimitExceeded,
+    as_status,
+    rich_status,
+)
 from vase_sgl.gateway.patience import Patience
 
 #: Services anyone may call: probes and tools have no key.
 OPEN_SERVICES = ("/grpc.health.v1.Health/", "/grpc.reflection.")
+#: Counted apart from all other calls: a gateway that is full is alive and ready all the same.
+PROBE = "/grpc.health.v1.Health/Check"
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -25,7 +35,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not generic
     """Puts the caller's tenant into the call's context, or ends the call with UNAUTHENTICATED.
 
-    It also bounds how long, and how many, calls wait for what their clients have yet to send.
+    It also bounds how many calls there are, and how long, and how many, calls wait for what their
+    clients have yet to send.
     """
 
     def __init__(
@@ -33,6 +44,8 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
     ) -> None:
         self._authenticator = authenticator
         self._patience = Patience(seconds=client_stall_seconds, max_calls=max_calls)
+        self._calls = _Calls(max_calls)
+        self._probes = _Calls(max_calls)
 
     async def intercept_service(
         self,
@@ -44,14 +57,15 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
         handler = await continuation(handler_call_details)
         if handler is None:
             return handler
-        open_to_all = handler_call_details.method.startswith(OPEN_SERVICES)
+        method = handler_call_details.method
+        open_to_all = method.startswith(OPEN_SERVICES)
         if handler.request_streaming:
             assert open_to_all, "the service has no call with a stream of requests"
             return self._bounded(handler)
-        return self._guarded(handler, open_to_all)
+        return self._guarded(handler, open_to_all, self._probes if method == PROBE else self._calls)
 
     def _guarded(
-        self, handler: grpc.RpcMethodHandler[Any, Any], open_to_all: bool
+        self, handler: grpc.RpcMethodHandler[Any, Any], open_to_all: bool, calls: _Calls
     ) -> grpc.RpcMethodHandler[Any, Any]:
         """The same handler behind a check. Only there the certificate is known.
 
@@ -60,14 +74,13 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
         behaviour: Any = handler.unary_stream if handler.response_streaming else handler.unary_unary
 
         async def guarded(_: object, context: Context) -> None:
-            async with as_status(context, "authentication"):
+            async with calls.one(context), as_status(context, "the call"):
                 caller = None if open_to_all else await self._admit(context)
                 # Here and not by gRPC: nothing is parsed for strangers, and the error has a text.
                 message = _parse(handler, await self._message(context, caller))
-            with telemetry.caller(context.invocation_metadata() or ()):
-                answer = await behaviour(message, context)
-            if answer is not None:  # of a unary call; a stream's were written as they came
-                async with as_status(context, "answering"):
+                with telemetry.caller(context.invocation_metadata() or ()):
+                    answer = await behaviour(message, context)
+                if answer is not None:  # of a unary call; a stream's were written as they came
                     await write(context, answer, None)
 
         return grpc.stream_stream_rpc_method_handler(guarded, None, handler.response_serializer)
@@ -77,7 +90,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
         behaviour: Any = handler.stream_stream
 
         async def bounded(requests: AsyncIterator[Any], context: Context) -> None:
-            async with as_status(context, "an open stream"):
+            async with self._calls.one(context), as_status(context, "an open stream"):
                 try:
                     async with self._patience.wait(None):
                         async for answer in behaviour(requests, context):
@@ -112,6 +125,30 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
         if not isinstance(message, bytes):  # grpc.aio.EOF
             raise InvalidRequest("the call ended without a message")
         return message
+
+
+class _Calls:
+    """The calls of one kind that there are now."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._open = 0
+
+    @asynccontextmanager
+    async def one(self, context: Context) -> AsyncIterator[None]:
+        """Count the call for the body, its end included, or end it if there are too many."""
+        if self._open >= self._most:
+            error = LimitExceeded(
+                f"{self._most} calls run already, which is as many as may; try again",
+                reason="calls",
+                retry_seconds=1.0,
+            )
+            await context.abort(error.code, str(error), rich_status(error))
+        self._open += 1
+        try:
+            yield
+        finally:
+            self._open -= 1
 
 
 async def write(context: Context, message: Message, stall_seconds: float | None) -> None:

@@ -1,11 +1,12 @@
-"""Where spans and metrics go: an OTLP collector, a page for Prometheus, both or nowhere."""
+"""Where spans and metrics go: an OTLP collector, a page for Prometheus, both, or where the
+environment of the process sends its own, as `opentelemetry-instrument` sets it up."""
 
 from __future__ import annotations
 
 import asyncio
 
 from aiohttp import web
-from opentelemetry import metrics
+from opentelemetry import metrics, trace
 from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.exporter.prometheus import PrometheusMetricReader
@@ -50,13 +51,13 @@ class Observability:
                     schedule_delay_millis=settings.export_interval_seconds * 1000,
                 )
             )
-            telemetry.use(self._tracers)
+        telemetry.use(self._tracers or _tracers_of_the_environment())
         self._meters = MeterProvider(readers, resource) if readers else None
 
     @property
     def meters(self) -> metrics.MeterProvider:
         """Where the gateway's instruments come from."""
-        return self._meters or metrics.NoOpMeterProvider()
+        return self._meters or metrics.get_meter_provider()  # the environment's, if it has one
 
     async def open_page(self, host: str, port: int) -> int:
         """Serve /metrics for Prometheus; the port that was taken. Raises `OSError`."""
@@ -71,8 +72,8 @@ class Observability:
         """Send what is left, and stop."""
         if self._page is not None:
             await self._page.cleanup()
+        telemetry.use(None)
         if self._tracers is not None:
-            telemetry.use(None)
             await asyncio.to_thread(self._tracers.shutdown)
         if self._meters is not None:
             await asyncio.to_thread(self._meters.shutdown)
@@ -81,3 +82,8 @@ class Observability:
         # Encoded in the event loop's own thread: the gauges read what the loop changes.
         encode, content_type = choose_encoder(request.headers.get("Accept", ""))
         return web.Response(body=encode(self._registry), headers={"Content-Type": content_type})
+
+
+def _tracers_of_the_environment() -> trace.TracerProvider | None:
+    provider = trace.get_tracer_provider()
+    return None if isinstance(provider, trace.ProxyTracerProvider) else provider

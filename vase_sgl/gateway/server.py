@@ -19,7 +19,7 @@ from vase_sgl.gateway.config import Audit, ConfigError, GatewayConfig, Tls, Work
 from vase_sgl.gateway.discovery import discover, resolve
 from vase_sgl.gateway.fair_queue import FairQueue
 from vase_sgl.gateway.generation import Generations
-from vase_sgl.gateway.health import GatewayHealth
+from vase_sgl.gateway.health import MAX_WATCHES, GatewayHealth
 from vase_sgl.gateway.interceptor import AuthInterceptor
 from vase_sgl.gateway.limits.local import LocalUsage
 from vase_sgl.gateway.limits.shared import SharedUsage
@@ -65,7 +65,9 @@ class Gateway:
         self._server = server
         self._store = store
         self._usage = usage
-        self._health = GatewayHealth(SERVICE_NAME)
+        self._health = GatewayHealth(
+            SERVICE_NAME, max(min(MAX_WATCHES, config.grpc.max_concurrent_calls // 4), 1)
+        )
         self._background = Background()
         self._embedded = _embedded_worker(config)
         self._queue: FairQueue[Lease] = FairQueue(
@@ -133,7 +135,6 @@ class Gateway:
                 )
             ],
             options=_options(config),
-            maximum_concurrent_rpcs=config.grpc.max_concurrent_calls,
         )
         async with AsyncExitStack() as undo:
             undo.push_async_callback(observability.close)
@@ -180,7 +181,12 @@ class Gateway:
 
     def _remote(self, url: str) -> HttpWorker:
         section = self._config.worker
-        return HttpWorker(url, stall_seconds=section.stall_seconds, api_key=_key(section))
+        return HttpWorker(
+            url,
+            stall_seconds=section.stall_seconds,
+            api_key=_key(section),
+            tls=_worker_tls(section),
+        )
 
     async def _serve(self, progress: Progress) -> None:
         gate: ReplayGate[Lease] = ReplayGate(**self._config.replay.model_dump())
@@ -244,6 +250,16 @@ def _embedded_worker(config: GatewayConfig) -> EmbeddedWorker | None:
 
 def _key(section: WorkerSection) -> str | None:
     return None if section.api_key is None else section.api_key.get_secret_value()
+
+
+def _worker_tls(section: WorkerSection) -> ssl.SSLContext | None:
+    """Whose certificates `https://` workers may show. Raises `ConfigError`."""
+    if section.ca_file is None:
+        return None
+    try:
+        return ssl.create_default_context(cafile=section.ca_file)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"worker.ca_file: {section.ca_file} cannot be used: {error}") from error
 
 
 def _bind(server: grpc.aio.Server, config: GatewayConfig) -> int:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterable
 
 #: Bytes one event may have. Output is cumulative, so a long answer makes long events.
 MAX_EVENT_BYTES = 64 * 2**20
 
 
-async def events(body: AsyncIterable[bytes]) -> AsyncIterator[list[bytes]]:
+async def events(body: AsyncIterable[bytes]) -> AsyncGenerator[list[bytes], None]:
     """The payloads of the `data:` lines in `body`, together what came together; none is empty.
 
     Reads on only when asked for more, so a slow reader slows the sender, and gets what has piled up

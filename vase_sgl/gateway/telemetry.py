@@ -32,7 +32,13 @@ def use(provider: trace.TracerProvider | None) -> None:
 
 @contextmanager
 def caller(headers: Iterable[tuple[str, str | bytes]]) -> Iterator[None]:
-    """Make the spans of the body children of the caller's, if `headers` name one."""
+    """Make the spans of the body children of the caller's, if `headers` name one.
+
+    Where the environment instruments the server it has made a span from them already, which stays.
+    """
+    if trace.get_current_span().get_span_context().is_valid:
+        yield
+        return
     carrier = {
         name.lower(): value
         for name, value in headers

@@ -7,6 +7,7 @@ atomically: a reader sees the old file or the new one.
 from __future__ import annotations
 
 import base64
+import collections
 import datetime
 import enum
 import os
@@ -190,7 +191,7 @@ class TenantFile(_Model):
             ("key id", [key.id for tenant in self.tenants for key in tenant.keys]),
             ("certificate subject", [s for t in self.tenants for s in t.certificate_subjects]),
         ):
-            twice = sorted({i for i in ids if ids.count(i) > 1})
+            twice = sorted(i for i, times in collections.Counter(ids).items() if times > 1)
             if twice:
                 raise ValueError(f"{kind} {', '.join(twice)} is there more than once")
         return self

@@ -16,6 +16,8 @@ from vase_sgl.gateway.workers import WorkerInfo
 from vase_sgl.rpc.v1 import gateway_pb2 as pb
 
 MAX_STOP_STRINGS = 16
+#: With each chunk the end of the text is compared with all that a stop string may begin with.
+MAX_STOP_CHARACTERS = 256
 MAX_STOP_TOKENS = 64
 
 InputKind = Literal["text", "token_ids", "chat"]
@@ -37,13 +39,15 @@ def require(condition: bool, message: str) -> None:
         raise InvalidRequest(message)
 
 
-def prompt_of(request: pb.GenerateRequest) -> Prompt:
-    """The prompt, which is not empty."""
+def prompt_of(request: pb.GenerateRequest, tenant: Tenant) -> Prompt:
+    """The prompt, which is not empty; of token ids no more than the tenant may send."""
     match request.WhichOneof("input"):
         case "text":
             require(request.text != "", "text: the prompt is empty; send at least one character")
             return Prompt("text", text=request.text)
         case "token_ids":
+            # First: millions of ids would take long to look at.
+            _check_count(len(request.token_ids.ids), tenant)
             ids = tuple(request.token_ids.ids)
             require(len(ids) > 0, "token_ids: the prompt is empty; send at least one token id")
             require(min(ids) >= 0, "token_ids: a token id is negative; ids start at 0")
@@ -72,11 +76,7 @@ def check_prompt_tokens(
     """The tokenized prompt fits the tenant's limit, the vocabulary and the context."""
     count = len(token_ids)
     require(count > 0, "input: the prompt has no tokens; send a longer one")
-    require(
-        count <= tenant.limits.max_prompt_tokens,
-        f"input: the prompt has {count} tokens, above the ceiling of tenant {tenant.name}, "
-        f"{tenant.limits.max_prompt_tokens}; shorten it",
-    )
+    _check_count(count, tenant)
     if kind == "token_ids":
         _check_vocabulary(token_ids, info.vocab_size)
     require(
@@ -84,6 +84,14 @@ def check_prompt_tokens(
         f"max_new_tokens: prompt ({count}) and output ({max_new_tokens}) exceed the model's "
         f"context length of {info.context_length} tokens; ask for at most "
         f"{max(info.context_length - count, 0)} or shorten the prompt",
+    )
+
+
+def _check_count(count: int, tenant: Tenant) -> None:
+    require(
+        count <= tenant.limits.max_prompt_tokens,
+        f"input: the prompt has {count} tokens, above the ceiling of tenant {tenant.name}, "
+        f"{tenant.limits.max_prompt_tokens}; shorten it",
     )
 
 
@@ -156,6 +164,10 @@ def sampling_of(params: pb.SamplingParams) -> dict[str, Any]:
     require(
         len(params.stop) <= MAX_STOP_STRINGS and "" not in params.stop,
         f"sampling.stop: send at most {MAX_STOP_STRINGS} strings, none of them empty",
+    )
+    require(
+        all(len(stop) <= MAX_STOP_CHARACTERS for stop in params.stop),
+        f"sampling.stop: a string may have {MAX_STOP_CHARACTERS} characters at most",
     )
     require(
         len(params.stop_token_ids) <= MAX_STOP_TOKENS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import ssl
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,27 +19,40 @@ from vase_sgl.worker_key import WORKER_KEY
 
 logger = logging.getLogger(__name__)
 
-#: Seconds for the short calls: tokenize, abort, server_info.
+#: Seconds for the short calls: tokenize, server_info.
 SHORT_TIMEOUT = 30.0
+#: Seconds for an abort. A gateway that stops waits for it after it has drained.
+ABORT_TIMEOUT = 10.0
 #: Seconds for the health check. SGLang takes up to 20 s to call itself unhealthy.
 HEALTH_TIMEOUT = 25.0
 #: The payload that ends a stream.
 DONE = b"[DONE]"
 #: Bytes read ahead from a stream before the worker is made to wait.
 READ_AHEAD_BYTES = 2**16
+#: Bytes the answer to a short call, or the body of an error, may have.
+MAX_BODY_BYTES = 64 * 2**20
 
 
 class HttpWorker:
     """`Worker` over HTTP. Needs a running event loop from the first call on."""
 
-    def __init__(self, url: str, *, stall_seconds: float, api_key: str | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        stall_seconds: float,
+        api_key: str | None = None,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         """`stall_seconds`: a worker that sends nothing for so long is given up.
 
-        `api_key`: what the worker asks its callers for; None if it asks for nothing.
+        `api_key`: what the worker asks its callers for; None if it asks for nothing. `tls`: whose
+        certificates are good for an `https://` URL; None: those that the system trusts.
         """
         self._url = url.rstrip("/")
         self._stall = stall_seconds
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        self._tls = tls
         self._session: aiohttp.ClientSession | None = None
 
     @property
@@ -73,15 +87,17 @@ class HttpWorker:
                 json=body,
                 timeout=timeout,
                 headers=telemetry.outgoing(),
+                allow_redirects=False,  # prompts go where the configuration says
             ) as response:
                 await self._raise_for_status(response, "generate")
-                async for together in events(response.content.iter_any()):
-                    for chunk in output.chunks(together):
-                        finished = chunk.finish is not None
-                        yield chunk
-                    if together[-1] == DONE:
-                        break
-        except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, TypeError) as error:
+                async with contextlib.aclosing(events(response.content.iter_any())) as received:
+                    async for together in received:
+                        for chunk in output.chunks(together):
+                            finished = chunk.finish is not None
+                            yield chunk
+                        if together[-1] == DONE:
+                            break
+        except (aiohttp.ClientError, TimeoutError, *_NOT_UNDERSTOOD) as error:
             raise self._lost(error) from error
         if not finished:
             raise WorkerUnavailable(
@@ -89,7 +105,7 @@ class HttpWorker:
             )
 
     async def abort(self, request_id: str) -> None:
-        await self._call("POST", "/abort_request", {"rid": request_id})
+        await self._call("POST", "/abort_request", {"rid": request_id}, timeout=ABORT_TIMEOUT)
 
     async def check_health(self) -> None:
         await self._call("GET", "/health", timeout=HEALTH_TIMEOUT)
@@ -98,7 +114,7 @@ class HttpWorker:
         info = await self._call("GET", "/server_info")
         try:
             return worker_info(info)
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        except (IndexError, *_NOT_UNDERSTOOD) as error:
             raise WorkerUnavailable(
                 f"worker {self.name} does not report vase_sgl's state ({error!r}); start it with "
                 "`vase-sgl worker` of the same version as this gateway"
@@ -120,6 +136,7 @@ class HttpWorker:
         method: str,
         path: str,
         body: Mapping[str, Any] | None = None,
+        *,
         timeout: float = SHORT_TIMEOUT,
     ) -> Any:
         """The JSON answer of one short call, or None if the answer is not JSON."""
@@ -130,18 +147,19 @@ class HttpWorker:
                 json=body,
                 timeout=aiohttp.ClientTimeout(total=timeout),
                 headers=telemetry.outgoing(),
+                allow_redirects=False,
             ) as response:
                 await self._raise_for_status(response, path.rpartition("/")[2])
                 if response.content_type != "application/json":
                     return None
-                return await response.json()
-        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+                return json.loads(await _body(response))
+        except (aiohttp.ClientError, TimeoutError, ValueError, RecursionError) as error:
             raise self._lost(error) from error
 
     async def _raise_for_status(self, response: aiohttp.ClientResponse, call: str) -> None:
-        if response.status < 400:
+        if response.status < 300:
             return
-        message = _error_text(await response.read())
+        message = _error_text(await _body(response))
         if response.status == 401:
             raise WorkerUnavailable(
                 f"worker {self.name} refuses this gateway's key; give both the same {WORKER_KEY}"
@@ -171,7 +189,7 @@ class HttpWorker:
             self._session = aiohttp.ClientSession(
                 # Answers are long-lived: the pool must not cap concurrent generations. Idle
                 # connections go before uvicorn (5 s) closes them under a new request.
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2),
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2, ssl=self._tls or True),
                 read_bufsize=READ_AHEAD_BYTES,
                 headers=self._headers,
             )
@@ -207,7 +225,7 @@ class _Output:
                     self._add(json.loads(event))
                     if self._rounds != before:
                         yield self._chunk()
-        except (GatewayError, ValueError, KeyError, TypeError):
+        except (GatewayError, *_NOT_UNDERSTOOD):
             if self._is_new:
                 yield self._chunk()
             raise
@@ -243,6 +261,20 @@ class _Output:
             else Finish(finish["type"], finish.get("message") or "", finish.get("status_code")),
             round_digests=() if vase is None else tuple(vase.get("round_digests", ())),
         )
+
+
+#: What an answer of another shape than SGLang's leads to.
+_NOT_UNDERSTOOD = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+
+
+async def _body(response: aiohttp.ClientResponse) -> bytes:
+    """The whole body. Raises `ValueError` if it is too long."""
+    body = bytearray()
+    async for block in response.content.iter_any():
+        body += block
+        if len(body) > MAX_BODY_BYTES:
+            raise ValueError(f"a body is longer than {MAX_BODY_BYTES} bytes")
+    return bytes(body)
 
 
 def _raise_for_error(event: Mapping[str, Any]) -> None:

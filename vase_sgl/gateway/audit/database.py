@@ -8,12 +8,13 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import aiosqlite
 from sqlalchemy import Connection, event, text
 from sqlalchemy.dialects.sqlite.aiosqlite import AsyncAdapt_aiosqlite_connection
 from sqlalchemy.engine import URL, make_url
+from sqlalchemy.engine.default import DefaultDialect
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry, StaticPool
@@ -23,6 +24,8 @@ from vase_sgl.gateway.audit.errors import AuditError
 
 #: Seconds one statement, or the wait for another process's lock, may take.
 _PATIENCE_SECONDS = 10.0
+#: Seconds a read may wait for a connection, while others that may hang have them all.
+_POOL_SECONDS = 5.0
 #: The drivers that are known to work, with what each is told about patience.
 _CONNECT_ARGS: dict[str, dict[str, Any]] = {
     "sqlite+aiosqlite": {},
@@ -84,15 +87,19 @@ async def writing(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
             yield connection
 
 
-def _engine(url: str | URL, create: bool, **pool: int) -> AsyncEngine:
+def _engine(url: str | URL, create: bool, **pool: float) -> AsyncEngine:
     example = "an example is sqlite+aiosqlite:///audit.sqlite3"
     try:
-        driver = make_url(url).drivername
+        parsed = make_url(url)
+        driver = parsed.drivername
         if driver not in _CONNECT_ARGS:
             raise AuditError(
                 f"audit.url cannot be used: {driver} is not one of {', '.join(_CONNECT_ARGS)}; "
                 f"{example}"
             )
+        dialect = cast("type[DefaultDialect]", parsed.get_dialect())
+        if not issubclass(dialect.get_pool_class(parsed), StaticPool):  # which never waits
+            pool["pool_timeout"] = _POOL_SECONDS
         engine = create_async_engine(
             url,
             # Whoever waited for a chain's end reads what the others have written.

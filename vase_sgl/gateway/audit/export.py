@@ -67,26 +67,38 @@ async def _chain_lines(
     yield _line("end", tenant=tenant, sequence=end[0], hash=end[1])
 
 
-def verify_file(file: TextIO) -> Iterator[tuple[str, ChainCheck, Problem | None]]:
-    """Each tenant of an export with its check, and the first problem if there is one.
+class FileCheck:
+    """The check of an export."""
 
-    Reads line by line. Raises `AuditError` for a file that is not an export, or not a whole one;
-    one of format 1 that was cut off between two tenants passes for whole.
-    """
-    outline = _Outline()
-    check, problem = ChainCheck(""), None
-    for number, text in enumerate(file, start=1):
-        line = _parse(text, number)
-        outline.add(line, number)
-        match line["kind"]:
-            case "start":
-                check = ChainCheck(line["tenant"], line["sequence"], line["hash"])
-                problem = None
-            case "checkpoint" | "record":
-                problem = problem or _check(check, line)
-            case "end":
-                yield outline.tenant, check, problem or _check(check, line)
-    outline.finish()
+    def __init__(self) -> None:
+        self._outline = _Outline()
+
+    def chains(self, file: TextIO) -> Iterator[tuple[str, ChainCheck, Problem | None]]:
+        """Each tenant of the file with its check, and the first problem if there is one.
+
+        Reads line by line. Raises `AuditError` for a file that is not an export, or is seen not to
+        be a whole one.
+        """
+        outline = self._outline
+        check, problem = ChainCheck(""), None
+        for number, text in enumerate(file, start=1):
+            line = _parse(text, number)
+            outline.add(line, number)
+            match line["kind"]:
+                case "start":
+                    check = ChainCheck(line["tenant"], line["sequence"], line["hash"])
+                    problem = None
+                case "checkpoint" | "record":
+                    problem = problem or _check(check, line)
+                case "end":
+                    yield outline.tenant, check, problem or _check(check, line)
+        outline.finish()
+
+    @property
+    def may_be_cut_off(self) -> bool:
+        """Whether whole chains may be gone from the end of the file, now that it was read: in
+        format 1 nothing shows that."""
+        return self._outline.endless
 
 
 class _Outline:
@@ -127,8 +139,13 @@ class _Outline:
             raise AuditError(f"the file is cut off: the chain of {self.tenant} has no end")
         if not self._chains:
             raise AuditError("the file holds no chain")
-        if not self._ended and self._format != _ENDLESS_FORMAT:
+        if not self._ended and not self.endless:
             raise AuditError("the file is cut off: its last line, a file-end, is not there")
+
+    @property
+    def endless(self) -> bool:
+        """Whether it is a file that does not say where it ends."""
+        return self._format == _ENDLESS_FORMAT
 
     def _start(self, line: dict[str, Any], number: int) -> None:
         found = line["format"]

@@ -43,7 +43,12 @@ local now = tonumber(time[1]) + tonumber(time[2]) / 1e6
 local function level(name, rate, capacity)
   local old = redis.call('HMGET', KEYS[1], name, name .. '_at')
   if not old[1] then return capacity end
-  return math.min(capacity, tonumber(old[1]) + math.max(0, now - tonumber(old[2])) * rate)
+  local since = now - tonumber(old[2])
+  if since < 0 then -- the clock was set back: it would rise again only when that time has come
+    redis.call('HSET', KEYS[1], name .. '_at', string.format('%.6f', now))
+    since = 0
+  end
+  return math.min(capacity, tonumber(old[1]) + since * rate)
 end
 local function store(name, value, rate, capacity)
   redis.call('HSET', KEYS[1], name, string.format('%.6f', value),
@@ -149,6 +154,7 @@ class SharedUsage:
         except (RedisError, OSError) as error:
             if self._on_failure == "allow":
                 logger.error("limits of tenant %s are not checked: %s", tenant, error)
+                self._hold(tenant, limits, request_id)  # counted once Redis is back
                 return
             logger.error("a request of tenant %s is refused: %s", tenant, error)
             if limits.concurrent is not None:
@@ -160,8 +166,7 @@ class SharedUsage:
         reason, seconds = (part.decode() for part in answer)
         match reason:
             case "":
-                if limits.concurrent is not None:
-                    self._held.setdefault(tenant, set()).add(request_id)
+                self._hold(tenant, limits, request_id)
             case "concurrency":
                 raise over_concurrency(tenant, limits)
             case "tokens":
@@ -189,6 +194,11 @@ class SharedUsage:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._client.aclose()
+
+    def _hold(self, tenant: str, limits: UsageLimits, request_id: str) -> None:
+        """Have the request's lease renewed, or made, until it leaves."""
+        if limits.concurrent is not None:
+            self._held.setdefault(tenant, set()).add(request_id)
 
     async def _run(
         self, script: Any, tenant: str, limits: UsageLimits, request_id: str, tokens: int

@@ -73,7 +73,7 @@ class OpenAIDoor:
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_post("/v1/completions", self._completion)
         app.router.add_get("/v1/models", self._models)
-        app.router.add_get("/v1/models/{model}", self._model)
+        app.router.add_get("/v1/models/{model:.+}", self._model)  # a name may hold a slash
         # A client that leaves cancels its handler, which frees the request's slots at once.
         self._runner = web.AppRunner(
             app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0
@@ -140,8 +140,10 @@ class OpenAIDoor:
                 reason="the body did not come; the gateway waits for it for "
                 f"{self._patience.seconds:g} s, and less while many requests send none"
             ) from error
-        except (ValueError, RecursionError) as error:
+        except (ValueError, RecursionError, LookupError) as error:  # the last: its character set
             raise InvalidRequest("the body is not JSON, or is nested too deeply") from error
+        except web.RequestPayloadError as error:
+            raise InvalidRequest("the body is not encoded as its headers say") from error
 
     async def _generate(self, request: web.Request, kind: Kind, call: Call) -> web.StreamResponse:
         self._known(call.model)
@@ -175,9 +177,7 @@ class OpenAIDoor:
         except (ConnectionError, asyncio.CancelledError):
             raise
         except Exception:
-            logger.exception("%s failed", request.path)
-            text = f"{request.path} failed inside the gateway; its log has the reason"
-            return _failure(500, answers.error_body(text, "api_error", "internal"))
+            return _failure(500, _unforeseen(request))
         finally:
             self._running -= 1
 
@@ -228,6 +228,13 @@ class _Samples:
                 raise
             # The status has gone out; OpenAI's clients raise for an error among the events.
             await self._write(answers.error(error)[2])
+            return self._response
+        except (ClientGone, ConnectionError):
+            raise
+        except Exception:
+            if self._response is None:
+                raise
+            await self._write(_unforeseen(self._request))
             return self._response
         assert self._response is not None and self._answer is not None
         if self._call.include_usage:
@@ -317,6 +324,13 @@ def _subject(request: web.Request) -> str | None:
     if not certificate:
         return None
     return x509.load_der_x509_certificate(certificate).subject.rfc4514_string()
+
+
+def _unforeseen(request: web.Request) -> dict[str, Any]:
+    """The body for the exception that is being handled, which is logged."""
+    logger.exception("%s failed", request.path)
+    text = f"{request.path} failed inside the gateway; its log has the reason"
+    return answers.error_body(text, "api_error", "internal")
 
 
 def _failure(

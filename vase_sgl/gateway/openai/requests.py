@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from google.protobuf import json_format
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vase_sgl.gateway.errors import InvalidRequest
 from vase_sgl.rpc.v1 import gateway_pb2 as pb
@@ -17,12 +17,23 @@ MAX_SAMPLES = 16
 #: OpenAI's own default for /v1/completions.
 COMPLETION_MAX_TOKENS = 16
 
+T = TypeVar("T")
 Int32 = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+#: The first wrong item is enough: a problem for each of millions takes gigabytes.
+Items = Annotated[list[T], Field(fail_fast=True)]
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, fields: object) -> object:
+        """null is the same as left out, as in OpenAI's own API."""
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 class _TextPart(_Strict):
@@ -32,7 +43,7 @@ class _TextPart(_Strict):
 
 class _Message(_Strict):
     role: str
-    content: str | list[_TextPart]
+    content: str | Items[_TextPart]
 
     @property
     def text(self) -> str:
@@ -54,7 +65,7 @@ class _Common(_Strict):
     top_p: float | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
-    stop: str | list[str] | None = None
+    stop: str | Items[str] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] = 1
     stream: bool = False
@@ -63,18 +74,18 @@ class _Common(_Strict):
     top_k: Int32 | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop_token_ids: Items[TokenId] | None = None
     ignore_eos: bool | None = None
     vase: dict[str, Any] | None = None
 
 
 class _Chat(_Common):
-    messages: Annotated[list[_Message], Field(min_length=1)]
+    messages: Annotated[Items[_Message], Field(min_length=1)]
     max_completion_tokens: Int32 | None = None
 
 
 class _Completion(_Common):
-    prompt: str | list[str] | list[TokenId]
+    prompt: str | Items[str] | Items[TokenId]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,16 +188,15 @@ B = TypeVar("B", bound=_Common)
 def _parse(kind: type[B], body: object) -> B:
     if not isinstance(body, dict):
         raise InvalidRequest("the body must be a JSON object")
-    # null is the same as left out, as in OpenAI's own API.
-    given = {key: value for key, value in body.items() if value is not None}
-    unsupported = sorted(given.keys() - kind.model_fields.keys())
+    given = {key for key, value in body.items() if value is not None}
+    unsupported = sorted(given - kind.model_fields.keys())
     if unsupported:
         raise InvalidRequest(
             f"{', '.join(unsupported)}: not supported here; leave it out. Supported are "
             f"{', '.join(kind.model_fields)}"
         )
     try:
-        return kind.model_validate(given)
+        return kind.model_validate(body)
     except ValidationError as error:
         raise InvalidRequest("; ".join(_problems(error))) from error
 

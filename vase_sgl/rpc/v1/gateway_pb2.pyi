@@ -361,7 +361,9 @@ class SamplingParams(_message.Message):
     """Go on past the model's end-of-sequence token, to max_new_tokens."""
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Strings that end the answer; they are not part of its text. At most 16."""
+        """Strings that end the answer; they are not part of its text. At most 16, of up to 256 characters
+        each.
+        """
 
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
