@@ -259,7 +259,8 @@ class Run:
         self.digests: list[str] = []
         self._sampling = sampling
         self._faults = faults
-        self._vase = sampling.get("custom_params", {}).get("vase")
+        given = sampling.get("custom_params", {}).get("vase")
+        self._vase = None if given is None else {"budget": 4096, "window": 64, **given}
         self._physical = len(prompt)
         self._due = 0
         if self._vase is not None:

@@ -56,6 +56,8 @@ def test_a_variable_of_another_part_is_no_error(monkeypatch: pytest.MonkeyPatch)
         ("worker: {urls: ['http://x'], api_key: short}", "at least 16"),
         ("worker: {urls: ['http://x'], api_key: 'with spaces, and long'}", "without spaces"),
         ("worker: {model_path: m, args: [--api-key=x]}", "be seen by all users of the machine"),
+        ("worker: {model_path: m, args: [--port, '1']}", "--port: an embedded worker is on a free"),
+        ("worker: {model_path: m, args: [--host=h]}", "--host=h: an embedded worker is on a free"),
         ("worker: {dns: ['https://x:1']}", "a certificate names no addresses"),
         ("worker: {dns: ['http://x']}", "has no port; one looks like http://workers:30000"),
         ("worker: {model_path: m, dns: ['http://x:1']}", "exclude each other; set one"),

@@ -6,9 +6,11 @@ import asyncio
 import sys
 from typing import Any
 
+import pytest
+
 from tests.gateway.running import Running
 from tests.gateway.scripted_worker import token_of
-from vase_sgl.client import NEVER, AsyncClient, Message
+from vase_sgl.client import NEVER, AsyncClient, InvalidRequest, Message
 
 
 async def test_a_stream_brings_text_tokens_statistics_and_result(running: Running) -> None:
@@ -197,6 +199,9 @@ async def test_capacity_says_how_many_requests_fit(running: Running) -> None:
     assert capacity.slots_per_request == 392 and capacity.requests_that_fit == 9_000 // 392
     assert capacity.max_budget == 4096 and "vase-attnv" in capacity.policies
     assert (await running.client.capacity()).requests_that_fit is None
+    for alone in ({"window": 32}, {"prompt_tokens": 5}, {"prompt_mode": "keep"}):
+        with pytest.raises(InvalidRequest, match="says nothing without a budget"):
+            await running.client.capacity(**alone)
     kept = await running.client.capacity(
         budget=128, window=32, prompt_tokens=200, prompt_mode="keep"
     )

@@ -49,6 +49,16 @@ async def test_a_match_without_eviction(running: Running) -> None:
     assert (verdict.outcome, verdict.rounds_compared) == ("MATCH", 0)
 
 
+async def test_a_default_that_came_later_is_not_for_what_had_a_full_cache(running: Running) -> None:
+    answer = await running.client.generate_once("tell me", max_new_tokens=60)
+    running.worker.default_eviction = {"budget": 32, "window": 8, "policy": "random"}
+    await running.worker.noticed()
+    assert (await replay(running, answer)).outcome == "MATCH"
+    recorded, replayed = (body["sampling_params"] for body in running.worker.bodies)
+    assert "custom_params" not in recorded
+    assert replayed == {**recorded, "custom_params": {"vase": {"policy": "full"}}}
+
+
 async def test_the_first_differing_token_is_named_and_the_replay_stops(running: Running) -> None:
     answer = await generate(running)
     running.worker.faults.other_token_at = 41

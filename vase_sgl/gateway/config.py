@@ -153,6 +153,12 @@ class WorkerSection(_Section):
     def _check_args(cls, args: tuple[str, ...]) -> tuple[str, ...]:
         if any(arg == "--api-key" or arg.startswith("--api-key=") for arg in args):
             raise ValueError("--api-key would be seen by all users of the machine; set api_key")
+        for arg in args:
+            if arg.partition("=")[0] in ("--host", "--port"):
+                raise ValueError(
+                    f"{arg}: an embedded worker is on a free port of this machine, for the gateway "
+                    "alone; for one that others reach start `vase-sgl worker` and name it in urls"
+                )
         return args
 
     @field_validator("api_key")

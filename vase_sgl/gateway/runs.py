@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import aclosing, asynccontextmanager
@@ -48,8 +49,13 @@ async def running(
     """The chunks of `request` on the leased worker; the lease learns how the worker did.
 
     Left before the last chunk, for whatever reason, the request is aborted in the worker at once.
+
+    A full cache is asked for by name where the worker would give a request without eviction its
+    default: that is for callers who know nothing of budgets. What applies here was recorded.
     """
     finished = False
+    if request.eviction is None and lease.info.default_eviction is not None:
+        request = dataclasses.replace(request, eviction={"policy": "full"})
 
     async def chunks() -> AsyncGenerator[WorkerChunk, None]:
         nonlocal finished

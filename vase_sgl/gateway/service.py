@@ -194,6 +194,12 @@ class GatewayService(gateway_pb2_grpc.VaseGatewayServicer):
                 ]
                 response.slots_per_request = max(slots)
                 response.requests_that_fit = sum(map(_that_fit, infos, slots))
+            else:
+                for name in ("window", "prompt_tokens", "prompt_mode"):
+                    require(
+                        not getattr(request, name),
+                        f"{name}: says nothing without a budget; set budget, or leave it out",
+                    )
             return response
         return None
 
