@@ -6,15 +6,15 @@ from __future__ import annotations
 #: both. A variable, because command lines are open to every user of a machine.
 WORKER_KEY = "VASE_WORKER__API_KEY"
 
-_FEWEST_LETTERS = 16
+_MIN_LENGTH = 16
 
 
 def check_key(key: str) -> None:
     """Raise `ValueError` for a key that is easily guessed or cannot be sent."""
     visible = key.isascii() and key.isprintable() and " " not in key
-    if len(key) < _FEWEST_LETTERS or not visible:
+    if len(key) < _MIN_LENGTH or not visible:
         raise ValueError(
-            f"must be at least {_FEWEST_LETTERS} ASCII letters without spaces; "
+            f"must be at least {_MIN_LENGTH} ASCII characters without spaces; "
             "`openssl rand -hex 32` makes one"
         )
 

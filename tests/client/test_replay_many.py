@@ -118,7 +118,7 @@ async def test_a_time_is_cut_out(running: Running, tmp_path: Path) -> None:
     assert output.startswith("nothing to replay: 0 completed records")
 
 
-async def test_what_cannot_be_replayed_is_counted(running: Running, tmp_path: Path) -> None:
+async def test_what_cannot_be_replayed_is_counted(running: Running) -> None:
     key = running.add_tenant("bob", roles=["generate", "replay"], retention="hash")
     async with AsyncClient(running.target, key) as bob:
         await bob.generate_once("tell me", max_new_tokens=2)

@@ -117,7 +117,7 @@ def test_scratch_of_an_earlier_batch_does_not_matter() -> None:
     assert torch.equal(scene.attend([12], used_before), first)  # type: ignore[arg-type]
 
 
-def test_a_sliding_window_takes_upstreams_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sliding_window_takes_upstreams_loop() -> None:
     scene = Scene(2, 1, 64, torch.float32)
     arguments = (scene.query[:1], torch.empty_like(scene.query[:1]), scene.k, scene.v)
     place = (scene.req_to_token, scene.request_rows[:1], torch.tensor([1]))

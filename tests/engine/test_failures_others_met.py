@@ -75,7 +75,7 @@ def test_01_the_token_in_flight_has_a_slot_of_its_own(stepped: SteppedScheduler)
     assert checked > 300
 
 
-def _positions_seen(stepped: SteppedScheduler, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+def _positions_seen(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     seen: list[list[int]] = []
     write = QueryRing.write
 
@@ -93,7 +93,7 @@ def test_02_and_07_positions_count_on_by_one_through_every_round(
     stepped: SteppedScheduler, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
     """Offsets mixing lengths of two steps; rotary position off by one; physical positions."""
-    seen = _positions_seen(stepped, monkeypatch)
+    seen = _positions_seen(monkeypatch)
     _tokens(stepped, "one", vase={**BUDGET, "prompt": mode})
     assert seen == [[position] for position in range(len(PROMPT), len(PROMPT) + 69)]
 

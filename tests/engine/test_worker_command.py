@@ -69,9 +69,9 @@ def test_wrong_settings(
 @pytest.mark.parametrize(
     ("key", "flags", "text"),
     [
-        ("a key with spaces", (), "VASE_WORKER__API_KEY must be at least 16 ASCII letters"),
-        ("a-key-with-é-in-it", (), "VASE_WORKER__API_KEY must be at least 16 ASCII letters"),
-        ("", (), "VASE_WORKER__API_KEY must be at least 16 ASCII letters"),
+        ("a key with spaces", (), "VASE_WORKER__API_KEY must be at least 16 ASCII characters"),
+        ("a-key-with-é-in-it", (), "VASE_WORKER__API_KEY must be at least 16 ASCII characters"),
+        ("", (), "VASE_WORKER__API_KEY must be at least 16 ASCII characters"),
         ("k" * 16, ("--api-key", "l"), "both --api-key and VASE_WORKER__API_KEY are set"),
     ],
 )

@@ -61,7 +61,7 @@ def test_no_answer_takes_long(grader: str) -> None:
 def test_a_call_without_an_end_of_its_json_is_none() -> None:
     task, item = TraceTask("trace", ()), Item("trace", "0", (), "[]", {})
     for text in ("<tool_call>", '<tool_call>{"name": "a"}', "<tool_call>[1]</tool_call>", "["):
-        grade = task.grade(item, f"{text}")
+        grade = task.grade(item, text)
         assert grade.correct is ("tool_call" not in text)
     deep = '<tool_call>{"name": "a", "arguments": ' + "[" * 100_000
     assert "a tool call is not JSON" in task.grade(item, deep).reason

@@ -179,9 +179,7 @@ class Scene:
         pytest.param(("plain", ()), id="plain-user-without-layers"),
     ],
 )
-def scene(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Scene]:
+def scene(request: pytest.FixtureRequest) -> Iterator[Scene]:
     who, layers = request.param
     python = sys.executable
     if who == "plain" or not layers:

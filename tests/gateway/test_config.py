@@ -58,6 +58,8 @@ def test_a_variable_of_another_part_is_no_error(monkeypatch: pytest.MonkeyPatch)
         ("worker: {model_path: m, args: [--api-key=x]}", "be seen by all users of the machine"),
         ("worker: {model_path: m, args: [--port, '1']}", "--port: an embedded worker is on a free"),
         ("worker: {model_path: m, args: [--host=h]}", "--host=h: an embedded worker is on a free"),
+        ("worker: {urls: ['http://x'], ca_file: ca.pem}", "no worker's URL begins with https://"),
+        ("worker: {model_path: m, ca_file: ca.pem}", "no worker's URL begins with https://"),
         ("worker: {dns: ['https://x:1']}", "a certificate names no addresses"),
         ("worker: {dns: ['http://x']}", "has no port; one looks like http://workers:30000"),
         ("worker: {model_path: m, dns: ['http://x:1']}", "exclude each other; set one"),
@@ -77,9 +79,7 @@ def test_what_is_wrong_is_named(tmp_path: Path, text: str, problem: str) -> None
     assert problem in str(error.value) and str(file) in str(error.value)
 
 
-def test_the_key_of_the_workers_does_not_show(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_key_of_the_workers_does_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VASE_WORKER__API_KEY", "sixteen-letters-and-more")
     config = load_config(overrides={"worker": {"urls": ["http://x"]}})
     assert config.worker.api_key is not None

@@ -63,6 +63,7 @@ async def test_it_starts_serves_and_stops(tmp_path: Path) -> None:
     )
     chunks = [chunk async for chunk in worker.generate(request)]
     assert len(chunks[-1].token_ids) == 3
+    assert worker._log.stat().st_mode & 0o077 == 0
     await worker.close()
     assert not is_alive(process.pid)
 

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from tests.gateway.running import Running, run_gateway
+from tests.gateway.running import Running, run_gateway, until
 from tests.gateway.scripted_worker import ScriptedWorker
 from vase_sgl.client import (
     NEVER,
@@ -129,7 +129,9 @@ async def test_a_certificate_that_is_not_there_is_named(tmp_path: Path) -> None:
             pass
 
 
-async def test_a_worker_has_to_show_a_certificate_of_the_authority(tmp_path: Path) -> None:
+async def test_a_worker_has_to_show_a_certificate_of_the_authority(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     cert, key = certificate(tmp_path)
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(cert, key)
@@ -140,8 +142,10 @@ async def test_a_worker_has_to_show_a_certificate_of_the_authority(tmp_path: Pat
         (unknown := tmp_path / "unknown").mkdir()
         checked = worker.health_checks
         async with run_gateway(unknown, worker={"urls": [worker.url, plain.url]}) as running:
+            await until(lambda: f"worker {worker.url} is not ready" in caplog.text)
             (status,) = (s for s in running.gateway._router.statuses() if s.name == worker.url)
             assert not status.ready and worker.health_checks == checked > 0
+        assert "shows no certificate that is trusted here" in caplog.text
 
 
 async def test_an_authority_that_is_not_there_is_named(tmp_path: Path) -> None:

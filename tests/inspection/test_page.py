@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 from tests.inspection.samples import HOSTILE, PageParts, byte_tokenizer, sample
 from vase_sgl.cli import build_app
 from vase_sgl.inspection import InspectionError
-from vase_sgl.inspection.page import build_page, table_of
+from vase_sgl.inspection.page import build_page
 from vase_sgl.inspection.tokens import load_tokenizer, token_texts
 
 IDS = byte_tokenizer().encode(HOSTILE + " A few more words, so that there are rounds.").ids
@@ -23,7 +24,10 @@ def test_the_data_is_what_was_kept() -> None:
     inspection = sample(IDS)
     assert inspection.rounds >= 5
     data = PageParts(build_page(inspection, None)).data
-    assert np.array_equal(table_of(data), inspection.evicted_in_round)
+    shape = (data["layers"], len(data["heads"]), len(data["tokenIds"]))
+    raw = gzip.decompress(base64.b64decode(data["evictedInRound"]))
+    table = np.frombuffer(raw, "<u2").reshape(shape)
+    assert np.array_equal(table, inspection.evicted_in_round)
     assert data["roundLengths"] == inspection.round_lengths.tolist()
     assert data["tokenIds"] == IDS and data["texts"] is None and data["promptTokens"] == 20
     for number in range(1, inspection.rounds + 1):

@@ -217,7 +217,7 @@ def test_keys_come_from_the_environment_or_a_file(
         b.api_key()
 
 
-def test_the_example_files_are_valid(tmp_path: Path) -> None:
+def test_the_example_files_are_valid() -> None:
     folder = Path(tenants.__file__).parent
     assert [t.name for t in tenants.load(folder / "tenants.example.yaml")] == ["quiet", "noisy"]
     assert slo.load(folder / "slo.example.yaml", ["default"]).ttft_ms is not None

@@ -151,8 +151,7 @@ class RowFile:
                 f"{path} is being written by another run; wait for it, or choose another folder"
             ) from error
         try:
-            #: Bytes of a torn last line that were cut off.
-            self.repaired_bytes = self._cut_torn_line()
+            self._cut_torn_line()
             self.rows = read(path)
         except BaseException:
             self.close()
@@ -179,12 +178,9 @@ class RowFile:
     ) -> None:
         self.close()
 
-    def _cut_torn_line(self) -> int:
+    def _cut_torn_line(self) -> None:
         self._file.seek(0)
-        content = self._file.read()
-        whole = content.rfind(b"\n") + 1
-        self._file.truncate(whole)
-        return len(content) - whole
+        self._file.truncate(self._file.read().rfind(b"\n") + 1)
 
 
 def _parse(path: Path, lines: Iterable[str]) -> Iterator[Row]:

@@ -356,6 +356,12 @@ class GatewayConfig(BaseSettings):
                 "no worker: set worker.model_path (or --model-path) to serve a model here, or "
                 "worker.urls or worker.dns to use running workers"
             )
+        encrypted = any(url.startswith("https://") for url in self.worker.urls)
+        if self.worker.ca_file is not None and not encrypted:
+            raise ValueError(
+                "worker.ca_file: no worker's URL begins with https://, so all would be reached in "
+                "clear text; change worker.urls, or leave worker.ca_file out"
+            )
         return self
 
 

@@ -77,7 +77,10 @@ class FailedPrecondition(GatewayError):
 
 
 class LimitExceeded(GatewayError):
-    """A limit of the tenant or the length or time of the queue. `reason` is its metric label."""
+    """A limit of the tenant, the length or time of the queue, or the number of calls.
+
+    `reason` is its metric label; calls that were one too many are not counted there.
+    """
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
 

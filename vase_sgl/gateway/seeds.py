@@ -26,7 +26,6 @@ from vase_sgl.gateway.errors import InvalidRequest
 from vase_sgl.gateway.tenants import SeedPolicy, Tenant
 
 MAX_SEED = 2**63 - 1
-MAX_SAMPLE_INDEX = 2**31 - 1
 _SALT = b"vase-sgl seeds v1"
 
 

@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from vase_sgl.gateway.errors import WorkerUnavailable
@@ -65,7 +66,8 @@ class EmbeddedWorker(HttpWorker):
         """
         try:
             self._log.parent.mkdir(parents=True, exist_ok=True)
-            with self._log.open("wb") as output:
+            # Not for other users of the machine: SGLang can be told to log prompts.
+            with open(self._log, "wb", opener=partial(os.open, mode=0o600)) as output:
                 self._process = await asyncio.create_subprocess_exec(
                     *self._command,
                     stdin=asyncio.subprocess.DEVNULL,

@@ -176,6 +176,8 @@ class HttpWorker:
         match error:
             case TimeoutError():
                 reason = "did not answer in time"
+            case aiohttp.ClientConnectorCertificateError():
+                reason = "shows no certificate that is trusted here for its name (worker.ca_file)"
             case aiohttp.ClientConnectorError():
                 reason = "cannot be reached"
             case aiohttp.ClientError():

@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
-import numpy as np
-
 from vase_sgl.inspection.file import Inspection
 
 #: Id of the element that holds the data, as JSON.
@@ -64,13 +62,6 @@ def _data(inspection: Inspection, texts: Sequence[str] | None) -> dict[str, Any]
         # uint16 [layers][heads][tokens], C order, gzip, base64.
         "evictedInRound": base64.b64encode(gzip.compress(table, mtime=0)).decode(),
     }
-
-
-def table_of(data: dict[str, Any]) -> np.ndarray[Any, np.dtype[np.uint16]]:
-    """`Inspection.evicted_in_round` from a page's data."""
-    shape = (data["layers"], len(data["heads"]), len(data["tokenIds"]))
-    raw = gzip.decompress(base64.b64decode(data["evictedInRound"]))
-    return np.frombuffer(raw, "<u2").reshape(shape)
 
 
 def _part(name: str) -> str:
