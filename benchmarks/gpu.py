@@ -1,13 +1,15 @@
 """Everything that needs a GPU, as one command: tests first, then every benchmark.
 
     python -m benchmarks.gpu                     # about an hour and a half on an H100
-    python -m benchmarks.gpu --only kernels paper
+    python -m benchmarks.gpu --only kernels paper_16384
     python -m benchmarks.gpu --dry-run           # anywhere: commands, configurations, result files
+    python -m benchmarks.gpu --worker-arg=--attention-backend=flashinfer      # for every worker
 
-Needs an environment with SGLang for CUDA, `pip install -e '.[gpu,bench]'`, and no weights: models
-are shapes with random weights. Every stage is a command of its own with a limit of ten minutes;
-what it wrote stays if it is cut. A stage that succeeded is not run again (`--again` does), so that
-an interrupted run goes on where it was. Results: benchmarks/results/gpu/, its state in state.json.
+Needs an environment with SGLang for CUDA, `pip install -e '.[gpu,bench]'` or those packages beside
+a checkout, and no weights: models are shapes with random weights. Every stage is a command of its
+own with a limit of ten minutes; what it wrote stays if it is cut. A stage that succeeded is not run
+again (`--again` does), so that an interrupted run goes on where it was. Results:
+benchmarks/results/gpu/, its state in state.json.
 
 If a test fails, nothing is measured: fast wrong answers say nothing.
 """
@@ -98,6 +100,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", help="these stages")
     parser.add_argument("--again", action="store_true", help="also what has succeeded before")
     parser.add_argument("--minutes", type=float, default=_MINUTES, help="limit of a stage")
+    parser.add_argument(
+        "--worker-arg", action="append", default=[], help="SGLang flag of every worker"
+    )
     parser.add_argument("--output", type=Path, default=FOLDER / "gpu")
     parser.add_argument("--dry-run", action="store_true", help="measure nothing")
     chosen = parser.parse_args(argv)
@@ -142,6 +147,7 @@ def command_of(stage: Stage, chosen: argparse.Namespace) -> list[str]:
     arguments = [part.replace("{output}", str(chosen.output)) for part in stage.arguments]
     if stage.takes_dry_run:
         arguments += ["--output", str(chosen.output)]
+        arguments += [f"--worker-arg={flag}" for flag in chosen.worker_arg]
         arguments += ["--dry-run"] if chosen.dry_run else []
     return [sys.executable, "-m", *arguments]
 

@@ -7,8 +7,12 @@
 
 Shapes are Qwen3-14B's: 40 layers, 8 KV heads, groups of 5, head_dim 128, bfloat16, window 64. A
 round is in steady state: budget + window rows become budget rows. `floor` is the time in which
-the bytes that must move could be copied at the copy bandwidth measured on this device; the share
-is floor / time. Without a GPU only the torch reference runs, on one layer and one request.
+the bytes that must move could be copied at the copy bandwidth measured on this device. Without a
+GPU only the torch reference runs, on one layer and one request.
+
+Every time is from the call to the end of its last kernel, on a device that was idle: small rounds
+wait for their launches, as they do in the engine unless the device is busy. `device` is the time
+of the kernels alone, all launched before the first may begin; the share is floor / device.
 
 With --check kernels and reference must forget the same tokens before anything is timed; with
 --check-only nothing is.
@@ -65,6 +69,8 @@ from benchmarks.results import Report, new_report, number, table
 
 #: The interpreter counts as a device for the kernels, to try this file on tiny shapes.
 RUNS_KERNELS = torch.cuda.is_available() or triton.knobs.runtime.interpret
+#: Of a GPU's clock, so a millisecond: longer than the launches of a round take.
+_SLEEP_CYCLES = 2_000_000
 #: The comparison needs all of a layer's scores at once; larger cases would not say more.
 MAX_COMPARED_ROWS = 40_000
 
@@ -269,10 +275,34 @@ def seconds(
     return statistics.median(timed() for _ in range(repeats))
 
 
-def kernels_seconds(case: Case, repeats: int) -> float:
+def device_seconds(
+    step: Callable[[], Any], repeats: int, *, before: Callable[[], None] = lambda: None
+) -> float:
+    """`seconds` of a GPU alone: it sleeps until the call's kernels wait behind one another.
+
+    `step` must not wait for the device. Without a GPU, `seconds`.
+    """
+    if not torch.cuda.is_available():
+        return seconds(step, repeats, before=before)
+
+    def timed() -> float:
+        before()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(_SLEEP_CYCLES)  # type: ignore[no-untyped-call]
+        start.record()
+        step()
+        end.record()
+        torch.cuda.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+
+    timed()
+    return statistics.median(timed() for _ in range(repeats))
+
+
+def kernels_seconds(case: Case, repeats: int, clock: Callable[..., float] = seconds) -> float:
     """Time of a round by the kernels. `SystemExit` if the last did not overwrite `window` rows."""
     r, window = case.round(), case.shape.window
-    found = seconds(case.kernels(r), repeats, before=case.advance)
+    found = clock(case.kernels(r), repeats, before=case.advance)
     holes = r.workspace.num_holes
     if not torch.equal(holes, torch.full_like(holes, window)):
         raise SystemExit(
@@ -287,14 +317,14 @@ def copy_bandwidth(device: torch.device) -> float:
     source = torch.empty(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8)
     source = source.to(device)
     target = torch.empty_like(source)
-    return 2 * source.numel() / seconds(lambda: target.copy_(source), 10)
+    return 2 * source.numel() / device_seconds(lambda: target.copy_(source), 10)
 
 
 def tensor_rate(device: torch.device) -> float:
     """Multiplications and additions per second of a large bfloat16 product."""
     size = 8192
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    return 2 * size**3 / seconds(lambda: a @ b, 10)
+    return 2 * size**3 / device_seconds(lambda: a @ b, 10)
 
 
 def measure(
@@ -311,8 +341,9 @@ def measure(
     if operations_per_second and (operations := shape.tensor_operations(policy)):
         out["tensor_floor_ms"] = operations / operations_per_second * 1e3
     if RUNS_KERNELS:
-        elapsed = kernels_seconds(case, repeats)
-        out["kernels_ms"] = elapsed * 1e3
+        out["kernels_ms"] = kernels_seconds(case, repeats) * 1e3
+        elapsed = kernels_seconds(case, repeats, device_seconds)
+        out["device_ms"] = elapsed * 1e3
         out["gb_per_s"] = floor / elapsed / 1e9
         out["share_of_floor"] = floor / bandwidth / elapsed
     if shape.requests * shape.columns <= MAX_COMPARED_ROWS:
@@ -403,6 +434,7 @@ def markdown(report: Report) -> str:
     """The table of a report of this or of `benchmarks.selection`, with the columns that it has."""
     columns = {
         "kernels_ms": "kernels ms",
+        "device_ms": "without launches, ms",
         "reference_ms": "torch reference ms",
         "gather_all_ms": "gather all ms",
         "floor_ms": "floor ms",

@@ -2,8 +2,8 @@
 
     python -m benchmarks.selection [--json results.json]
 
-The victims must be the same columns. Ratios are flashinfer's time over ours, in one run. It needs a
-GPU.
+The victims must be the same columns. Times are the device's, without launches; ratios are
+flashinfer's over ours, in one run. It needs a GPU.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from vase_kernels.scoring import SCORING
 
-from benchmarks.kernels import Case, Shape, add_shape_options, seconds, shapes, write
+from benchmarks.kernels import Case, Shape, add_shape_options, device_seconds, shapes, write
 from benchmarks.results import new_report
 
 
@@ -66,10 +67,11 @@ def compare_with_flashinfer(shape: Shape, repeats: int, device: torch.device) ->
     listed = torch.zeros_like(ours).scatter_(1, theirs(deterministic=True).to(torch.int64), True)
     if not torch.equal(ours, listed):
         raise SystemExit(f"{shape}: flashinfer.top_k and select_kernel chose different victims")
-    elapsed = seconds(lambda: r.select(victims=True), repeats)
+    elapsed = device_seconds(lambda: r.select(victims=True), repeats)
     out: dict[str, Any] = {**dataclasses.asdict(shape), "select_ms": elapsed * 1e3}
     for name, deterministic in (("flashinfer_ms", True), ("flashinfer_any_tie_ms", False)):
-        out[name] = seconds(lambda d=deterministic: theirs(deterministic=d), repeats) * 1e3  # type: ignore[misc]
+        elapsed = device_seconds(partial(theirs, deterministic=deterministic), repeats)
+        out[name] = elapsed * 1e3
         out[f"{name[:-3]}_over_select"] = out[name] / out["select_ms"]
     return out
 

@@ -3,9 +3,10 @@
     python -m benchmarks.tuning [--json results.json] [--policies vase-attnv] [--requests 1 16]
 
 Shapes are those of `benchmarks.kernels`. A choice and the shapes in use take turns, and its ratio
-is of their whole rounds, so that what a kernel gains is seen for what it is worth. Below 1 is
-faster. It changes nothing: shapes in use are constants of `vase_kernels.scoring`, for the sums of
-attention follow them, and an answer must not depend on what a server found fastest when it started.
+is of their whole rounds, without launches, so that what a kernel gains is seen for what it is
+worth. Below 1 is faster. It changes nothing: shapes in use are constants of `vase_kernels.scoring`,
+for the sums of attention follow them, and an answer must not depend on what a server found fastest
+when it started.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from benchmarks.kernels import (
     Case,
     Shape,
     add_shape_options,
+    device_seconds,
     kernels_seconds,
     shapes,
     write,
@@ -100,9 +102,9 @@ def measure(case: Case, choice: Choice, repeats: int, turns: int = 3) -> dict[st
     ratios = []
     try:
         for _ in range(turns):
-            before = kernels_seconds(case, repeats)
+            before = kernels_seconds(case, repeats, device_seconds)
             with mock.patch.multiple(scoring, **choice.attributes):
-                ratios.append(kernels_seconds(case, repeats) / before)
+                ratios.append(kernels_seconds(case, repeats, device_seconds) / before)
     except OutOfResources as error:
         return out | {"refused": str(error)}
     return out | {"in_use_ms": before * 1e3, "ratios": ratios, "ratio": statistics.median(ratios)}

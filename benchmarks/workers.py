@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -90,6 +91,7 @@ def running(
     """Healthy workers, one per spec, started one after the other; all are stopped at the end."""
     workers: dict[WorkerSpec, Worker] = {}
     with tempfile.TemporaryDirectory(prefix="vase-benchmark-") as folder:
+        describe_checkout(Path(folder))
         try:
             for index, spec in enumerate(dict.fromkeys(specs)):
                 port = free_port()
@@ -101,7 +103,7 @@ def running(
                         stdout=output,
                         stderr=output,
                         start_new_session=True,
-                        env=_environment(spec),
+                        env=_environment(spec, folder),
                     )
                 workers[spec] = Worker(f"http://127.0.0.1:{port}", process, log)
                 seconds = workers[spec].wait_until_healthy()
@@ -118,8 +120,24 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _environment(spec: WorkerSpec) -> dict[str, str]:
-    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+def describe_checkout(folder: Path) -> None:
+    """Write what an installation of this checkout would say of itself, for a path with `folder`.
+
+    SGLang finds the plugin by its entry point, which a checkout alone does not have.
+    """
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    name, version = project["name"], project["version"]
+    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    lines: list[str] = []
+    for group, entries in project["entry-points"].items():
+        lines += [f"[{group}]", *(f"{entry} = {place}" for entry, place in entries.items())]
+    (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
+
+
+def _environment(spec: WorkerSpec, folder: str) -> dict[str, str]:
+    paths = [folder, str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     return (
         os.environ
         | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), PARENT_PID: str(os.getpid())}

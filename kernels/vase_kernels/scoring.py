@@ -149,7 +149,8 @@ def attention_blocks(head_dim: int, dtype: torch.dtype) -> tuple[AttentionBlocks
     """Blocks of `lse_kernel` and of `weights_kernel`.
 
     The block that a program keeps is the large one: the other one passes through L2 as often as
-    there are programs, which is what these kernels wait for beside exponentials.
+    there are programs, which is what these kernels wait for beside exponentials. `weights_kernel`
+    reads whole blocks of sums, so its queries divide those of `lse_kernel`, which pads them.
     """
     row_bytes = triton.next_power_of_2(head_dim) * dtype.itemsize
     if dtype.itemsize == 4:

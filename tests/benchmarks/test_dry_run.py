@@ -30,7 +30,7 @@ SERVING = [
 
 
 def _dry_run(stage: gpu.Stage, folder: Path) -> dict[str, Any]:
-    chosen = argparse.Namespace(dry_run=True, output=folder)
+    chosen = argparse.Namespace(dry_run=True, output=folder, worker_arg=["--stream-interval=7"])
     module, *arguments = gpu.command_of(stage, chosen)[2:]
     assert MAINS[module](arguments) == 0
     report: dict[str, Any] = json.loads((folder / f"{stage.name}.json").read_text())
@@ -61,6 +61,7 @@ def test_a_gpu_stage_is_ready(
         assert value_of(command, "--model-path") in SHAPES
         assert not any(part.startswith("/") for part in command)  # no paths of this machine
         assert "--disable-cuda-graph" not in command
+        assert "--stream-interval=7" in command
         _, unknown = sglang_flags.parse_known_args(command[2:])
         flags = [part for part in unknown if part.startswith("--")]
         assert all(flag.startswith("--vase-") for flag in flags), flags

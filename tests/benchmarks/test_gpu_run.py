@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import tomllib
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks import gpu
+from benchmarks.environment import ROOT
 from benchmarks.gpu import Stage
+from benchmarks.workers import describe_checkout
 
 
 @pytest.fixture
@@ -31,7 +35,9 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _run(folder: Path, *stages: Stage, **options: Any) -> tuple[int, dict[str, Any]]:
-    chosen = argparse.Namespace(output=folder, again=False, dry_run=False, minutes=1.0)
+    chosen = argparse.Namespace(
+        output=folder, again=False, dry_run=False, minutes=1.0, worker_arg=[]
+    )
     vars(chosen).update(options)
     status = gpu.run(list(stages), chosen)
     state: dict[str, Any] = json.loads((folder / "state.json").read_text())["stages"]
@@ -78,3 +84,18 @@ def test_only_checks_stop_the_run() -> None:
     """A benchmark that fails costs its own result alone."""
     needed = [stage.name for stage in gpu.stages("qwen3-14b") if stage.must_pass]
     assert needed == ["kernel_tests", "kernels_check", "replays"]
+
+
+def test_a_checkout_that_is_not_installed_has_the_plugin(tmp_path: Path) -> None:
+    """A machine may have SGLang and nothing else of ours than the files."""
+    describe_checkout(tmp_path)
+    (found,) = metadata.distributions(path=[str(tmp_path)])
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert (found.name, found.version) == (project["name"], project["version"])
+    entries = {(entry.group, entry.name): entry.value for entry in found.entry_points}
+    assert entries == {
+        (group, name): place
+        for group, names in project["entry-points"].items()
+        for name, place in names.items()
+    }
+    assert ("sglang.srt.plugins", "vase_sgl") in entries

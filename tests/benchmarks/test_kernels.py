@@ -44,7 +44,9 @@ def test_every_arm_repeats_its_round() -> None:
         "print(json.dumps(measure(case, 4, 1e9)))\n"
     )
     row = json.loads(said)
-    assert all(row[name] > 0 for name in ("kernels_ms", "reference_ms", "gather_all_ms"))
+    assert all(
+        row[name] > 0 for name in ("kernels_ms", "device_ms", "reference_ms", "gather_all_ms")
+    )
 
 
 def test_kernels_and_reference_agree_over_several_rounds() -> None:
@@ -88,7 +90,7 @@ def test_every_choice_of_block_shapes_is_a_round() -> None:
 def test_a_choice_reaches_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     case, launched = Case(TINY, "vase-dkv", CPU), []
 
-    def seconds(case: Case, repeats: int) -> float:
+    def seconds(case: Case, repeats: int, clock: object) -> float:
         launched.append((tuning.scoring.WARPS_DKV, tuning.scoring.projection_block(16, BF16)))
         return float(len(launched))
 
@@ -100,7 +102,7 @@ def test_a_choice_reaches_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_choice_that_does_not_fit_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def too_large(case: Case, repeats: int) -> float:
+    def too_large(case: Case, repeats: int, clock: object) -> float:
         raise OutOfResources(262144, 232448, "shared memory")
 
     monkeypatch.setattr(tuning, "kernels_seconds", too_large)
@@ -137,6 +139,31 @@ def test_no_token_is_there_twice() -> None:
             assert len(positions.unique()) == len(case.k[0][slots].unique(dim=0)) == TINY.budget
             # The recent tokens are there, under the positions that they came with.
             assert positions.max() == TINY.columns + turn * TINY.window - 1
+
+
+def test_launches_are_no_time_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device sleeps before the first event, so the second follows the kernels at once."""
+    done: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            done.append("event")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 3.0
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append("sleep"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("wait"))
+    found = kernels.device_seconds(
+        lambda: done.append("call"), 2, before=lambda: done.append("before")
+    )
+    assert found == 3e-3
+    assert done == 3 * ["before", "sleep", "event", "call", "event", "wait"]
 
 
 def test_a_round_that_forgot_another_number_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
