@@ -46,6 +46,10 @@ async def test_generate_streams_then_replay_compares(running: Running) -> None:
     running.worker.faults.other_token_at = 7
     output, _ = await run(running, "replay", record.record_id, status=3)
     assert output.startswith("DIVERGED after 7 tokens and 0 eviction rounds\n  token 7: expected")
+    running.worker.faults.retractions = 1
+    output, _ = await run(running, "replay", record.record_id, status=4)
+    assert output.startswith("INCOMPARABLE: one of the two was retracted; 7 tokens and 0")
+    assert "num_retractions: recorded nothing, now 1" in output
     running.worker.fingerprint["device"] = "another"
     output, _ = await run(running, "replay", record.record_id, status=4)
     assert "device: recorded none, now another" in output

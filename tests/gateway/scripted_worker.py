@@ -43,6 +43,7 @@ class Faults:
     other_token_at: int | None = None
     other_digest_at_round: int | None = None
     end_after_tokens: int | None = None
+    retractions: int = 0
 
 
 class ScriptedWorker:
@@ -293,6 +294,7 @@ class Run:
             "finish_reason": self.finish,
             "prompt_tokens": len(self.prompt),
             "completion_tokens": len(self.tokens),
+            "num_retractions": self._faults.retractions,
         }
         if self._vase is not None:
             logical = len(self.prompt) + len(self.tokens)

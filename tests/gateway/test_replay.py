@@ -59,6 +59,20 @@ async def test_a_default_that_came_later_is_not_for_what_had_a_full_cache(runnin
     assert replayed == {**recorded, "custom_params": {"vase": {"policy": "full"}}}
 
 
+@pytest.mark.parametrize("retracted", ["recorded", "replayed"])
+async def test_an_answer_that_was_retracted_is_no_measure(running: Running, retracted: str) -> None:
+    running.worker.faults.retractions = 2 if retracted == "recorded" else 0
+    answer = await running.client.generate_once("tell me", max_new_tokens=20)
+    running.worker.faults.retractions = 0 if retracted == "recorded" else 1
+    assert (await replay(running, answer)).outcome == "MATCH"  # as most are
+    running.worker.faults.other_token_at = 7
+    verdict = await replay(running, answer)
+    assert verdict.outcome == "INCOMPARABLE" and verdict.tokens_compared == 7
+    (difference,) = verdict.differences
+    seen = (difference.key, difference.recorded, difference.current)
+    assert seen == ("num_retractions", *(("2", None) if retracted == "recorded" else (None, "1")))
+
+
 async def test_the_first_differing_token_is_named_and_the_replay_stops(running: Running) -> None:
     answer = await generate(running)
     running.worker.faults.other_token_at = 41

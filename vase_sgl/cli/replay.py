@@ -263,7 +263,11 @@ def _outcome(verdict: Verdict) -> str:
                 f"  {d.key}: recorded {_or_nothing(d.recorded)}, now {_or_nothing(d.current)}"
                 for d in verdict.differences
             ]
-            return "\n".join(["INCOMPARABLE: another worker made this record", *lines])
+            if any(d.key == "num_retractions" for d in verdict.differences):
+                why = f"one of the two was retracted; {compared} are equal, and then one differs"
+            else:
+                why = "another worker made this record"
+            return "\n".join([f"INCOMPARABLE: {why}", *lines])
         case "DIVERGED":
             lines = [f"DIVERGED after {compared}"]
             if verdict.first_differing_token is not None:

@@ -31,6 +31,7 @@ from vase_sgl.gateway.seeds import Seeds, seeds_for
 from vase_sgl.gateway.tenants import Tenant
 from vase_sgl.gateway.validation import Prompt
 from vase_sgl.gateway.workers import (
+    RETRACTIONS,
     Finish,
     Worker,
     WorkerChunk,
@@ -351,7 +352,10 @@ def _record(plan: _Plan, run: _Run, status: RecordStatus, failure: str = "") -> 
         finish_reason=latest.finish.reason if latest.finish else "",
         cache=latest.cache,
         round_digests=latest.round_digests,
-        fingerprint=run.info.fingerprint,
+        fingerprint={
+            **run.info.fingerprint,
+            **({RETRACTIONS: str(latest.retractions)} if latest.retractions else {}),
+        },
         timings=run.clock.timings(),
         retention=plan.tenant.retention,
         prompt_tokens=len(plan.request.prompt_token_ids),

@@ -19,7 +19,7 @@ from vase_sgl.gateway.router import Lease, WorkerRouter
 from vase_sgl.gateway.runs import Background, running
 from vase_sgl.gateway.seeds import SeedCheck, check_seeds
 from vase_sgl.gateway.tenants import Retention, Tenant
-from vase_sgl.gateway.workers import Worker, WorkerChunk, WorkerInfo, WorkerRequest
+from vase_sgl.gateway.workers import RETRACTIONS, Worker, WorkerChunk, WorkerInfo, WorkerRequest
 
 
 class Outcome(enum.Enum):
@@ -77,10 +77,10 @@ Send = Callable[[Progress], Awaitable[None]]
 def fingerprint_differences(
     recorded: Mapping[str, str], current: Mapping[str, str]
 ) -> tuple[Difference, ...]:
-    """Every entry that differs or is on one side only, by key."""
+    """Every entry of a worker that differs or is on one side only, by key."""
     return tuple(
         Difference(key, recorded.get(key), current.get(key))
-        for key in sorted({*recorded, *current})
+        for key in sorted({*recorded, *current} - {RETRACTIONS})
         if recorded.get(key) != current.get(key)
     )
 
@@ -149,6 +149,24 @@ class Comparison:
             return number
         self._rounds_compared = number
         return None
+
+
+def _without_retractions(verdict: Verdict, record: Record, chunk: WorkerChunk) -> Verdict:
+    """`verdict`, but no DIVERGED where the recorded answer or this one was retracted.
+
+    What a retracted answer goes on from is a prefill of what it had, which rounds differently.
+    """
+    recorded = record.fingerprint.get(RETRACTIONS)
+    current = str(chunk.retractions) if chunk.retractions else None
+    retracted = recorded is not None or current is not None
+    if verdict.outcome is not Outcome.DIVERGED or not retracted:
+        return verdict
+    return Verdict(
+        Outcome.INCOMPARABLE,
+        differences=(Difference(RETRACTIONS, recorded, current),),
+        tokens_compared=verdict.tokens_compared,
+        rounds_compared=verdict.rounds_compared,
+    )
 
 
 class _Incomparable(Exception):
@@ -239,7 +257,7 @@ class Replays:
                 raise_if_aborted(chunk.finish)
                 verdict = comparison.see(chunk)
                 if verdict is not None:
-                    return verdict
+                    return _without_retractions(verdict, record, chunk)
                 await send(comparison.progress())
         raise AssertionError("a worker's last chunk has a finish reason")
 

@@ -262,6 +262,7 @@ class _Output:
             if finish is None
             else Finish(finish["type"], finish.get("message") or "", finish.get("status_code")),
             round_digests=() if vase is None else tuple(vase.get("round_digests", ())),
+            retractions=self._meta.get("num_retractions") or 0,
         )
 
 

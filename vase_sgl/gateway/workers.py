@@ -51,6 +51,7 @@ class WorkerChunk:
     """The state of a generation. `text` and `token_ids` are cumulative.
 
     round_digests: digest after each round; only in the last chunk.
+    retractions: how often the worker took the request's memory away, to prefill it again later.
     """
 
     text: str
@@ -58,6 +59,11 @@ class WorkerChunk:
     cache: CacheStats | None = None
     finish: Finish | None = None
     round_digests: tuple[str, ...] = ()
+    retractions: int = 0
+
+
+#: Entry of a record's fingerprint that no worker has: of an answer with retractions, how many.
+RETRACTIONS = "num_retractions"
 
 
 @dataclasses.dataclass(frozen=True)

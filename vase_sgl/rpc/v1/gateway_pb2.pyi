@@ -982,8 +982,8 @@ class ReplayVerdict(_message.Message):
         OUTCOME_DIVERGED: ReplayVerdict._Outcome.ValueType  # 2
         """A token or a round digest differs."""
         OUTCOME_INCOMPARABLE: ReplayVerdict._Outcome.ValueType  # 3
-        """The worker is not the one recorded: other model, software, hardware or flags. Nothing was
-        run.
+        """The worker is not the one recorded: other model, software, hardware or flags; nothing was
+        run. Or the answers differ, and one of them lost its memory on the way: `num_retractions`.
         """
 
     class Outcome(_Outcome, metaclass=_OutcomeEnumTypeWrapper):
@@ -996,8 +996,8 @@ class ReplayVerdict(_message.Message):
     OUTCOME_DIVERGED: ReplayVerdict.Outcome.ValueType  # 2
     """A token or a round digest differs."""
     OUTCOME_INCOMPARABLE: ReplayVerdict.Outcome.ValueType  # 3
-    """The worker is not the one recorded: other model, software, hardware or flags. Nothing was
-    run.
+    """The worker is not the one recorded: other model, software, hardware or flags; nothing was
+    run. Or the answers differ, and one of them lost its memory on the way: `num_retractions`.
     """
 
     OUTCOME_FIELD_NUMBER: _builtins.int
@@ -1027,7 +1027,9 @@ class ReplayVerdict(_message.Message):
     """Whether the seeds, which the replay took from the record, are the right ones."""
     @_builtins.property
     def differences(self) -> _containers.RepeatedCompositeFieldContainer[Global___FingerprintDifference]:
-        """INCOMPARABLE: every entry of the worker's fingerprint that differs, by key."""
+        """INCOMPARABLE: every entry of the worker's fingerprint that differs, by key; or
+        `num_retractions`.
+        """
 
     def __init__(
         self,
