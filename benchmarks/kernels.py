@@ -36,267 +36,26 @@ import argparse
 import dataclasses
 import itertools
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton  # type: ignore[import-untyped]
-from torch import Tensor
-from vase_kernels.evict import POLICIES, PoolView, evict
-from vase_kernels.reference import SCORERS, Candidates, evict_reference, select_victims_batched
-from vase_kernels.requests import (
-    LOGICAL_LENGTH,
-    MAX_PROJECTION,
-    ROUND,
-    SEED,
-    DueRequest,
-    pack,
-    table_fields,
-)
-from vase_kernels.scoring import Round
-from vase_kernels.workspace import Maxima, Workspace
-
-from vase_sgl.eviction import POLICIES as POLICY_CLASSES
+from vase_kernels.evict import POLICIES
 
 if not __package__:  # run as a file: what is imported lies beside its folder, not in it
     sys.path[0] = str(Path(__file__).parents[1])
+from benchmarks.device_clock import copy_bandwidth, device_seconds, seconds, tensor_rate
 from benchmarks.environment import machine_line
+from benchmarks.eviction_case import Case, Shape
 from benchmarks.results import Report, new_report, number, table
 
 #: The interpreter counts as a device for the kernels, to try this file on tiny shapes.
 RUNS_KERNELS = torch.cuda.is_available() or triton.knobs.runtime.interpret
-#: Of a GPU's clock, so a millisecond: longer than the launches of a round take.
-_SLEEP_CYCLES = 2_000_000
 #: The comparison needs all of a layer's scores at once; larger cases would not say more.
 MAX_COMPARED_ROWS = 40_000
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    layers: int
-    kv_heads: int
-    group: int
-    head_dim: int
-    window: int
-    budget: int
-    requests: int
-
-    @property
-    def columns(self) -> int:
-        return self.budget + self.window
-
-    @property
-    def places(self) -> int:
-        """Requests times layers times KV heads."""
-        return self.requests * self.layers * self.kv_heads
-
-    @property
-    def pool_bytes(self) -> int:
-        return 2 * self.places * self.columns * self.head_dim * 2
-
-    def floor_bytes(self, policy: str) -> int:
-        """Bytes that a round of all requests must move, as the head of this file counts them."""
-        reads, row = SCORERS[policy], self.head_dim * 2
-        candidates = (reads.reads_keys + reads.reads_values) * self.budget * row
-        queries = reads.reads_queries * self.group * self.window * row
-        moved = 4 * self.window * row
-        words = 8 * self.budget
-        return self.places * (candidates + queries + moved + words)
-
-    def tensor_operations(self, policy: str) -> int:
-        """Multiplications and additions of the kernels' matrix products in a round of bfloat16."""
-        if SCORERS[policy].reads_queries:  # once for the sums, once for the weights
-            return self.places * 4 * self.budget * self.group * self.window * self.head_dim
-        if policy in ("vase-dkv", "curdkv"):  # K and V by each of the three parts of G
-            return self.places * 12 * self.budget * self.head_dim * MAX_PROJECTION
-        return 0
-
-    def exponentials(self, policy: str) -> int:
-        """Of the kernels' softmax in a round, both passes."""
-        reads = SCORERS[policy].reads_queries
-        return self.places * 2 * reads * self.budget * self.group * self.window
-
-
-class Case:
-    """A filled pool in its second round, and the ways to carry out a round.
-
-    Between two rounds `advance` must be called: tokens that come have positions of their own.
-    """
-
-    def __init__(self, shape: Shape, policy: str, device: torch.device) -> None:
-        self.shape, self.policy = shape, policy
-        n, columns = shape.requests, shape.columns
-        slots = torch.randperm(n * columns, device=device).to(torch.int32)
-        self.req_to_token = slots.view(n, columns)
-        rows = (n * columns, shape.kv_heads, shape.head_dim)
-        self.k, self.v = (
-            [torch.randn(rows, device=device, dtype=torch.bfloat16) for _ in range(shape.layers)]
-            for _ in range(2)
-        )
-        self.positions = torch.zeros(
-            shape.layers, n * columns, shape.kv_heads, dtype=torch.int32, device=device
-        )
-        order = torch.arange(columns, dtype=torch.int32, device=device)
-        self.positions[:, self.req_to_token.long()] = order[None, None, :, None]
-        self.ring = torch.randn(
-            shape.layers,
-            n,
-            shape.window,
-            shape.kv_heads * shape.group,
-            shape.head_dim,
-            device=device,
-            dtype=torch.bfloat16,
-        )
-        requests = [
-            DueRequest(
-                row=i,
-                ring_row=i,
-                length=columns,
-                budget=shape.budget,
-                window=shape.window,
-                round=2,
-                logical_length=columns,
-                seed=i,
-                **table_fields(shape.budget, POLICY_CLASSES[policy]().fields()),
-            )
-            for i in range(n)
-        ]
-        self.table = pack(requests, n).to(device)
-
-    def advance(self) -> None:
-        """Since the last round `window` tokens have come to every request, so the next is due.
-
-        `window` is also the length of the query ring, so its rows stay in the order of tokens.
-        """
-        self.table[:, ROUND.value] += 1
-        self.table[:, LOGICAL_LENGTH.value] += self.shape.window
-        recent = self.req_to_token[:, self.shape.budget :].long()
-        for buffer in (*self.k, *self.v):
-            # Copies of the rows that came before would tie with them, and ties cost time.
-            buffer[recent] = torch.randn_like(buffer[recent])
-
-    def round(self) -> Round:
-        """What the kernels are launched with."""
-        shape = self.shape
-        view = PoolView.of(self.k, self.v, self.positions, self.req_to_token)
-        maxima = Maxima(shape.requests, shape.columns, shape.budget, shape.window, shape.group)
-        workspace = Workspace(
-            maxima, layers=shape.layers, kv_heads=shape.kv_heads, device=self.table.device
-        )
-        return Round(self.policy, view, self.table, self.ring, workspace)
-
-    def kernels(self, r: Round) -> Callable[[], Tensor]:
-        return lambda: evict(r.policy, r.pool, r.requests, r.queries, r.workspace).round_sums
-
-    def reference(self) -> Callable[[], Tensor]:
-        """`evict_reference` on the same device."""
-        return lambda: (
-            evict_reference(
-                self.policy,
-                self.k,
-                self.v,
-                self.positions,
-                self.req_to_token,
-                self._queries(),
-                budget=self.shape.budget,
-                window=self.shape.window,
-                **self._counters(),
-            ).round_sums
-        )
-
-    def gather_all(self) -> Callable[[], Tensor]:
-        """Score alike, then gather every kept row and copy it back, as VaSE's own code does."""
-
-        def step() -> Tensor:
-            shape, n = self.shape, self.shape.requests
-            slots, queries, counters = self.req_to_token.long(), self._queries(), self._counters()
-            older = slots[:, : shape.budget]
-            heads = torch.arange(shape.kv_heads, device=slots.device)
-            victims = slots
-            for layer in range(shape.layers):
-                k, v = (x[layer][older].transpose(1, 2) for x in (self.k, self.v))
-                candidates = Candidates(
-                    keys=(k,),
-                    values=(v,),
-                    queries=queries[:, layer, None],
-                    positions=self.positions[layer][older].transpose(1, 2)[:, None].long(),
-                    seed=counters["seeds"],
-                    round=counters["rounds"],
-                    layers=torch.tensor([layer], device=slots.device),
-                    heads=heads,
-                )
-                victims = select_victims_batched(
-                    self.policy, candidates, shape.window, budget=shape.budget
-                )
-                gone = torch.zeros(
-                    n, shape.kv_heads, shape.columns, dtype=torch.bool, device=slots.device
-                ).scatter_(-1, victims[:, 0], True)
-                kept = gone.to(torch.uint8).argsort(dim=-1, stable=True)[..., : shape.budget]
-                source = slots[:, None].expand_as(gone).gather(-1, kept)
-                for buffer in (self.k[layer], self.v[layer]):
-                    rows = buffer[source, heads[None, :, None]]
-                    buffer[older] = rows.transpose(1, 2)
-            return victims
-
-        return step
-
-    def _queries(self) -> Tensor:
-        return self.ring.permute(1, 0, 3, 2, 4)
-
-    def _counters(self) -> dict[str, Any]:
-        """Columns of the table by the reference's names."""
-        columns = {"rounds": ROUND, "logical_lengths": LOGICAL_LENGTH, "seeds": SEED}
-        return {name: self.table[:, column.value] for name, column in columns.items()}
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def seconds(
-    step: Callable[[], Any], repeats: int, *, before: Callable[[], None] = lambda: None
-) -> float:
-    """Median time of a call, after one to warm up; `before` comes before each and is not timed."""
-
-    def timed() -> float:
-        before()
-        synchronize()
-        started = time.perf_counter()
-        step()
-        synchronize()
-        return time.perf_counter() - started
-
-    timed()
-    return statistics.median(timed() for _ in range(repeats))
-
-
-def device_seconds(
-    step: Callable[[], Any], repeats: int, *, before: Callable[[], None] = lambda: None
-) -> float:
-    """`seconds` of a GPU alone: it sleeps until the call's kernels wait behind one another.
-
-    `step` must not wait for the device. Without a GPU, `seconds`.
-    """
-    if not torch.cuda.is_available():
-        return seconds(step, repeats, before=before)
-
-    def timed() -> float:
-        before()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        torch.cuda._sleep(_SLEEP_CYCLES)  # type: ignore[no-untyped-call]
-        start.record()
-        step()
-        end.record()
-        torch.cuda.synchronize()
-        return float(start.elapsed_time(end)) / 1e3
-
-    timed()
-    return statistics.median(timed() for _ in range(repeats))
 
 
 def kernels_seconds(case: Case, repeats: int, clock: Callable[..., float] = seconds) -> float:
@@ -312,21 +71,6 @@ def kernels_seconds(case: Case, repeats: int, clock: Callable[..., float] = seco
     return found
 
 
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read and written per second by a large copy."""
-    source = torch.empty(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8)
-    source = source.to(device)
-    target = torch.empty_like(source)
-    return 2 * source.numel() / device_seconds(lambda: target.copy_(source), 10)
-
-
-def tensor_rate(device: torch.device) -> float:
-    """Multiplications and additions per second of a large bfloat16 product."""
-    size = 8192
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    return 2 * size**3 / device_seconds(lambda: a @ b, 10)
-
-
 def measure(
     case: Case, repeats: int, bandwidth: float, operations_per_second: float | None = None
 ) -> dict[str, Any]:
@@ -335,7 +79,7 @@ def measure(
     out: dict[str, Any] = {
         "policy": policy,
         **dataclasses.asdict(shape),
-        "floor_bytes": floor,
+        "floor_gb": floor / 1e9,
         "floor_ms": floor / bandwidth * 1e3,
     }
     if operations_per_second and (operations := shape.tensor_operations(policy)):
@@ -437,8 +181,10 @@ def markdown(report: Report) -> str:
         "device_ms": "without launches, ms",
         "reference_ms": "torch reference ms",
         "gather_all_ms": "gather all ms",
+        "floor_gb": "GB",
         "floor_ms": "floor ms",
         "tensor_floor_ms": "tensor cores alone, ms",
+        "gb_per_s": "GB/s",
         "share_of_floor": "share of copy bandwidth",
         "select_ms": "select ms",
         "flashinfer_over_select": "flashinfer over select",

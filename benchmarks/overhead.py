@@ -120,7 +120,7 @@ def bandwidth() -> float:
     """Bytes read and written per second by a large copy on this device."""
     import torch
 
-    from benchmarks.kernels import copy_bandwidth
+    from benchmarks.device_clock import copy_bandwidth
 
     found = copy_bandwidth(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     torch.cuda.empty_cache()  # what torch kept of the copies would be missing in the worker's pool

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 from vase_kernels.scoring import SCORING
 
-from benchmarks.kernels import Case, Shape, add_shape_options, device_seconds, shapes, write
+from benchmarks.device_clock import device_seconds
+from benchmarks.eviction_case import Case, Shape
+from benchmarks.kernels import add_shape_options, shapes, write
 from benchmarks.results import new_report
 
 

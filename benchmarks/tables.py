@@ -190,10 +190,10 @@ def round_floors() -> str:
     """What a round of each policy asks of an H100, by its data sheet."""
     from vase_kernels.evict import POLICIES  # imports Triton
 
-    from benchmarks import kernels
+    from benchmarks.eviction_case import Shape
 
     model, batch, window, budget = SHAPES["qwen3-14b"], 64, 64, 2048
-    shape = kernels.Shape(
+    shape = Shape(
         layers=model.layers,
         kv_heads=model.kv_heads,
         group=model.heads // model.kv_heads,

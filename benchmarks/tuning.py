@@ -25,16 +25,9 @@ from vase_kernels import scoring
 from vase_kernels.reference import SCORERS
 from vase_kernels.scoring import AttentionBlocks
 
-from benchmarks.kernels import (
-    RUNS_KERNELS,
-    Case,
-    Shape,
-    add_shape_options,
-    device_seconds,
-    kernels_seconds,
-    shapes,
-    write,
-)
+from benchmarks.device_clock import device_seconds
+from benchmarks.eviction_case import Case, Shape
+from benchmarks.kernels import add_shape_options, kernels_seconds, shapes, write
 from benchmarks.results import Report, new_report, number, table
 
 POLICIES = ("vase-attnv", "vase-dkv", "knorm", "random")
@@ -135,13 +128,12 @@ def main() -> None:
     add_shape_options(parser)
     parser.set_defaults(budgets=[2048], requests=[1, 16], repeats=10)
     args = parser.parse_args()
-    if not RUNS_KERNELS:
+    if not torch.cuda.is_available():
         raise SystemExit("this needs a GPU: an interpreter's times say nothing of block shapes")
     torch.manual_seed(0)
     report = new_report("tuning", {"threads": torch.get_num_threads()}) | {"results": []}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for policy, shape in itertools.product(args.policies, list(shapes(args))):
-        case = Case(shape, policy, device)
+        case = Case(shape, policy, torch.device("cuda"))
         for choice in choices(policy, shape):
             row = measure(case, choice, args.repeats)
             report["results"].append(row)

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from triton.runtime.errors import OutOfResources
+from vase_kernels.scoring import Round
 
-from benchmarks import kernels, overhead, tuning
+from benchmarks import device_clock, kernels, overhead, tuning
 from benchmarks.environment import ROOT
-from benchmarks.kernels import Case, Shape
+from benchmarks.eviction_case import Case, Shape
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
@@ -39,7 +40,8 @@ def test_every_arm_repeats_its_round() -> None:
     """`measure` itself refuses a round that did not overwrite `window` rows of every head."""
     said = _interpreted(
         "import json, torch\n"
-        "from benchmarks.kernels import Case, Shape, measure\n"
+        "from benchmarks.eviction_case import Case, Shape\n"
+        "from benchmarks.kernels import measure\n"
         f"case = Case({TINY!r}, 'random', torch.device('cpu'))\n"
         "print(json.dumps(measure(case, 4, 1e9)))\n"
     )
@@ -49,10 +51,26 @@ def test_every_arm_repeats_its_round() -> None:
     )
 
 
+def test_time_bytes_bandwidth_and_share_are_printed() -> None:
+    said = _interpreted(
+        "import sys\n"
+        "from benchmarks import kernels\n"
+        "sys.argv[1:] = ('--check --policies random --layers 1 --budgets 128 --requests 2 '\n"
+        "                '--repeats 1').split()\n"
+        "kernels.main()\n"
+    )
+    assert "check: kernels and reference forget the same tokens" in said
+    line = said.splitlines()[-1]
+    assert line.startswith("random               B   128 due   2 floor_gb 0.00")
+    for name in ("kernels_ms", "device_ms", "gb_per_s", "share_of_floor", "reference_ms"):
+        assert f" {name} " in line
+    assert " gather_all_ms " in line
+
+
 def test_kernels_and_reference_agree_over_several_rounds() -> None:
     _interpreted(
         "import copy, torch\n"
-        "from benchmarks.kernels import Case, Shape\n"
+        "from benchmarks.eviction_case import Case, Shape\n"
         f"case = Case({TINY!r}, 'random', torch.device('cpu'))\n"
         "other = copy.deepcopy(case)\n"
         "step, expected = case.kernels(case.round()), other.reference()\n"
@@ -69,7 +87,7 @@ def test_every_choice_of_block_shapes_is_a_round() -> None:
         "import json, torch\n"
         "from unittest import mock\n"
         "from vase_kernels import scoring\n"
-        "from benchmarks.kernels import Case, Shape\n"
+        "from benchmarks.eviction_case import Case, Shape\n"
         "from benchmarks.tuning import POLICIES, choices, measure\n"
         f"shape, before = {TINY!r}, dict(vars(scoring))\n"
         "rows = []\n"
@@ -159,7 +177,7 @@ def test_launches_are_no_time_of_the_device(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append("sleep"))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("wait"))
-    found = kernels.device_seconds(
+    found = device_clock.device_seconds(
         lambda: done.append("call"), 2, before=lambda: done.append("before")
     )
     assert found == 3e-3
@@ -167,7 +185,7 @@ def test_launches_are_no_time_of_the_device(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_round_that_forgot_another_number_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(case: Case, r: kernels.Round) -> object:
+    def wrong(case: Case, r: Round) -> object:
         return lambda: r.workspace.num_holes.fill_(TINY.window + 1)
 
     monkeypatch.setattr(Case, "kernels", wrong)
@@ -209,7 +227,7 @@ def test_memory_of_the_copies_is_given_back(monkeypatch: pytest.MonkeyPatch) -> 
         seen.append("copy")
         return 5.0
 
-    monkeypatch.setattr(kernels, "copy_bandwidth", copy)
+    monkeypatch.setattr(device_clock, "copy_bandwidth", copy)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: seen.append("give back"))
     assert overhead.bandwidth() == 5.0
     assert seen == ["copy", "give back"]

@@ -236,10 +236,11 @@ def test_a_log_probability_counts_where_it_was_asked_for() -> None:
 
 def test_kernels_are_told_with_their_floor() -> None:
     row = {"policy": "random", "layers": 40, "budget": 2048, "requests": 4, "floor_ms": 1.0}
-    report = _report("kernels", copy_bytes_per_s=3e12, results=[row | {"kernels_ms": 2.0}])
+    row |= {"kernels_ms": 2.0, "floor_gb": 3.0, "gb_per_s": 1500.0, "share_of_floor": 0.5}
+    report = _report("kernels", copy_bytes_per_s=3e12, results=[row])
     page = kernels.markdown(report)
     assert page.startswith("Copy bandwidth 3000 GB/s.")
-    assert page.splitlines()[-1] == "| random | 40 | 2,048 | 4 | 2 | 1 |"
+    assert page.splitlines()[-1] == "| random | 40 | 2,048 | 4 | 2 | 3 | 1 | 1,500 | 0.5 |"
 
 
 def test_block_shapes_are_told_where_they_are_faster() -> None:
