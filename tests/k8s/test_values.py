@@ -169,6 +169,7 @@ IMPOSSIBLE: list[tuple[Values, str]] = [
         "model.download=false",
     ),
     ({"worker.multiNode.enabled": True, "worker.tensorParallelSize": 3}, "multiple of"),
+    ({"worker.replicas": 0, "gateway.workerDiscovery": "list"}, "workerDiscovery=dns"),
     ({"worker.tls.existingSecret": "tls"}, "gateway.workerDiscovery=list"),
     (
         {

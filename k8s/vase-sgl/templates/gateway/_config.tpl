@@ -18,6 +18,9 @@ variables that carry secrets into it, its health services and its commands.
 {{- $dns = append $dns (printf "%s://%s.%s.svc:%d" (include "vase-sgl.workerScheme" $) (include "vase-sgl.workerService" $group) $.Release.Namespace (int .worker.port)) -}}
 {{- end -}}
 {{- if eq $gateway.workerDiscovery "list" -}}
+{{- if not $urls -}}
+{{- fail "a list of no workers: without replicas set gateway.workerDiscovery=dns, which finds workers when they come" -}}
+{{- end -}}
 {{- $_ := set $worker "urls" $urls -}}
 {{- else -}}
 {{- $_ := set $worker "dns" $dns -}}
