@@ -76,6 +76,18 @@ def _query_rows(
 
 
 @triton.jit
+def _operand(rows, DOT: tl.constexpr):
+    """Rows of K as the products take them, exactly.
+
+    Compiled, float8_e5m2 must not become bfloat16 in one step: infinities come out as 65536, NaN
+    as numbers beyond.
+    """
+    if rows.dtype == tl.float8e5:
+        rows = rows.to(tl.float16)
+    return rows.to(DOT)
+
+
+@triton.jit
 def _add_block(
     peak,
     total,
@@ -104,8 +116,8 @@ def _add_block(
     inside = columns >= 0 if WHOLE else columns < candidates
     rows = rows_of(
         k, columns, inside, depth, requests, n, head, req_to_token, context, HEADS, HEAD_DIM
-    ).to(DOT)
-    logits = tl.dot(q, tl.trans(rows), input_precision="tf32x3")
+    )
+    logits = tl.dot(q, tl.trans(_operand(rows, DOT)), input_precision="tf32x3")
     if not WHOLE:
         logits = tl.where(inside[None, :], logits, float("-inf"))
     higher = tl.maximum(peak, tl.max(logits, 1))
@@ -268,7 +280,8 @@ def weights_kernel(
         inside = columns < candidates
         rows = rows_of(
             k, columns, inside, depth, requests, n, head, req_to_token, context, HEADS, HEAD_DIM
-        ).to(DOT)
+        )
+        rows = _operand(rows, DOT)
         total = tl.zeros([BLOCK], tl.float32)
         for first in range(0, padded, BLOCK_Q):
             index = first + tl.arange(0, BLOCK_Q)

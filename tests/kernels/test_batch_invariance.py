@@ -114,6 +114,14 @@ def test_row_products_are_products():
         torch.testing.assert_close(linear.row_products(a, b), a @ b.mT, rtol=1e-5, atol=1e-5)
 
 
+def test_operands_begin_and_end_on_an_alignment():
+    """Each row of each matrix of a batch lies alike, so each product has the bits of one alone."""
+    for rows, depth, shape in ((1, 1, (32, 16)), (33, 20, (48, 32)), (48, 64, (48, 64))):
+        padded = linear._padded(torch.ones(3, rows, depth))
+        assert padded.shape == (3, *shape) and padded.is_contiguous()
+        assert padded.sum() == 3 * rows * depth
+
+
 @pytest.fixture
 def untried():
     linear._trial.cache_clear()
