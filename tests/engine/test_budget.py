@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
+from sglang.srt.managers import schedule_policy
 
 from tests.engine.scheduler_harness import Answer, SteppedScheduler
 from tests.engine.test_schedules import expected_rounds
@@ -27,7 +28,7 @@ def _clean(stepped: SteppedScheduler) -> Any:
     with torch.inference_mode():
         yield
         if not stepped.idle:
-            for req in stepped.running:
+            for req in [*stepped.running, *stepped.scheduler.waiting_queue]:
                 stepped.abort(req.rid)
             stepped.run()
     assert stepped.free_slots == POOL
@@ -137,6 +138,30 @@ def test_admission_reserves_the_budget_and_nothing_more(stepped: SteppedSchedule
     for index in range(8):
         stepped.abort(f"many{index}")
     stepped.run()
+
+
+def test_growth_beyond_upstreams_clip_is_reserved_too(
+    stepped: SteppedScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Upstream counts on at most CLIP_MAX_NEW_TOKENS (4096) more tokens; a budget may be larger."""
+    monkeypatch.setattr(schedule_policy, "CLIP_MAX_NEW_TOKENS", 4)
+    for index in range(2):
+        vase = {"budget": 240, "window": 8, "policy": "streaming"}
+        stepped.submit(f"large{index}", PROMPT, max_new_tokens=1000, vase=vase)
+    for _ in range(4):
+        stepped.step()
+    assert len(stepped.running) == len(stepped.scheduler.waiting_queue) == 1
+    assert schedule_policy.CLIP_MAX_NEW_TOKENS == 4
+
+
+@pytest.mark.parametrize("budget", [390, 391])
+def test_the_largest_budget_that_the_pool_can_run(stepped: SteppedScheduler, budget: int) -> None:
+    """One that upstream would never let in is refused, else it would wait for ever."""
+    vase = {"budget": budget, "window": 8, "policy": "streaming"}
+    answer = _answer(stepped, vase, prompt=(PROMPT * 14)[:389], new=12)
+    assert answer.finish is not None and answer.finish["type"] == (
+        "length" if budget == 390 else "abort"
+    )
 
 
 def test_a_full_pool_of_saturated_budgets_retracts_nobody(stepped: SteppedScheduler) -> None:

@@ -106,6 +106,16 @@ def test_03_a_round_is_fenced_against_looking_ahead(stepped: SteppedScheduler) -
     assert stepped.answers["stepwise"].statistics == stepped.answers["ahead"].statistics
 
 
+def test_03_an_answer_tells_the_slots_of_its_own_length() -> None:
+    """The first round is planned when the token before it is answered."""
+    cache = RequestCache(EvictionParams.parse(BUDGET), 30, page_size=1, prefix_cache=True)
+    stepwise = cache.statistics(9, 70)
+    assert (stepwise["rounds"], stepwise["reserved_slots"]) == (0, 38 + 30)
+    cache.plan_round()
+    assert cache.max_slots(70) == 32
+    assert cache.statistics(9, 70) == stepwise
+
+
 def test_04_budget_equal_to_length_is_no_event(stepped: SteppedScheduler) -> None:
     prompt = PROMPT[:24]
     _tokens(stepped, "at", prompt=prompt, max_new_tokens=9)  # 24 + 8 entries, never more

@@ -100,6 +100,15 @@ def test_a_foreign_kv_pool_is_refused(stepped: SteppedScheduler) -> None:
         BudgetPool.of_runner(Runner())
 
 
+def test_a_foreign_allocator_is_refused(
+    stepped: SteppedScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = stepped.scheduler.tp_worker.model_runner
+    monkeypatch.setattr(runner, "token_to_kv_pool_allocator", object())
+    with pytest.raises(limits.UnsupportedConfiguration, match="page allocator, not object"):
+        limits.refuse_unsupported_pool(runner)
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
@@ -164,19 +173,44 @@ async def test_a_pause_that_restarts_requests_is_refused(
 ) -> None:
     with pytest.raises(HTTPException, match="use mode in_place or abort"):
         await manager.pause_generation(None, PauseGenerationReqInput(mode="retract"))
+    for mode in ("in_place", "abort"):
+        admission.refuse_retracting_pause(None, PauseGenerationReqInput(mode=mode))
 
 
-def test_a_budget_with_images_is_refused(stepped: SteppedScheduler) -> None:
-    """Their placeholders are expanded after the budget was given."""
-    sampling = SimpleNamespace(beam_width=None)
-    plain: dict[str, object] = dict.fromkeys(
-        ("session_params", "return_routed_experts", "return_indexer_topk", "input_embeds")
+@pytest.mark.parametrize(
+    ("field", "named"),
+    [
+        ("session_params", "session_params"),
+        ("return_routed_experts", "return_routed_experts"),
+        ("return_indexer_topk", "return_indexer_topk"),
+        ("input_embeds", "input_embeds"),
+        # Their placeholders are expanded after the budget was given.
+        ("mm_inputs", "images, audio or video"),
+    ],
+)
+def test_what_a_budget_cannot_serve_is_refused(field: str, named: str) -> None:
+    others = ("session_params", "return_routed_experts", "return_indexer_topk", "input_embeds")
+    request = SimpleNamespace(
+        sampling_params=SimpleNamespace(beam_width=None), **dict.fromkeys((*others, "mm_inputs"))
     )
-    request = SimpleNamespace(sampling_params=sampling, mm_inputs=None, **plain)
     admission._refuse_unsupported(request)
-    request.mm_inputs = object()
-    with pytest.raises(ParameterError, match="cannot be used with images, audio or video"):
+    setattr(request, field, object())
+    with pytest.raises(ParameterError, match=f"cannot be used with {named}"):
         admission._refuse_unsupported(request)
+
+
+def test_prompts_that_are_no_text() -> None:
+    """Placeholders of images may lie beyond the vocabulary; a list of no embeddings has no ids."""
+
+    def problem(ids: list[int], **given: object) -> str | None:
+        received = SimpleNamespace(**{"mm_inputs": None, "input_embeds": None, **given})
+        return admission._prompt_problem(SimpleNamespace(origin_input_ids=ids), received, 256)
+
+    assert problem([5, 10**6]) is not None
+    assert problem([5, 10**6], mm_inputs=object()) is None
+    assert problem([1, 1], input_embeds=[[0.5], [0.5]]) is None
+    assert "the prompt is empty" in str(problem([], input_embeds=[]))
+    assert problem([0, 255]) is None
 
 
 def test_updated_weights_are_not_those_of_the_files(

@@ -146,6 +146,7 @@ class TestSizes:
         assert _sizes(config=config, max_running_requests=9).ring_requests(10**6) == 7
         assert _sizes(max_running_requests=9).ring_requests(10**6) == 9
         assert _sizes().ring_requests(10 * (2048 + 64) + 5) == 10
+        assert _sizes().ring_requests(5) == 1
 
     def test_buffers_that_leave_no_memory_are_named(self, stepped: SteppedScheduler) -> None:
         """Else SGLang says that the weights leave none."""

@@ -45,6 +45,16 @@ def test_port_taken(capsys: pytest.CaptureFixture[str], tiny_model: Path) -> Non
     assert "choose another --port" in text
 
 
+def test_a_port_of_ipv6() -> None:
+    try:
+        taken = socket.create_server(("::1", 0), family=socket.AF_INET6)
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    server.check_port("::1", 0)
+    with taken, pytest.raises(server.WorkerError, match="cannot listen on ::1:"):
+        server.check_port("::1", taken.getsockname()[1])
+
+
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
@@ -100,3 +110,11 @@ def test_settings_come_from_the_environment() -> None:
     assert config.default == {"budget": 256}
     with pytest.raises(ParameterError, match="VASE_MAX_BUDGET must be an integer, got 'x'"):
         EngineConfig.from_env({"VASE_MAX_BUDGET": "x"})
+    assert EngineConfig.from_env({"VASE_MAX_REQUESTS": "1"}).max_requests == 1
+    with pytest.raises(ParameterError, match="VASE_MAX_REQUESTS must be at least 1, got 0"):
+        EngineConfig.from_env({"VASE_MAX_REQUESTS": "0"})
+    with pytest.raises(ParameterError, match="VASE_KERNELS must be auto, triton, reference, got"):
+        EngineConfig.from_env({"VASE_KERNELS": "cuda"})
+    assert EngineConfig.from_env({"VASE_CPU_DECODE": "stock"}).cpu_decode == "stock"
+    assert EngineConfig.from_env({"VASE_CHECK_INTEGRITY": "1"}).check_integrity
+    assert EngineConfig.from_env({"VASE_DEFAULT": ""}) == EngineConfig()

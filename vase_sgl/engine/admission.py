@@ -75,7 +75,7 @@ def _prompt_problem(req: Req, recv_req: Any, vocabulary: int) -> str | None:
     ids = req.origin_input_ids
     if recv_req.mm_inputs is not None:
         return None  # placeholders of images lie beyond the vocabulary of some models
-    if not ids and recv_req.input_embeds is None:
+    if not ids:  # embeddings have one placeholder each
         return "the prompt is empty; send at least one token"
     for token in (min(ids), max(ids)):
         if not 0 <= token < vocabulary:

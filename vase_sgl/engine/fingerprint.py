@@ -17,6 +17,7 @@ import torch
 from sglang.srt.arg_groups.arg_utils import record_fields
 from sglang.srt.arg_groups.overrides import resolving_view
 from sglang.srt.server_args import ServerArgs
+from vase_kernels import REVISION
 
 from vase_sgl import __version__
 from vase_sgl.engine import platform_cpu
@@ -91,7 +92,7 @@ def fingerprint(scheduler: Any) -> dict[str, str]:
         "weights_digest": _updated or _digest_of_weights(scheduler.server_args),
         "vase_sgl": __version__,
         "sglang": _SGLANG,
-        "kernels": f"{BudgetPool.of(scheduler.req_to_token_pool).kernels}-6",
+        "kernels": f"{BudgetPool.of(scheduler.req_to_token_pool).kernels}-{REVISION}",
         "torch": torch.__version__,
         "dtype": str(runner.dtype).removeprefix("torch."),
         "kv_cache_dtype": str(runner.token_to_kv_pool.dtype).removeprefix("torch."),

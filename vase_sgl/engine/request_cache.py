@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,7 +39,7 @@ class RequestCache:
     prefix_cache: bool
     planned_rounds: int = 0
     ring_row: int = 0
-    unread_sums: list[tuple[torch.Tensor, int]] = dataclasses.field(default_factory=list)
+    unread_sums: deque[tuple[torch.Tensor, int]] = dataclasses.field(default_factory=deque)
     recording: Recording | None = None
     _digests: list[str] = dataclasses.field(default_factory=list)
     _digest: torch.Tensor = dataclasses.field(default_factory=lambda: torch.tensor(0))
@@ -81,12 +82,14 @@ class RequestCache:
         return -(-slots // self.page_size) * self.page_size
 
     def max_slots(self, max_new_tokens: int) -> int:
-        """Slots the request may still hold at once, the shared prompt included; whole pages.
+        """Slots the request may still hold at once, the shared prompt included; whole pages."""
+        return self._max_slots_after(self.planned_rounds, max_new_tokens)
 
-        The peak is the first round (see `EvictionParams.reserved_slots`); from then on the
+    def _max_slots_after(self, rounds: int, max_new_tokens: int) -> int:
+        """The peak is the first round (see `EvictionParams.reserved_slots`); from then on the
         request holds `steady_slots`.
         """
-        if self.evicts and self.planned_rounds:
+        if rounds:
             return self.in_pages(self.steady_slots)
         return self.params.reserved_slots(
             self.prompt_tokens,
@@ -117,27 +120,32 @@ class RequestCache:
 
     def digests(self, rounds: int) -> list[str]:
         """Chained eviction digest after each of the first `rounds` rounds."""
+        self._read_sums(rounds)
+        return self._digests[:rounds]
+
+    def digest(self, rounds: int) -> str:
+        """The last of `digests(rounds)`, without a copy of them all."""
+        self._read_sums(rounds)
+        return self._digests[rounds - 1] if rounds else format_digest(0)
+
+    def _read_sums(self, rounds: int) -> None:
         while len(self._digests) < rounds:
-            sums, index = self.unread_sums.pop(0)
+            sums, index = self.unread_sums.popleft()
             self._digest = chain(self._digest, sums[index])
             self._digests.append(format_digest(int(self._digest)))
-        return self._digests[:rounds]
 
     def statistics(self, output_tokens: int, max_new_tokens: int) -> dict[str, Any]:
         """What `meta_info["vase"]` says. The newest token has no KV entry yet."""
         logical = self.prompt_tokens + output_tokens
         rounds = self.rounds_at(logical)
-        digests = self.digests(rounds)
         evicted = self.evicted_by(rounds)
         return {
             "rounds": rounds,
             "evicted_tokens": evicted,
             "physical_length": max(logical - 1, 0) - evicted,
             "logical_length": logical,
-            "reserved_slots": (
-                self.in_pages(self.steady_slots) if rounds else self.max_slots(max_new_tokens)
-            ),
-            "digest": digests[-1] if digests else format_digest(0),
+            "reserved_slots": self._max_slots_after(rounds, max_new_tokens),
+            "digest": self.digest(rounds),
         }
 
 

@@ -176,7 +176,7 @@ def check_one_key(argv: list[str], key: str | None) -> None:
 
 def check_port(host: str, port: int) -> None:
     """Raise `WorkerError` if the port is taken, before the model is loaded."""
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))

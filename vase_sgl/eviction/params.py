@@ -141,7 +141,7 @@ def reserved_slots(
     window: int,
     prompt: str,
     prefix_cache: bool,
-    page_size: int = 1,
+    page_size: int,
 ) -> int:
     """KV slots, in whole pages, that a worker reserves for a request when it lets it in.
 

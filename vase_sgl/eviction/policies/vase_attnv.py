@@ -32,7 +32,7 @@ class VaseAttnV(SinkPolicy):
         share = self.protected_share
         require_share("protected_share", share)
         require_pool_width(self.pool_width)
-        protected = max(int(budget * share), self.num_sinks)
+        protected = int(budget * share)
         require(
             protected <= budget - window,
             f"protected_share {share} protects {protected} tokens, but budget {budget} minus "
