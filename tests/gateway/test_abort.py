@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
-from tests.gateway.running import Running
+from tests.gateway.running import Running, until
 from vase_sgl.client import NEVER, AsyncClient, Cancelled, DeadlineExceeded, Record
 
 
@@ -70,6 +71,27 @@ async def test_leaving_the_block_aborts(running: Running) -> None:
         async for _ in stream:
             break
     assert await running.worker.wait_for_abort() == stream.request_id
+
+
+async def test_leaving_while_the_record_is_written_does_not_undo_it(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = running.gateway._store
+    append, writing, go_on = store.append, asyncio.Event(), asyncio.Event()
+
+    async def slow(record: Any) -> Any:
+        writing.set()
+        await go_on.wait()
+        return await append(record)
+
+    monkeypatch.setattr(store, "append", slow)
+    stream = running.client.generate("tell me", max_new_tokens=2)
+    request_id = await stream.started()
+    await writing.wait()
+    stream.cancel()
+    await until(lambda: running.gateway._admissions._metrics.open_requests == 0)
+    go_on.set()
+    assert (await record_of(running, request_id)).status == "completed"
 
 
 async def test_a_finished_generation_is_not_aborted(running: Running) -> None:

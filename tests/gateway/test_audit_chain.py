@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import io
 import json
 import random
@@ -17,8 +18,9 @@ from tests.gateway.audit_records import numbered, tamper
 from tests.gateway.test_audit_store import problems
 from vase_sgl.cli import build_app
 from vase_sgl.gateway.audit import AuditError, AuditStore, KeyRing, export, pruning, reading
-from vase_sgl.gateway.audit.chain import ChainCheck
-from vase_sgl.gateway.audit.entries import seal
+from vase_sgl.gateway.audit.chain import ChainCheck, Checkpoint
+from vase_sgl.gateway.audit.entries import GENESIS, canonical, hash_of, seal
+from vase_sgl.gateway.tenants import Retention
 
 
 @pytest.fixture
@@ -245,6 +247,7 @@ async def test_a_head_that_was_pruned_is_not_taken_for_confirmed(
 
 async def test_pruning_keeps_the_chain(store: AuditStore, audit_url: str) -> None:
     async with reading.opened(audit_url) as engine:
+        await pruning.prune(engine, "bob", before_unix_micros=10**18, by="me")
         first = await pruning.prune(engine, "alice", before_unix_micros=3000, by="me")
         again = await pruning.prune(engine, "alice", before_unix_micros=3000, by="me")
     assert (first.records, first.last_sequence, again.records) == (2, 2, 0)
@@ -362,3 +365,40 @@ def test_a_check_can_begin_in_the_middle() -> None:
     row = seal(numbered(1), KeyRing()).at(5, "a" * 64)
     assert ChainCheck("alice", 4, "a" * 64).record(row) is None
     assert "fork" in str(ChainCheck("alice", 4, "b" * 64).record(row))
+
+
+def checkpoint(number: int, last_sequence: int, previous_hash: str) -> Checkpoint:
+    """One of alice's, as a prune notes it."""
+    columns = {"tenant": "alice", "number": number, "last_sequence": last_sequence}
+    entry = canonical({**columns, "previous_hash": previous_hash, "last_hash": "a" * 64})
+    return Checkpoint(**columns, entry=entry, hash=hash_of(entry))  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_follows_the_one_before_it() -> None:
+    first = checkpoint(1, 4, GENESIS)
+    second = checkpoint(2, 6, first.hash)
+    for stored, text in (
+        (second, "None"),
+        (checkpoint(2, 6, "f" * 64), "fork at checkpoint 2"),  # the first was written anew
+        (checkpoint(2, 4, first.hash), "fork at checkpoint 2"),
+        (checkpoint(3, 6, first.hash), "missing at checkpoint 3"),
+        (dataclasses.replace(second, number=3), "altered at checkpoint 3"),
+        (dataclasses.replace(second, tenant="bob"), "altered at checkpoint 2"),
+        (dataclasses.replace(second, hash="f" * 64), "altered at checkpoint 2"),
+    ):
+        check = ChainCheck("alice")
+        assert check.checkpoint(first) is None
+        assert str(check.checkpoint(stored)).startswith(text)
+
+
+def test_a_record_with_another_name_or_content_is_found() -> None:
+    row = seal(numbered(1), KeyRing()).at(1, GENESIS)
+    digests_only = seal(numbered(1, retention=Retention.HASH), KeyRing()).at(1, GENESIS)
+    for tenant, changed, text in (
+        ("alice", dataclasses.replace(row, record_id="0" * 32), "its columns are not what"),
+        ("bob", dataclasses.replace(row, tenant="bob"), "its columns are not what"),
+        ("bob", row, "it belongs to tenant alice"),
+        ("alice", dataclasses.replace(digests_only, payload=b"x"), "its entry does not know"),
+    ):
+        assert text in str(ChainCheck(tenant).record(changed))
+    assert ChainCheck("alice").record(digests_only) is None

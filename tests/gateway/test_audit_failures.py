@@ -7,7 +7,7 @@ import contextlib
 import sqlite3
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from tests.gateway.running import Running, run_gateway, until
 from tests.gateway.test_audit_store import problems
 from vase_sgl.client import Unavailable
 from vase_sgl.gateway.audit import AuditStore, database
+from vase_sgl.gateway.audit.group_commit import GroupCommit
 from vase_sgl.gateway.errors import AuditUnavailable
 
 
@@ -236,3 +237,24 @@ async def test_back_pressure_instead_of_loss(
     assert len(await asyncio.gather(*waiting)) == 100
     assert await problems(audit_url) == {"alice": None}
     await store.close()
+
+
+@pytest.mark.parametrize("failing", [False, True])
+async def test_who_gives_up_waiting_for_a_commit_harms_no_other(failing: bool) -> None:
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def commit(batch: Sequence[int]) -> Sequence[int]:
+        begun.set()
+        await go_on.wait()
+        if failing and 1 in batch:
+            raise OSError("disk full")
+        return batch
+
+    commits = GroupCommit(commit, retry_alone=lambda error: False, size=lambda item: 1)
+    waiting = asyncio.create_task(commits.submit(1))
+    await begun.wait()
+    waiting.cancel()
+    await asyncio.wait({waiting})
+    go_on.set()
+    assert await asyncio.wait_for(commits.submit(2), 5) == 2
+    await commits.close()

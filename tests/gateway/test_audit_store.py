@@ -211,7 +211,9 @@ def test_digests_can_be_computed_by_whoever_has_the_content() -> None:
     digests = sealed.body["digests"]
     salt = bytes.fromhex(digests["salt"])
     prompt = struct.pack("<3i", *record.prompt_token_ids)
+    output = struct.pack("<2i", *record.output_token_ids)
     assert digests["prompt"] == hashlib.sha256(salt + prompt).hexdigest()
+    assert digests["output"] == hashlib.sha256(salt + output).hexdigest()
     assert digests["text"] == hashlib.sha256(salt + record.text.encode()).hexdigest()
     assert seal(record, KeyRing()).body["digests"]["text"] != digests["text"]
 

@@ -96,7 +96,7 @@ async def test_a_flood_of_keys_is_refused_and_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vase_sgl.gateway.auth._WAITING_CHECKS", 8)
-    monkeypatch.setattr("vase_sgl.gateway.auth._REMEMBERED", 16)
+    monkeypatch.setattr("vase_sgl.gateway.auth._REMEMBERED", 4)
     key = add_tenant(tmp_path / "t.yaml", "bob")
     authenticator = KeyAuthenticator(tmp_path / "t.yaml")
     await authenticator.tenant_of(Credential(key))
@@ -104,8 +104,30 @@ async def test_a_flood_of_keys_is_refused_and_bounded(
     outcomes = await asyncio.gather(*flood, return_exceptions=True)
     assert {type(outcome) for outcome in outcomes} == {Unauthenticated, TooManyChecks}
     assert sum(isinstance(outcome, Unauthenticated) for outcome in outcomes) == 8
-    await authenticator.tenant_of(Credential(key))
-    assert len(authenticator._checked) <= 16
+    assert len(authenticator._checked) == 4
+    await authenticator.tenant_of(Credential(key))  # forgotten, and there is room for a check
+
+
+async def test_a_key_revoked_while_it_is_checked_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "t.yaml"
+    key = add_tenant(file, "bob")
+    authenticator = KeyAuthenticator(file)
+    loop, real, checked = asyncio.get_running_loop(), keys.verify, []
+
+    def revoked_meanwhile(key: str, stored_hash: str) -> bool:
+        checked.append(stored_hash)
+        if len(checked) == 1:  # the id stays, as of a key that was made anew by hand
+            file.write_text(file.read_text().replace(stored_hash, keys.new_key().hash))
+            asyncio.run_coroutine_threadsafe(authenticator._reload(), loop).result(10)
+        return real(key, stored_hash)
+
+    monkeypatch.setattr(keys, "verify", revoked_meanwhile)
+    for _ in range(2):
+        with pytest.raises(Unauthenticated, match="unknown or revoked"):
+            await authenticator.tenant_of(Credential(key))
+    assert len(set(checked)) == len(checked) == 2
 
 
 async def test_tenants_come_and_go_while_the_gateway_runs(running: Running) -> None:
@@ -214,12 +236,17 @@ async def test_a_key_revoked_in_place_is_refused_whatever_the_files_time_says(
 async def test_roles_are_enforced(running: Running) -> None:
     auditor = running.add_tenant("auditor", roles=["audit"])
     admin = running.add_tenant("admin", roles=["admin"])
+    inspector = running.add_tenant("inspector", roles=["inspect"])
     async with AsyncClient(running.target, auditor, retry=NEVER) as client:
         with pytest.raises(PermissionError_, match="tenant auditor lacks the role `generate`"):
             await client.generate_once("tell me")
         with pytest.raises(PermissionError_, match="lacks the role `replay`"):
             await client.replay("0" * 32).verdict()
         assert [r async for r in client.list_records()] == []
+    async with AsyncClient(running.target, inspector, retry=NEVER) as client:
+        for read in (client.get_record("0" * 32), anext(client.list_records())):
+            with pytest.raises(PermissionError_, match="lacks the role `generate` or `replay` or"):
+                await read
     async with AsyncClient(running.target, admin, retry=NEVER) as client:
         answer = await client.generate_once("tell me", max_new_tokens=2)
         assert (await client.replay(answer.request_id).verdict()).outcome == "MATCH"
@@ -271,7 +298,13 @@ async def test_limits_of_a_tenant_hold(running: Running) -> None:
             await client.generate_once(
                 "a b c d", max_new_tokens=5, budget=90, window=8, policy="random"
             )
-        await client.generate_once("a b", max_new_tokens=5, budget=90, window=8, policy="random")
+        # Just what is allowed, and told to be.
+        await client.generate_once(
+            "a b c", max_new_tokens=10, budget=100, window=8, policy="random"
+        )
+        told = await client.capacity()
+        assert (told.max_budget, told.max_new_tokens, told.max_prompt_tokens) == (100, 10, 3)
+        assert tuple(told.policies) == ("random",)
 
 
 async def test_without_authentication_everyone_is_anonymous(

@@ -52,6 +52,8 @@ def test_a_variable_of_another_part_is_no_error(monkeypatch: pytest.MonkeyPatch)
         ("worker: {model_path: m, urls: ['http://x']}", "exclude each other; set one"),
         ("drain_seconds: 3", "no worker: set worker.model_path (or --model-path)"),
         ("worker: {urls: ['x:1']}", "'x:1' is not a URL; one looks like http://"),
+        ("worker: {urls: ['http://:30000']}", "'http://:30000' is not a URL; one looks like"),
+        ("worker: {dns: ['http://:30000']}", "'http://:30000' is not a URL; one looks like"),
         ("worker: {urls: ['http://x', 'http://x']}", "a worker is named twice"),
         ("worker: {urls: ['http://x'], api_key: short}", "at least 16"),
         ("worker: {urls: ['http://x'], api_key: 'with spaces, and long'}", "without spaces"),

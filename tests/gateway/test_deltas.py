@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vase_sgl.gateway.deltas import OutputDeltas
+from vase_sgl.gateway.workers import TokenPrefix
 
 LETTERS = st.text(alphabet="abc", max_size=40)
 
@@ -39,3 +41,17 @@ def test_tokens_are_cut_where_they_were() -> None:
     assert deltas.take_tokens((1, 2)) == (1, 2)
     assert deltas.take_tokens((1, 2)) == ()
     assert deltas.take_tokens((1, 2, 3)) == (3,)
+
+
+def test_a_prefix_of_a_list_that_grows_stays_as_it_was() -> None:
+    growing = [5, 6, 7]
+    prefix = TokenPrefix(growing)
+    growing += [8, 9]
+    assert (len(prefix), list(prefix), prefix[-1], prefix[0]) == (3, [5, 6, 7], 7, 5)
+    assert (prefix[1:], prefix[:10], prefix[::-1], prefix[3:]) == ([6, 7], [5, 6, 7], [7, 6, 5], [])
+    assert prefix and not TokenPrefix([])
+    with pytest.raises(IndexError):
+        prefix[3]
+    deltas = OutputDeltas()
+    assert deltas.take_tokens(prefix) == [5, 6, 7]
+    assert deltas.take_tokens(TokenPrefix(growing)) == [8, 9]

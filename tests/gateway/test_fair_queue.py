@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tests.gateway.running import Running, run_gateway
 from tests.gateway.scripted_worker import token_of
 from vase_sgl.client import NEVER, AsyncClient, DeadlineExceeded, RateLimited
+from vase_sgl.gateway import fair_queue
 from vase_sgl.gateway.errors import LimitExceeded, WorkerUnavailable
 from vase_sgl.gateway.fair_queue import FairQueue
 
@@ -18,6 +20,12 @@ async def until_waiting(running: Running, count: int) -> None:
     async with asyncio.timeout(5):
         while running.gateway._queue.waiting != count:
             await asyncio.sleep(0.01)
+
+
+def assert_nothing_is_held(running: Running) -> None:
+    """What was leaked would be missing for good: the worker never gets full again."""
+    (entry,) = running.gateway._router._entries.values()
+    assert (entry.in_flight, entry.slots, entry.query_readers) == (0, 0, 0)
 
 
 async def test_tenants_take_turns(tmp_path: Path) -> None:
@@ -65,6 +73,7 @@ async def test_kv_slots_bound_what_a_worker_gets(tmp_path: Path) -> None:
         running.worker.faults.end_after_tokens = 10
         await asyncio.gather(*calls)
         assert running.worker.most_running == 2
+        assert_nothing_is_held(running)
 
 
 async def test_slots_that_a_first_round_gives_back_go_to_others(tmp_path: Path) -> None:
@@ -81,6 +90,7 @@ async def test_slots_that_a_first_round_gives_back_go_to_others(tmp_path: Path) 
         assert running.worker.most_running <= 3
         await asyncio.gather(*tasks)
         assert running.worker.most_running >= 4
+        assert_nothing_is_held(running)
 
 
 async def test_query_rings_bound_what_a_worker_gets(tmp_path: Path) -> None:
@@ -98,6 +108,7 @@ async def test_query_rings_bound_what_a_worker_gets(tmp_path: Path) -> None:
             ]
             await asyncio.gather(*calls)
             assert (running.worker.most_running == 2) == (policy == "vase-attnv")
+            assert_nothing_is_held(running)
 
 
 async def test_the_line_is_bounded(tmp_path: Path) -> None:
@@ -197,12 +208,22 @@ async def test_an_error_reaches_the_waiter_and_the_next_goes_on() -> None:
         assert isinstance(await place.wait(Token), Token)
 
 
-async def test_the_hint_follows_how_fast_the_line_moves() -> None:
-    line: FairQueue[Token] = FairQueue(max_waiting=1, max_waiting_per_tenant=1, max_wait_seconds=30)
-    with line.place("t") as place:
-        for _ in range(4):
-            await place.wait(Token)
-            await asyncio.sleep(0.01)
+async def test_the_hint_follows_how_fast_the_line_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(fair_queue, "time", SimpleNamespace(monotonic=lambda: now))
+    line: FairQueue[Token] = FairQueue(max_waiting=2, max_waiting_per_tenant=2, max_wait_seconds=30)
+
+    def hint() -> float | None:
         with pytest.raises(LimitExceeded) as error, line.place("t"):
             pass
-    assert error.value.retry_seconds == 1.0 and error.value.reason == "queue_tenant"
+        assert error.value.reason == "queue_tenant"
+        return error.value.retry_seconds
+
+    with line.place("t") as place, line.place("t"):
+        assert hint() == 1.0  # nothing is known
+        for granted in (0.0, 4.0, 8.0, 12.0):
+            now = granted
+            await place.wait(Token)
+        for later, seconds in ((12.4, 2 * 3.1), (1.0, 1.0), (1000.0, 30.0)):
+            now = later
+            assert hint() == pytest.approx(seconds)

@@ -130,6 +130,29 @@ async def test_concurrent_requests(running: Running) -> None:
         streams[1].cancel()
 
 
+async def test_who_leaves_while_its_limits_are_asked_for_keeps_no_place(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with Redis, which may have counted the request when the client leaves."""
+    admissions = running.gateway._admissions
+    enter, counted = admissions._usage.enter, asyncio.Event()
+
+    async def slow(*arguments: Any) -> None:
+        await enter(*arguments)
+        counted.set()
+        await asyncio.Event().wait()
+
+    key = running.add_tenant("bob", limits={"max_concurrent_requests": 1})
+    async with AsyncClient(running.target, key, retry=NEVER) as bob:
+        with monkeypatch.context() as patched:
+            patched.setattr(admissions._usage, "enter", slow)
+            leaving = asyncio.create_task(bob.generate_once("tell me", max_new_tokens=1))
+            await counted.wait()
+            leaving.cancel()
+            await until(lambda: admissions._metrics.open_requests == 0)
+        await bob.generate_once("tell me", max_new_tokens=1)
+
+
 async def test_replays_are_not_counted_and_not_charged(running: Running) -> None:
     limits = {"requests_per_second": 1, "tokens_per_minute": 60}
     key = running.add_tenant("bob", limits=limits)

@@ -124,7 +124,7 @@ def test_what_is_wrong_in_the_file_is_named(tmp_path: Path) -> None:
     twice = change(tmp_path, master_secrets=[good, good])
     assert "every master secret needs a version of its own" in twice
     assert good["secret"] not in twice
-    assert "tenants.0.name" in change(tmp_path, name="Not Good")
+    assert "tenants.0.name: must be lower-case" in change(tmp_path, name="Not Good")
 
 
 @pytest.mark.parametrize(
@@ -148,8 +148,15 @@ def test_a_missing_file_says_how_to_make_one(tmp_path: Path) -> None:
         tenants.load(tmp_path / "none.yaml")
 
 
-def test_a_name_cannot_be_there_twice(tmp_path: Path) -> None:
+def test_what_tells_who_calls_cannot_be_there_twice(tmp_path: Path) -> None:
     file = tmp_path / "tenants.yaml"
-    add_tenant(file, "alice")
+    add_tenant(file, "alice", certificate_subjects=["CN=a"])
     with pytest.raises(ValueError, match="tenant name alice is there more than once"):
         add_tenant(file, "alice")
+    (alice,) = tenants.load(file).tenants
+    bob = alice.model_copy(update={"name": "bob"})
+    with pytest.raises(ValueError, match=f"key id {alice.keys[0].id} is there more than once"):
+        tenants.TenantFile(tenants=(alice, bob))
+    bob = bob.model_copy(update={"keys": ()})
+    with pytest.raises(ValueError, match="certificate subject CN=a is there more than once"):
+        tenants.TenantFile(tenants=(alice, bob))

@@ -129,6 +129,21 @@ async def test_a_certificate_that_is_not_there_is_named(tmp_path: Path) -> None:
             pass
 
 
+async def test_a_certificate_without_its_key_is_no_taken_port(tmp_path: Path) -> None:
+    cert, _ = certificate(tmp_path)
+    with pytest.raises(ConfigError, match=r"cannot be used: .*tls.key names the key"):
+        async with run_gateway(tmp_path, tls={"certificate": cert}):
+            pass
+
+
+async def test_a_client_ca_that_is_none_is_named(tmp_path: Path) -> None:
+    cert, key = certificate(tmp_path)
+    wrong = {"certificate": cert, "key": key, "client_ca": key}
+    with pytest.raises(ConfigError, match=r"tls.client_ca: .* cannot be used"):
+        async with run_gateway(tmp_path, tls=wrong):
+            pass
+
+
 async def test_a_worker_has_to_show_a_certificate_of_the_authority(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

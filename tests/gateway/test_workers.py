@@ -362,8 +362,24 @@ async def test_readiness_is_told_change_by_change() -> None:
 
 async def test_a_real_name_is_resolved() -> None:
     assert "127.0.0.1" in await resolve("localhost")
-    with pytest.raises(OSError):
-        await resolve("name.invalid")
+    for unknown in ("name.invalid", "a..b"):
+        with pytest.raises(OSError):
+            await resolve(unknown)
+
+
+async def test_discovery_that_ends_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    async def broken() -> AsyncIterator[Sequence[HttpWorker]]:
+        yield []
+        raise LookupError("a defect")
+
+    async def tell(ready: bool) -> None:
+        raise AssertionError("no worker is there")
+
+    router = WorkerRouter([], WorkerSection(dns=("http://x:1",)), on_change=tell)
+    router.start(broken())
+    await until(lambda: bool(caplog.records))
+    assert "workers are looked up no more" in caplog.text and "a defect" in caplog.text
+    await router.close()
 
 
 async def test_a_worker_is_made_once_per_address() -> None:

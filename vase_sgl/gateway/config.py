@@ -172,7 +172,7 @@ class WorkerSection(_Section):
     @classmethod
     def _check_urls(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
         for url in urls:
-            if not url.startswith(("http://", "https://")):
+            if not url.startswith(("http://", "https://")) or not urlsplit(url).hostname:
                 raise ValueError(f"{url!r} is not a URL; one looks like http://worker-0:30000")
         if len(set(urls)) != len(urls):
             raise ValueError("a worker is named twice")

@@ -17,10 +17,13 @@ Resolve = Callable[[str], Awaitable[Sequence[str]]]
 
 
 async def resolve(host: str) -> list[str]:
-    """The IP addresses of a name, as the system resolves it."""
-    found = await asyncio.get_running_loop().getaddrinfo(
-        host, None, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
-    )
+    """The IP addresses of a name, as the system resolves it. Raises `OSError`."""
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(
+            host, None, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
+        )
+    except UnicodeError as error:  # no name at all, such as a..b
+        raise OSError(f"{host!r} is no name of a host: {error}") from error
     return sorted({str(address[0]) for *_, address in found})
 
 

@@ -159,6 +159,7 @@ class WorkerRouter:
             self._watch(entry)
         if discovered is not None:
             self._discovery = asyncio.create_task(self._follow(discovered), name="vase-discovery")
+            self._discovery.add_done_callback(_report_defect)
 
     async def close(self) -> None:
         """Stop watching and close every worker."""
@@ -363,6 +364,12 @@ class WorkerRouter:
 
 #: Seconds between a request that failed and the extra look at its worker.
 _RECHECK_SECONDS = 0.1
+
+
+def _report_defect(discovery: asyncio.Task[None]) -> None:
+    """Nobody waits for discovery, and one that ended finds no worker any more."""
+    if not discovery.cancelled() and (error := discovery.exception()) is not None:
+        logger.critical("workers are looked up no more", exc_info=error)
 
 
 def _load(entry: _Entry) -> tuple[float, int]:

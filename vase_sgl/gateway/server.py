@@ -271,7 +271,9 @@ def _bind(server: grpc.aio.Server, config: GatewayConfig) -> int:
             if host not in ("127.0.0.1", "::1", "localhost"):
                 logger.warning("API keys travel in clear text on %s; set tls", address)
             return server.add_insecure_port(address)
-        return server.add_secure_port(address, _credentials(config.tls))
+        credentials = _credentials(config.tls)
+        _context(config.tls)  # gRPC says of a wrong certificate or key what it says of a taken port
+        return server.add_secure_port(address, credentials)
     except RuntimeError as error:
         raise _in_use(address, "listen.port or --grpc-port") from error
 
@@ -305,12 +307,19 @@ def _context(tls: Tls) -> ssl.SSLContext:
     """The door's TLS, as strict as gRPC's."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
-        context.load_cert_chain(tls.certificate, tls.key)
-        if tls.client_ca is not None:
+        # With an empty password an encrypted key is an error; without one it is asked for.
+        context.load_cert_chain(tls.certificate, tls.key, password="")
+    except OSError as error:  # SSL's errors are such
+        raise ConfigError(
+            f"tls: {tls.certificate} cannot be used: {error}; it has to be PEM, with a certificate "
+            "and its private key, not encrypted; tls.key names the key if it is another file"
+        ) from error
+    if tls.client_ca is not None:
+        try:
             context.load_verify_locations(tls.client_ca)
-            context.verify_mode = ssl.CERT_REQUIRED
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(f"tls: {tls.certificate} cannot be used: {error}") from error
+        except OSError as error:
+            raise ConfigError(f"tls.client_ca: {tls.client_ca} cannot be used: {error}") from error
+        context.verify_mode = ssl.CERT_REQUIRED
     return context
 
 

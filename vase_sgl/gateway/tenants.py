@@ -11,6 +11,7 @@ import collections
 import datetime
 import enum
 import os
+import re
 import secrets
 import stat
 import tempfile
@@ -73,6 +74,12 @@ def _known_policies(names: tuple[str, ...]) -> tuple[str, ...]:
     if unknown:
         raise ValueError(f"unknown policy {', '.join(unknown)}; choose from {', '.join(POLICIES)}")
     return names
+
+
+def _usable_name(name: str) -> str:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,62}", name):
+        raise ValueError("must be lower-case letters, digits and dashes, 63 at most, no dash first")
+    return name
 
 
 class _Model(BaseModel):
@@ -145,7 +152,7 @@ def _normal_subjects(subjects: tuple[str, ...]) -> tuple[str, ...]:
 class Tenant(_Model):
     """One tenant."""
 
-    name: str = Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,62})$")
+    name: Annotated[str, AfterValidator(_usable_name)]
     roles: frozenset[Role] = frozenset({Role.GENERATE, Role.REPLAY})
     seed_policy: SeedPolicy = SeedPolicy.CLIENT
     limits: Limits = Limits()

@@ -14,7 +14,14 @@ import aiohttp
 from vase_sgl.gateway import telemetry
 from vase_sgl.gateway.errors import GatewayError, InvalidRequest, WorkerUnavailable
 from vase_sgl.gateway.sse import events
-from vase_sgl.gateway.workers import CacheStats, Finish, WorkerChunk, WorkerInfo, WorkerRequest
+from vase_sgl.gateway.workers import (
+    CacheStats,
+    Finish,
+    TokenPrefix,
+    WorkerChunk,
+    WorkerInfo,
+    WorkerRequest,
+)
 from vase_sgl.worker_key import WORKER_KEY
 
 logger = logging.getLogger(__name__)
@@ -256,7 +263,7 @@ class _Output:
         vase = self._meta.get("vase")
         return WorkerChunk(
             text=self._text,
-            token_ids=tuple(self._token_ids),
+            token_ids=TokenPrefix(self._token_ids),
             cache=None if vase is None else _cache(vase),
             finish=None
             if finish is None

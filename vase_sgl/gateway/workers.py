@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, Protocol, overload
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,30 @@ class Finish:
     status_code: int | None = None
 
 
+class TokenPrefix(Sequence[int]):
+    """The first tokens of a list that only grows: chunks of a long answer share it."""
+
+    def __init__(self, growing: list[int]) -> None:
+        self._growing = growing
+        self._length = len(growing)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[int]:
+        return islice(self._growing, self._length)
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[int]: ...
+    def __getitem__(self, index: int | slice) -> int | list[int]:
+        place = range(self._length)[index]
+        if isinstance(place, int):
+            return self._growing[place]
+        return [self._growing[one] for one in place]
+
+
 @dataclasses.dataclass(frozen=True)
 class WorkerChunk:
     """The state of a generation. `text` and `token_ids` are cumulative.
@@ -55,7 +80,7 @@ class WorkerChunk:
     """
 
     text: str
-    token_ids: tuple[int, ...]
+    token_ids: Sequence[int]
     cache: CacheStats | None = None
     finish: Finish | None = None
     round_digests: tuple[str, ...] = ()
