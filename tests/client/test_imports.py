@@ -48,7 +48,7 @@ sys.argv = ["vase-sgl", *{command.split()!r}]
 main()
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    advice = f"needs the package {absent!r}; install it with `pip install 'vase-sgl[{extra}]'`"
+    advice = f"needs the package {absent!r}; install it with `pip install '.[{extra}]'`"
     assert done.returncode == 1 and advice in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
@@ -59,7 +59,7 @@ main()
 )
 def test_the_extra_of_a_package(package: str, extra: str) -> None:
     text = missing_package(ModuleNotFoundError("", name=package))
-    assert text is not None and f"vase-sgl[{extra}]" in text
+    assert text is not None and f"pip install '.[{extra}]'" in text
 
 
 def test_the_client_works_with_grpcio_and_protobuf_alone() -> None:

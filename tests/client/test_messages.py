@@ -150,7 +150,9 @@ def test_a_timeout_that_passed_is_said_in_words() -> None:
     ("said", "advice"),
     [
         ("failed to connect to all addresses; last error: refused", "check host and port"),
-        ("errors resolving http://gateway:1: Misformatted domain name", "check host and port"),
+        ("errors resolving gateway:1: Domain name not found", "check host and port"),
+        ("errors resolving http://gateway:1: Misformatted domain name", "without http://"),
+        ("failed to connect: Trying to connect an http1.x server", "take the gateway's gRPC port"),
         ("failed to connect: Socket closed", "does it want TLS, or a client's certificate"),
         ("failed to connect: Tls handshake failed: WRONG_VERSION_NUMBER", "TLS failed: check"),
         ("failed to connect: Hostname Verification Check failed.", "TLS failed: check"),
@@ -160,6 +162,12 @@ def test_a_timeout_that_passed_is_said_in_words() -> None:
 def test_a_failed_connection_says_what_to_check(said: str, advice: str) -> None:
     text = str(from_status(grpc.StatusCode.UNAVAILABLE, said))
     assert text.startswith("cannot connect to the gateway; ") and advice in text and said in text
+
+
+@pytest.mark.parametrize("said", ["Socket closed", "ping timeout", "recvmsg:Connection reset"])
+def test_a_lost_connection_says_so(said: str) -> None:
+    text = str(from_status(grpc.StatusCode.UNAVAILABLE, said))
+    assert text.startswith("the connection to the gateway was lost; ") and said in text
 
 
 @pytest.mark.parametrize("value", [0, 99])

@@ -221,6 +221,30 @@ def before_waiting(monkeypatch: pytest.MonkeyPatch, do: Callable[[], object]) ->
     monkeypatch.setattr(Attempts, "wait_after", patched)
 
 
+async def test_a_request_id_handed_out_while_it_waits_stays_the_right_one(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.flaky.before = [MESSAGES["started"]]
+    server.flaky.failures = [unavailable(), unavailable()]
+    ids: list[str] = []
+    async with AsyncClient(server.target, retry=FAST) as client:
+        generation = client.generate("a")
+        with monkeypatch.context() as patched:
+            before_waiting(patched, lambda: ids.append(generation.request_id))
+            with pytest.raises(Unavailable):
+                _ = [chunk async for chunk in generation]
+
+    def body() -> None:
+        with Client(server.target, retry=FAST) as client:
+            generation = client.generate("a")
+            before_waiting(monkeypatch, lambda: ids.append(generation.request_id))
+            with pytest.raises(Unavailable):
+                list(generation)
+
+    await asyncio.to_thread(body)
+    assert ids == ["r", "r"] and server.flaky.calls == 2
+
+
 async def test_cancelling_while_it_waits_ends_it(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,7 +30,7 @@ def test_measuring_loads_neither_torch_nor_sglang(statement: str) -> None:
 @pytest.mark.parametrize("package", ["math_verify", "scipy", "latex2sympy2_extended"])
 def test_a_missing_package_names_the_extra(package: str) -> None:
     text = missing_package(ModuleNotFoundError(f"No module named {package!r}", name=package))
-    assert text is not None and "pip install 'vase-sgl[eval]'" in text
+    assert text is not None and "pip install '.[eval]'" in text
 
 
 def test_mathematics_without_its_library_fails_when_the_task_is_opened() -> None:

@@ -7,6 +7,7 @@ that is missing, `main` says so.
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -61,6 +62,8 @@ def build_app() -> typer.Typer:
 
 def main() -> None:
     """Run the command line; ends the process."""
+    # Unless told otherwise gRPC tells on stderr of every fork and every failed handshake.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
         build_app()()
     except ModuleNotFoundError as error:

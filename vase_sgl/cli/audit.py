@@ -247,6 +247,8 @@ def _chosen(tenants: dict[str, tuple[int, str]] | list[str], tenant: str | None)
     from vase_sgl.gateway.audit import AuditError
 
     if tenant is None:
+        if not tenants:
+            typer.echo("the audit store holds no record yet", err=True)
         return list(tenants)
     if tenant not in tenants:
         raise AuditError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import platform
+import re
 import runpy
 import shutil
 import subprocess
@@ -18,28 +19,12 @@ import typer
 from vase_sgl.cli.connection import AsJson
 from vase_sgl.cli.failures import reported
 
+PACKAGE = "vase-sgl"
+
 #: The SGLang release the worker is written for.
 SGLANG = "0.5.23"
 
-#: Distributions each part needs.
-CLIENT = ("grpcio", "protobuf", "typer", "rich")
-GATEWAY = (
-    "aiohttp",
-    "aiosqlite",
-    "alembic",
-    "argon2-cffi",
-    "asyncpg",
-    "cryptography",
-    "greenlet",
-    "grpcio-health-checking",
-    "grpcio-reflection",
-    "opentelemetry-api",
-    "pydantic",
-    "pydantic-settings",
-    "PyYAML",
-    "SQLAlchemy",
-    "uvloop",
-)
+#: What a worker needs, with the build of torch that the machine needs.
 WORKER = ("torch", "sglang", "jsonschema", "soundfile")
 #: What a worker needs besides to serve on an NVIDIA GPU, and the lock for CPUs leaves out.
 GPU = ("sglang-kernel", "flashinfer-python")
@@ -96,18 +81,19 @@ def doctor(
 
 
 def _client() -> Part:
-    return _distributions("client", CLIENT, "pip install 'vase-sgl[client]'")
+    return _distributions("client", _extra("client"), "in a checkout: pip install '.[client]'")
 
 
 def _gateway() -> Part:
-    return _distributions("gateway", (*CLIENT, *GATEWAY), "pip install 'vase-sgl[gateway]'")
+    wanted = _extra("client") + _extra("gateway")
+    return _distributions("gateway", wanted, "in a checkout: pip install '.[gateway]'")
 
 
 def _worker() -> Part:
     part = _distributions(
         "worker",
         WORKER,
-        "with a GPU: pip install 'vase-sgl[gpu]'; on a CPU: `make setup` in a checkout, or remote "
+        "in a checkout, with a GPU: pip install '.[gpu]', on a CPU: `make setup`; or remote "
         "workers with worker.urls",
     )
     version = _version("sglang")
@@ -125,16 +111,10 @@ def _worker() -> Part:
 def _accelerator() -> Part:
     """What nvidia-smi reports. Asked without torch, which may not be there."""
     tool = shutil.which("nvidia-smi")
+    found = "none found: there is no nvidia-smi"
     if tool is not None:
-        answer = subprocess.run(
-            [tool, "--query-gpu=name,memory.total", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=False,
-        )
-        names = tuple(line.strip() for line in answer.stdout.splitlines() if line.strip())
-        if answer.returncode == 0 and names:
+        names, found = _ask(tool)
+        if names:
             reason = _why_unused()
             if reason is None:
                 return Part("accelerator", True, names)
@@ -142,15 +122,30 @@ def _accelerator() -> Part:
                 "accelerator",
                 False,
                 (*names, reason),
-                "workers run on the CPU, or not at all; for the GPU, in a fresh environment: "
-                "pip install 'vase-sgl[gpu]'",
+                "workers run on the CPU, or not at all; for the GPU, in a checkout and a fresh "
+                "environment: pip install '.[gpu]'",
             )
     return Part(
         "accelerator",
         False,
-        ("none found by nvidia-smi",),
-        "optional: the worker runs on the CPU, slowly and for small models",
+        (found,),
+        "a worker runs on the CPU without one, slowly and for small models; if this machine has "
+        "one, look after its driver",
     )
+
+
+def _ask(nvidia_smi: str) -> tuple[tuple[str, ...], str]:
+    """The GPUs that it names; if none, what is known instead."""
+    command = [nvidia_smi, "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:  # a driver that hangs does the second
+        return (), f"none found: {error}"
+    lines = tuple(line.strip() for line in answer.stdout.splitlines() if line.strip())
+    if answer.returncode == 0 and lines:
+        return lines, ""
+    said = (*lines, *answer.stderr.splitlines(), f"exit status {answer.returncode}")
+    return (), f"none found by nvidia-smi: {said[0]}"
 
 
 def _why_unused() -> str | None:
@@ -171,6 +166,16 @@ def _cuda_of_torch() -> str | None:
         return None
     cuda: str | None = runpy.run_path(str(Path(spec.origin).with_name("version.py"))).get("cuda")
     return cuda
+
+
+def _extra(name: str) -> tuple[str, ...]:
+    """The distributions that an extra of this package brings, as its metadata names them."""
+    try:
+        lines = importlib.metadata.requires(PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        return (PACKAGE,)
+    wanted = [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in lines if f'"{name}"' in line]
+    return tuple(distribution for distribution in wanted if distribution != PACKAGE)
 
 
 def _distributions(name: str, wanted: tuple[str, ...], cure: str) -> Part:

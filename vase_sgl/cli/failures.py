@@ -66,7 +66,7 @@ def missing_package(error: ModuleNotFoundError, command: str = "") -> str | None
     extra = command if command in extras else extras[0]
     text = (
         f"error: this command needs the package {package!r}; install it with "
-        f"`pip install 'vase-sgl[{extra}]'`"
+        f"`pip install '.[{extra}]'` in a checkout"
     )
     if package == "typer":  # no command runs without it
         return text

@@ -18,8 +18,8 @@ def worker_command(arguments: list[str]) -> int:
     missing = [name for name in ("torch", "sglang") if importlib.util.find_spec(name) is None]
     if missing:
         typer.echo(
-            f"vase-sgl worker needs {' and '.join(missing)}: pip install 'vase-sgl[gpu]', or on a "
-            "machine without CUDA `make setup` in a checkout (requirements-cpu.txt)",
+            f"vase-sgl worker needs {' and '.join(missing)}; in a checkout: pip install '.[gpu]', "
+            "or on a machine without CUDA `make setup` (requirements-cpu.txt)",
             err=True,
         )
         return 1

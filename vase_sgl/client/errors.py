@@ -73,6 +73,8 @@ _BY_CODE: dict[grpc.StatusCode, type[VaseError]] = {
 }
 #: How gRPC's own text begins where there is no connection.
 _NOT_CONNECTED = ("failed to connect", "errors resolving")
+#: The same where a connection was there and ended. The gateway's own texts begin otherwise.
+_LOST = ("Socket closed", "ping timeout", "recvmsg:", "Connection reset", "keepalive watchdog")
 
 
 def from_status(
@@ -84,6 +86,11 @@ def from_status(
         return InvalidRequest(f"request or answer is too large ({details})", code.name)
     if code is grpc.StatusCode.UNAVAILABLE and (details or "").startswith(_NOT_CONNECTED):
         details = f"cannot connect to the gateway; {_advice(details or '')} ({details})"
+    elif code is grpc.StatusCode.UNAVAILABLE and (details or "").startswith(_LOST):
+        details = (
+            "the connection to the gateway was lost; try again, and check that `vase-sgl serve` "
+            f"still runs there ({details})"
+        )
     if code is grpc.StatusCode.DEADLINE_EXCEEDED and details == "Deadline Exceeded":  # gRPC's own
         details = "the call's timeout passed; the request was aborted"
     return _BY_CODE.get(code, VaseError)(details or code.name, code.name, retry_seconds)
@@ -97,6 +104,10 @@ def _advice(details: str) -> str:
         )
     if "Socket closed" in details:
         return "it hung up: does it want TLS, or a client's certificate?"
+    if "http1.x" in details:
+        return "an HTTP server answers there: take the gateway's gRPC port, not --http-port"
+    if details.startswith(("errors resolving http://", "errors resolving https://")):
+        return "write it as host:port, without http:// or https://"
     return "check host and port, and that `vase-sgl serve` runs there"
 
 

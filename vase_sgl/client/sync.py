@@ -50,6 +50,8 @@ class _Messages(Generic[M]):
                     raise
                 if self._cancelled.wait(self._attempts.wait_after(error)):
                     raise cancelled_here() from None
+                if self._final:  # another thread was given the request id meanwhile
+                    raise
                 self._call = self._start(self._attempts.begin())
                 if self._cancelled.is_set():  # by another thread, which saw the call before only
                     self._call.cancel()  # type: ignore[no-untyped-call]
