@@ -107,6 +107,19 @@ def test_the_report_has_every_number_with_n_and_interval(
     assert "100 %" in html and "no-regression control</td>" not in html
 
 
+def test_policies_are_compared_at_the_same_budget_and_prompt_mode(
+    stored: Callable[[Iterable[Row]], Path], tmp_path: Path
+) -> None:
+    default = [row("vase-attnv", 64, str(i), correct=i < 6, prompt_mode="evict") for i in range(8)]
+    kept = [row("vase-attnv+keep", 64, str(i), prompt_mode="keep") for i in range(8)]
+    other = [dataclasses.replace(r, prompt_mode="evict") for r in grid() if r.arm == "a"]
+    _, markdown = write(load([stored([*default, *kept, *other])]), tmp_path, price_per_hour=None)
+    _, _, section = markdown.read_text().partition("### Policies at the same budget: correct")
+    rows = [line for line in section.partition("###")[0].splitlines() if line.startswith("| a |")]
+    (line,) = rows  # not at budget 128, where the default policy is missing
+    assert line.startswith("| a | 64 | 8 | -25.0 [") and line.endswith("| 1 : 3 | 0.625 |")
+
+
 def test_few_evictions_are_a_control_and_said_so(
     stored: Callable[[Iterable[Row]], Path], tmp_path: Path
 ) -> None:

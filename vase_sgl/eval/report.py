@@ -14,6 +14,7 @@ from vase_sgl.eval.plots import Point
 from vase_sgl.eval.statistics import sign_test
 from vase_sgl.eval.tables import NOTHING, cell, plain, table
 from vase_sgl.eval.trace import PREFIX, trace_of
+from vase_sgl.eviction.params import DEFAULT_POLICY
 
 _PLOTS = "plots"
 
@@ -55,6 +56,7 @@ def _report(
     for number, (task, cells) in enumerate(results.cells.items(), 1):
         yield f"## {task}"
         yield from _quality(cells)
+        yield from _same_budget(cells)
         yield from _form(cells)
         yield from _cost(cells, price_per_hour)
         if task.startswith(PREFIX):
@@ -116,6 +118,26 @@ def _quality(cells: Sequence[Cell]) -> Iterator[str]:
         )
     if not quality_of(cells):
         yield "The samples of this task have no grades."
+
+
+def _same_budget(cells: Sequence[Cell]) -> Iterator[str]:
+    """Policies against the default one, where both have the same budget and prompt mode."""
+    bases = {(c.budget, c.rows[0].prompt_mode): c for c in cells if _is_default(c)}
+    pairs = [
+        (c, base)
+        for c in cells
+        if (base := bases.get((c.budget, c.rows[0].prompt_mode))) is not None and c is not base
+    ]
+    for measure in quality_of(cells) if pairs else []:
+        yield f"### Policies at the same budget: {measure.title}"
+        yield table(
+            ["arm", "budget", "n", f"Δ to `{DEFAULT_POLICY}`", "better : worse", "p"],
+            [[*_name(c), str(c.n), *_against(measure, c, base)] for c, base in pairs],
+        )
+
+
+def _is_default(c: Cell) -> bool:
+    return c.evicts and c.arm.removesuffix("+keep") == DEFAULT_POLICY
 
 
 def _form(cells: Sequence[Cell]) -> Iterator[str]:
