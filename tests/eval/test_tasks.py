@@ -12,7 +12,8 @@ import pytest
 
 from vase_sgl.eval.items import Item
 from vase_sgl.eval.math_answers import MathAnswers
-from vase_sgl.eval.tasks import TaskError, open_task, records
+from vase_sgl.eval.sandbox import LAYERS
+from vase_sgl.eval.tasks import TaskError, code, open_task, records
 
 DATA = Path(__file__).parent / "data"
 MATH500 = f"math500:{DATA / 'math500.jsonl'}"
@@ -364,3 +365,14 @@ def test_a_line_of_data_ends_at_a_newline_only(tmp_path: Path) -> None:
         "one\u2028two\x85three",
         "four",
     ]
+
+
+def test_code_tells_what_its_sandbox_lacks(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(code, "check_sandbox", lambda: frozenset({"user", *LAYERS}))
+    open_task(CODE)
+    assert not caplog.records
+    monkeypatch.setattr(code, "check_sandbox", lambda: frozenset({"landlock"}))
+    open_task(CODE)
+    assert "run here without namespaces; docs/security.md" in caplog.text

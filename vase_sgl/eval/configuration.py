@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,12 +71,6 @@ class Configuration:
         mapping = json.loads(json.dumps(dataclasses.asdict(self)))
         assert isinstance(mapping, dict)
         return mapping
-
-    def pairs(self, task: str) -> Iterator[tuple[str, int]]:
-        """Item and seed of every sample that each cell of a task has."""
-        for item_id in self.items[task]:
-            for index in range(self.seeds):
-                yield item_id, index
 
 
 @dataclasses.dataclass(frozen=True)

@@ -78,11 +78,6 @@ class Row:
     nll_tokens: int | None = None
 
     @property
-    def cell(self) -> tuple[str, int | None]:
-        """Arm and budget."""
-        return self.arm, self.budget
-
-    @property
     def pair(self) -> tuple[str, int]:
         """Item and seed: what two arms have in common within a task."""
         return self.item_id, self.seed_index

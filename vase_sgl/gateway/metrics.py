@@ -140,7 +140,7 @@ class Metrics:
         self._retries.add(1)
 
     def waited(self, tenant: str, seconds: float) -> None:
-        """A request was given a worker."""
+        """A request left the queue, with a worker or without."""
         self._queue.record(seconds, {"vase.tenant": tenant})
 
     def generated(self, record: Record, operation: str, error: str | None) -> None:

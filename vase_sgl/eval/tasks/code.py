@@ -17,13 +17,14 @@ from __future__ import annotations
 import ast
 import dataclasses
 import keyword
+import logging
 import re
 import secrets
 from collections.abc import Iterator, Sequence
 
 from vase_sgl.eval.answers import after_thinking
 from vase_sgl.eval.items import Grade, Item
-from vase_sgl.eval.sandbox import Limits, check_sandbox, run_program
+from vase_sgl.eval.sandbox import LAYERS, Limits, check_sandbox, run_program
 from vase_sgl.eval.tasks.records import Row, chosen, read_rows, refuse_duplicates
 from vase_sgl.eval.tasks.spec import TaskError, TaskSpec
 
@@ -45,6 +46,8 @@ _FUTURE = re.compile(
 
 LIMITS = Limits()
 
+logger = logging.getLogger(__name__)
+
 
 def open_task(spec: TaskSpec) -> CodeTask:
     """The task for a parsed `code:...`.
@@ -54,7 +57,13 @@ def open_task(spec: TaskSpec) -> CodeTask:
     """
     items = [_item(spec.name, row) for row in read_rows(spec, _EXAMPLE)]
     refuse_duplicates(items)
-    check_sandbox()
+    isolation = check_sandbox()
+    if lacking := [layer for layer in LAYERS if layer not in isolation]:
+        logger.warning(
+            "programs that the model writes run here without %s; docs/security.md says what that "
+            "leaves open",
+            " and ".join(lacking),
+        )
     return CodeTask(spec.name, items)
 
 
