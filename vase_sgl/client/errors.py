@@ -74,7 +74,7 @@ _BY_CODE: dict[grpc.StatusCode, type[VaseError]] = {
 #: How gRPC's own text begins where there is no connection.
 _NOT_CONNECTED = ("failed to connect", "errors resolving")
 #: The same where a connection was there and ended. The gateway's own texts begin otherwise.
-_LOST = ("Socket closed", "ping timeout", "recvmsg:", "Connection reset", "keepalive watchdog")
+_LOST = ("Stream removed", "Socket closed", "ping timeout", "recvmsg:", "keepalive watchdog")
 
 
 def from_status(

@@ -79,11 +79,17 @@ def check_prompt_tokens(
     _check_count(count, tenant)
     if kind == "token_ids":
         _check_vocabulary(token_ids, info.vocab_size)
+    room = info.context_length - count
     require(
-        count + max_new_tokens <= info.context_length,
+        room > 0,
+        f"input: the prompt has {count} tokens, which leaves no room for an answer in the model's "
+        f"context length of {info.context_length} tokens; shorten it",
+    )
+    require(
+        max_new_tokens <= room,
         f"max_new_tokens: prompt ({count}) and output ({max_new_tokens}) exceed the model's "
-        f"context length of {info.context_length} tokens; ask for at most "
-        f"{max(info.context_length - count, 0)} or shorten the prompt",
+        f"context length of {info.context_length} tokens; ask for at most {room} or shorten the "
+        "prompt",
     )
 
 
