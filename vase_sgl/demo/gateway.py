@@ -95,9 +95,11 @@ class DemoGateway:
                         self._target = match[1]
                         self._console.print(f"serving gRPC on {self._target} after {seconds:.0f} s")
                         return
-                if self._process.poll() is not None or seconds > _START_SECONDS:
+                status = self._process.poll()
+                if status is not None or seconds > _START_SECONDS:
+                    how = f"after {_START_SECONDS} s" if status is None else f"(status {status})"
                     said = "\n".join(self._lines[-20:])
-                    raise GatewayFailed(f"the gateway did not start:\n{said}")
+                    raise GatewayFailed(f"the gateway did not start {how}:\n{said}")
                 time.sleep(0.1)
 
     def __exit__(
