@@ -95,9 +95,9 @@ class DemoGateway:
                         self._target = match[1]
                         self._console.print(f"serving gRPC on {self._target} after {seconds:.0f} s")
                         return
-                status = self._process.poll()
-                if status is not None or seconds > _START_SECONDS:
-                    how = f"after {_START_SECONDS} s" if status is None else f"(status {status})"
+                ended = self._process.poll()
+                if ended is not None or seconds > _START_SECONDS:
+                    how = f"in {_START_SECONDS} s" if ended is None else f"(exit status {ended})"
                     said = "\n".join(self._lines[-20:])
                     raise GatewayFailed(f"the gateway did not start {how}:\n{said}")
                 time.sleep(0.1)
