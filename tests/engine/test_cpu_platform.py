@@ -17,7 +17,9 @@ from vase_sgl.engine import device, linear_cpu, platform_cpu, sampling_cpu, torc
 class TestLinear:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
     @pytest.mark.parametrize(("inputs", "outputs"), [(64, 96), (576, 960), (1536, 576)])
-    @pytest.mark.parametrize("tile", [linear_cpu.DECODE_TILE, linear_cpu.EXTEND_TILE])
+    @pytest.mark.parametrize(
+        "tile", [linear_cpu.ROW, linear_cpu.DECODE_TILE, linear_cpu.EXTEND_TILE]
+    )
     def test_a_row_is_the_same_in_any_batch(
         self, dtype: torch.dtype, inputs: int, outputs: int, tile: int, threads: int
     ) -> None:
@@ -50,6 +52,50 @@ class TestLinear:
             x = torch.randn(rows, 1536, generator=generator).to(dtype)
             alone = linear_cpu.in_tiles(linear, x, 16)
             assert torch.equal(linear_cpu.in_tiles(linear, x, 16, at_once), alone)
+
+    @pytest.mark.parametrize("fast", [False, True])
+    @pytest.mark.parametrize("extending", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+    def test_a_layer_is_the_same_in_any_batch_on_every_cpu(
+        self, dtype: torch.dtype, extending: bool, fast: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """With products as a CPU with kernels for the type has them, and as one without."""
+        monkeypatch.setattr(linear_cpu, "has_fast_products", lambda _: fast)
+        monkeypatch.setattr(linear_cpu, "_extending", extending)
+        monkeypatch.setattr(linear_cpu, "_trials", {})
+        generator = torch.Generator().manual_seed(3)
+        layer = torch.nn.Linear(576, 320, dtype=dtype).requires_grad_(False)
+        heights = []
+
+        def apply(method: object, layer: torch.nn.Linear, x: torch.Tensor, bias: torch.Tensor):
+            heights.append(len(x))
+            return torch.nn.functional.linear(x, layer.weight, bias)
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            return linear_cpu.tiled_linear_apply(apply, None, layer, x, layer.bias)
+
+        x = torch.randn(70, 576, generator=generator).to(dtype)
+        whole = run(x)
+        assert whole.dtype == dtype
+        exact = x.double() @ layer.weight.double().T + layer.bias.double()
+        torch.testing.assert_close(whole.double(), exact, rtol=2e-2, atol=2e-2)
+        for start, rows in ((0, 1), (1, 1), (3, 5), (0, 16), (20, 50)):
+            assert torch.equal(run(x[start : start + rows]), whole[start : start + rows])
+        if extending and not fast:
+            assert not heights, "products in float32 are not upstream's"
+        else:
+            assert min(heights) == (64 if extending else 16 if fast else 1)
+
+    def test_float32_products_are_fast_everywhere(self) -> None:
+        assert linear_cpu.has_fast_products(torch.float32)
+        assert linear_cpu.arithmetic(torch.float32) == "16-64-float32"
+
+    def test_a_cpu_without_kernels_goes_row_by_row(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+        has_kernels = linear_cpu.has_fast_products.__wrapped__
+        assert not has_kernels(torch.bfloat16) and not has_kernels(torch.float16)
+        monkeypatch.setattr(linear_cpu, "has_fast_products", has_kernels)
+        assert linear_cpu.arithmetic(torch.bfloat16) == "1-64-float32"
 
     def test_a_product_whose_bits_depend_on_the_height_is_done_tile_by_tile(self) -> None:
         def same_up_to(most: int) -> linear_cpu.Linear:

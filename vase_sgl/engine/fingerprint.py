@@ -20,7 +20,7 @@ from sglang.srt.server_args import ServerArgs
 from vase_kernels import REVISION
 
 from vase_sgl import __version__
-from vase_sgl.engine import platform_cpu
+from vase_sgl.engine import linear_cpu, platform_cpu
 from vase_sgl.engine.pool import BudgetPool
 from vase_sgl.engine.weights import WeightsNotFound, weights_digest
 
@@ -102,19 +102,21 @@ def fingerprint(scheduler: Any) -> dict[str, str]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
         "tp_size": str(args.tp_size),
-        **_of_accelerators(scheduler),
+        **(_of_cpu(runner.dtype) if platform_cpu.is_active() else _of_accelerators(scheduler)),
         **_arithmetic(scheduler.server_args),
     }
+
+
+def _of_cpu(dtype: torch.dtype) -> dict[str, str]:
+    return {"linear_tiles": linear_cpu.arithmetic(dtype)}
 
 
 def _of_accelerators(scheduler: Any) -> dict[str, str]:
     """What decides rounding in accelerators' kernels: how prompts are cut and stored, and packages.
 
     SGLang pins these packages, but nothing holds an installation to that; Triton compiles for
-    itself. Not on our CPU platform, where tests show the same bits for every layout.
+    itself. Our CPU platform needs none of it: tests show the same bits for every layout.
     """
-    if platform_cpu.is_active():
-        return {}
     return {
         "chunked_prefill_size": str(scheduler.chunked_prefill_size),
         "page_size": str(scheduler.tree_cache.page_size),

@@ -5,10 +5,15 @@ others share the batch. With M fixed, a row's result is independent of its place
 (`tests/engine/test_cpu_platform.py`). So rows are cut into tiles of a fixed height, the last one
 padded with zeros. Tiles read the weights again and again, so several are multiplied at once where
 a trial shows that this machine's BLAS gives the same bits.
+
+A CPU for whose bfloat16 or float16 oneDNN has no kernels (x86 without AVX-512, say) multiplies a
+tile of 16 rows no faster than 16 single rows. There decode goes row by row, which costs what
+upstream's one product of all rows does, and prefills are multiplied in float32.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +22,8 @@ import torch
 #: Tile heights: decode batches are small, prefills long. A row is always in the same kind.
 DECODE_TILE = 16
 EXTEND_TILE = 64
+#: Decode's tile where products of several rows are no faster than products of one.
+ROW = 1
 #: Tiles multiplied at once, if the bits are those of one at a time.
 _TILES_AT_ONCE = (4, 2)
 
@@ -29,7 +36,10 @@ def in_tiles(linear: Linear, x: torch.Tensor, tile: int, at_once: int = 1) -> to
     Up to `at_once` (a power of two) tiles go through one call; see `tiles_at_once`.
     """
     rows = x.shape[0]
-    rest = torch.nn.functional.pad(x, (0, 0, 0, -rows % tile))
+    missing = -rows % tile
+    rest = torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
+    if rows <= tile:
+        return linear(rest)[:rows]
     parts = []
     while True:
         while at_once > 1 and at_once * tile > len(rest):
@@ -37,7 +47,7 @@ def in_tiles(linear: Linear, x: torch.Tensor, tile: int, at_once: int = 1) -> to
         parts.append(linear(rest[: at_once * tile]))
         rest = rest[at_once * tile :]
         if not len(rest):
-            return (parts[0] if len(parts) == 1 else torch.cat(parts))[:rows]
+            return torch.cat(parts)[:rows]
 
 
 def tiles_at_once(linear: Linear, features: int, dtype: torch.dtype, tile: int) -> int:
@@ -51,6 +61,29 @@ def tiles_at_once(linear: Linear, features: int, dtype: torch.dtype, tile: int) 
     return 1
 
 
+@functools.cache
+def has_fast_products(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies matrices of this type on this CPU."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return True
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
+def decode_tile(dtype: torch.dtype) -> int:
+    """Rows of a tile in decode steps, and of logits."""
+    return DECODE_TILE if has_fast_products(dtype) else ROW
+
+
+def arithmetic(dtype: torch.dtype) -> str:
+    """Tile heights of decode and prefill, and the type of prefill's products: for a fingerprint."""
+    wide = dtype if has_fast_products(dtype) else torch.float32
+    return f"{decode_tile(dtype)}-{EXTEND_TILE}-{str(wide).removeprefix('torch.')}"
+
+
 def tiled_linear_apply(
     original: Callable[..., torch.Tensor],
     method: Any,
@@ -59,7 +92,22 @@ def tiled_linear_apply(
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """AROUND `UnquantizedLinearMethod.apply`."""
-    return _tiled(lambda part: original(method, layer, part, bias), x, layer.weight, _tile_height())
+
+    if _extending and not has_fast_products(x.dtype):
+        return _tiled(in_float32(layer.weight, bias), x, layer.weight, EXTEND_TILE)
+    tile = EXTEND_TILE if _extending else decode_tile(x.dtype)
+    return _tiled(lambda part: original(method, layer, part, bias), x, layer.weight, tile)
+
+
+def in_float32(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+    """The layer with float32 products; results have the type of its input."""
+    wide = weight.float()
+    wide_bias = None if bias is None else bias.float()
+
+    def linear(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x.float(), wide, wide_bias).to(x.dtype)
+
+    return linear
 
 
 def tiled_lm_head(
@@ -76,7 +124,7 @@ def tiled_lm_head(
         lambda part: original(processor, part, lm_head, *args, **kwargs),
         hidden_states,
         lm_head.weight,
-        DECODE_TILE,
+        decode_tile(hidden_states.dtype),
     )
 
 
@@ -87,10 +135,6 @@ def note_forward_mode(result: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER `ForwardBatch.init_new`: remember which tile the coming forward takes."""
     global _extending
     _extending = not result.forward_mode.is_decode()
-
-
-def _tile_height() -> int:
-    return EXTEND_TILE if _extending else DECODE_TILE
 
 
 def _tiled(linear: Linear, x: torch.Tensor, weight: torch.Tensor, tile: int) -> torch.Tensor:
