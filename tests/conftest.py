@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+import pytest
+
 # Upstream's leak checks and our own integrity check are on in every process a test starts.
 os.environ.setdefault("VASE_CHECK_INTEGRITY", "1")
 os.environ.setdefault("SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY", "1")
@@ -11,3 +13,8 @@ os.environ.setdefault("SGLANG_CHECK_KV_PAGE_INVARIANTS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Small tensors: threads that wait for each other on a busy machine only cost time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A whole suite in one test goes first: begun last, one process would end alone with it."""
+    items.sort(key=lambda item: item.get_closest_marker("whole_suite") is None)

@@ -213,6 +213,11 @@ def test_prompts_that_are_no_text() -> None:
     assert problem([0, 255]) is None
 
 
+def test_a_cpu_names_how_it_multiplies(stepped: SteppedScheduler) -> None:
+    """CPUs of one `cpu_capability` may differ in it: bfloat16 rows, or tiles of 16."""
+    assert fingerprint.fingerprint(stepped.scheduler)["linear_tiles"] == "16-64-float32"
+
+
 def test_updated_weights_are_not_those_of_the_files(
     stepped: SteppedScheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.timeout(900)  # a whole suite
+@pytest.mark.whole_suite
+@pytest.mark.timeout(900)
 def test_kernels_under_the_interpreter():
     # Where the kernels' tests run on a GPU, they do so in their own folder.
     others = {name: value for name, value in os.environ.items() if name != "VASE_TEST_GPU"}
