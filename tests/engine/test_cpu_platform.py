@@ -97,6 +97,14 @@ class TestLinear:
         monkeypatch.setattr(linear_cpu, "has_fast_products", has_kernels)
         assert linear_cpu.arithmetic(torch.bfloat16) == "1-64-float32"
 
+    @pytest.mark.parametrize("fast", [False, True])
+    def test_slow_products_are_told(
+        self, fast: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setattr(linear_cpu, "has_fast_products", lambda _: fast)
+        linear_cpu.warn_of_slow_products(torch.bfloat16)
+        assert ("for bfloat16" in caplog.text and "--dtype float32" in caplog.text) is not fast
+
     def test_a_product_whose_bits_depend_on_the_height_is_done_tile_by_tile(self) -> None:
         def same_up_to(most: int) -> linear_cpu.Linear:
             return lambda part: part * (1 if len(part) <= most else 1 + 2**-20)

@@ -14,10 +14,13 @@ upstream's one product of all rows does, and prefills are multiplied in float32.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 #: Tile heights: decode batches are small, prefills long. A row is always in the same kind.
 DECODE_TILE = 16
@@ -71,6 +74,16 @@ def has_fast_products(dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
+def warn_of_slow_products(dtype: torch.dtype) -> None:
+    """Say what is faster, where a batch takes as long as its requests one after the other."""
+    if not has_fast_products(dtype):
+        logger.warning(
+            "this CPU has no matrix kernels for %s: a batch takes as long as its requests one "
+            "after the other; from some ten requests at once --dtype float32 is faster",
+            str(dtype).removeprefix("torch."),
+        )
 
 
 def decode_tile(dtype: torch.dtype) -> int:

@@ -76,6 +76,8 @@ def _check_start(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> Non
     if server_info.answers_for_worker():
         fingerprint.begin_to_read_weights(scheduler.server_args)
     verify_applied()
+    if platform_cpu.is_active():
+        linear_cpu.warn_of_slow_products(runner.dtype)
     prometheus.start_metrics(scheduler)
 
 

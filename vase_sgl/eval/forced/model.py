@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vase_sgl.engine.linear_cpu import in_tiles
+from vase_sgl.engine.linear_cpu import Linear, has_fast_products, in_float32, in_tiles
 from vase_sgl.eval.forced.branch import Branch, KVShape, attend_all
 from vase_sgl.eval.forced.session import Session
 from vase_sgl.eviction import EvictionParams
@@ -139,7 +139,10 @@ class _TiledLinear(torch.nn.Module):
         self.linear = linear
 
     def forward(self, x: Tensor) -> Tensor:
-        return in_tiles(self.linear, x.flatten(0, -2), _TILE).view(*x.shape[:-1], -1)
+        linear: Linear = self.linear
+        if not has_fast_products(x.dtype):
+            linear = in_float32(self.linear.weight, self.linear.bias)
+        return in_tiles(linear, x.flatten(0, -2), _TILE).view(*x.shape[:-1], -1)
 
 
 def _make_batch_invariant(model: torch.nn.Module) -> None:
