@@ -113,6 +113,12 @@ class TestLinear:
             linear = same_up_to(most)
             assert linear_cpu.tiles_at_once(linear, 8, torch.float32, 16) == expected
 
+    def test_a_difference_that_rounding_nearly_hides_is_found(self) -> None:
+        def linear(part: torch.Tensor) -> torch.Tensor:
+            return part if len(part) == 1 else torch.where(part > 2.5, part + 1, part)
+
+        assert linear_cpu.tiles_at_once(linear, 8, torch.bfloat16, linear_cpu.ROW) == 1
+
     @pytest.mark.parametrize("rows", [0, 1, 16, 40, 64, 65, 112, 150])
     def test_every_row_once_and_in_order(self, rows: int) -> None:
         heights = []

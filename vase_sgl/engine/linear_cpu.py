@@ -29,6 +29,8 @@ EXTEND_TILE = 64
 ROW = 1
 #: Tiles multiplied at once, if the bits are those of one at a time.
 _TILES_AT_ONCE = (4, 2)
+#: Rows of the trial for that: bfloat16 hides most differences, so that few rows would show none.
+_TRIAL_ROWS = 64
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 
@@ -56,7 +58,8 @@ def in_tiles(linear: Linear, x: torch.Tensor, tile: int, at_once: int = 1) -> to
 def tiles_at_once(linear: Linear, features: int, dtype: torch.dtype, tile: int) -> int:
     """How many tiles one call may take with the bits of one tile at a time, from a trial."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(_TILES_AT_ONCE[0] * tile, features, generator=generator).to(dtype)
+    rows = max(_TILES_AT_ONCE[0] * tile, _TRIAL_ROWS)
+    x = torch.randn(rows, features, generator=generator).to(dtype)
     alone = in_tiles(linear, x, tile)
     for count in _TILES_AT_ONCE:
         if torch.equal(torch.cat([linear(part) for part in x.split(count * tile)]), alone):
@@ -105,7 +108,6 @@ def tiled_linear_apply(
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """AROUND `UnquantizedLinearMethod.apply`."""
-
     if _extending and not has_fast_products(x.dtype):
         return _tiled(in_float32(layer.weight, bias), x, layer.weight, EXTEND_TILE)
     tile = EXTEND_TILE if _extending else decode_tile(x.dtype)
