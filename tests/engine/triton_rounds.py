@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from vase_kernels.evict import POLICIES, evict
+from vase_kernels.evict import POLICIES, Result, evict
 
 from tests.engine.scheduler_harness import SteppedScheduler
 from vase_sgl.engine import rounds
@@ -48,6 +48,30 @@ def test_little_scratch_only_means_more_launches(
     monkeypatch.setattr(runner, "_memory", runner._memory[:largest])
     assert answers() == together
     assert max(batches) == 1
+
+
+@torch.inference_mode()
+def test_a_forced_token_that_was_evicted_ends_the_worker(
+    stepped: SteppedScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under `VASE_CHECK_INTEGRITY`, which every test has on."""
+    faulty = Result(torch.zeros(1, dtype=torch.int64), torch.tensor([3], dtype=torch.int32))
+    launch = rounds.TritonRounds._launch
+    refused: list[str] = []
+
+    def twice(self: Any, policy: str, pool: BudgetPool, batch: list[Any]) -> None:
+        launch(self, policy, pool, batch)
+        with monkeypatch.context() as patch:
+            patch.setattr(rounds, "evict", lambda *_: faulty)
+            with pytest.raises(RuntimeError, match=r"random: heads .* by request: \[3\]"):
+                launch(self, policy, pool, batch)
+        refused.append(policy)
+
+    monkeypatch.setattr(rounds.TritonRounds, "_launch", twice)
+    vase = {"budget": 24, "window": 8, "policy": "random"}
+    stepped.submit("r", PROMPT, max_new_tokens=12, vase=vase)
+    stepped.run()
+    assert refused == ["random"]
 
 
 @torch.inference_mode()

@@ -6,7 +6,7 @@ import collections
 import time
 from typing import TYPE_CHECKING
 
-from vase_sgl.engine.rounds import DueRequest, Rounds
+from vase_sgl.engine.rounds import PlannedRound, Rounds
 
 if TYPE_CHECKING:
     from vase_sgl.engine.pool import BudgetPool
@@ -19,16 +19,16 @@ class Compaction:
     """
 
     def __init__(self, rounds: Rounds) -> None:
-        self._queued: list[DueRequest] = []
+        self._queued: list[PlannedRound] = []
         # The overlap scheduler runs one step ahead: tensors of a plan live until its forward is
         # surely done.
-        self._in_flight: collections.deque[list[DueRequest]] = collections.deque(maxlen=4)
+        self._in_flight: collections.deque[list[PlannedRound]] = collections.deque(maxlen=4)
         self._rounds = rounds
         self.rounds = 0
         self.evicted_tokens = 0
         self.seconds = 0.0
 
-    def queue(self, due: list[DueRequest]) -> None:
+    def queue(self, due: list[PlannedRound]) -> None:
         if self._queued:
             raise RuntimeError("a compaction was planned but its decode step never ran")
         self._queued = due

@@ -11,7 +11,7 @@ from sglang.srt.mem_cache.allocation import alloc_for_decode_default, alloc_toke
 
 from vase_sgl.engine.pool import BudgetPool
 from vase_sgl.engine.request_cache import RequestCache, cache_of, evicting_cache_of
-from vase_sgl.engine.rounds import DueRequest
+from vase_sgl.engine.rounds import PlannedRound
 from vase_sgl.engine.transfer import to_device
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def alloc_for_decode(batch: ScheduleBatch, token_per_req: int) -> torch.Tensor:
     pool.query_ring.map_new(batch.reqs)
     lengths = batch.seq_lens_cpu.tolist()
     frees: list[Callable[[], None]] = []
-    due: list[DueRequest] = []
+    due: list[PlannedRound] = []
     for index, req in enumerate(batch.reqs):
         cache = evicting_cache_of(req)
         if cache is not None and lengths[index] >= cache.trigger:
@@ -66,7 +66,7 @@ def _plan_round(
     cache: RequestCache,
     length: int,
     frees: list[Callable[[], None]],
-) -> DueRequest:
+) -> PlannedRound:
     if length != cache.trigger or req.decode_batch_idx < 1:
         raise RuntimeError(
             f"request {req.rid} holds {length} KV entries after {req.decode_batch_idx} decode "
@@ -94,7 +94,7 @@ def _plan_round(
             },
         )
     req.skip_radix_cache_insert = True  # compacted KV never enters a prefix tree
-    return DueRequest(
+    return PlannedRound(
         cache=cache,
         round=cache.planned_rounds,
         slots=slots,

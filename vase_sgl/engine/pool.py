@@ -78,6 +78,7 @@ class BudgetPool:
                 self,
                 context_length=model.context_len,
                 max_budget=config.limits.max_budget,
+                check=config.check_integrity,
             )
             if device.type == "cuda":  # the interpreter compiles nothing
                 self.refused_policies = triton.warm_up(self)

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 from triton import knobs  # type: ignore[import-untyped]
-from vase_kernels.evict import POLICIES, evict
+from vase_kernels.evict import POLICIES, Result, evict
 from vase_kernels.pool import PoolView
 from vase_kernels.reference import evict_reference
-from vase_kernels.requests import DueRequest as TableRow
-from vase_kernels.requests import pack, table_fields
+from vase_kernels.requests import DueRequest, pack, table_fields
 from vase_kernels.workspace import Maxima, Workspace
 
 from vase_sgl.engine.config import EngineConfig
@@ -31,7 +30,7 @@ _SCRATCH_BYTES = 256 * 2**20
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class DueRequest:
+class PlannedRound:
     """One request whose physical length reached its trigger.
 
     round: number of this round, from 1.
@@ -55,7 +54,7 @@ class Rounds(Protocol):
     def nbytes(self) -> int:
         """Scratch held for the life of the pool."""
 
-    def run(self, pool: BudgetPool, due: Sequence[DueRequest]) -> None:
+    def run(self, pool: BudgetPool, due: Sequence[PlannedRound]) -> None:
         """Mutates KV rows and token positions, appends to each request's `unread_sums`."""
 
 
@@ -64,12 +63,12 @@ class ReferenceRounds:
 
     nbytes = 0
 
-    def run(self, pool: BudgetPool, due: Sequence[DueRequest]) -> None:
+    def run(self, pool: BudgetPool, due: Sequence[PlannedRound]) -> None:
         for _, group in groupby(sorted(due, key=_shape), key=_shape):
             _run_alike(pool, list(group))
 
 
-def _run_alike(pool: BudgetPool, due: list[DueRequest]) -> None:
+def _run_alike(pool: BudgetPool, due: list[PlannedRound]) -> None:
     """Rounds of requests of one shape."""
     params = due[0].cache.params
     device = pool.token_positions.device
@@ -97,7 +96,7 @@ def _run_alike(pool: BudgetPool, due: list[DueRequest]) -> None:
     _report(due, result.round_sums)
 
 
-def _shape(due: DueRequest) -> str:
+def _shape(due: PlannedRound) -> str:
     """Requests with equal shape run in one call of the reference."""
     params = due.cache.params
     fields = sorted(params.policy.fields().items())
@@ -129,10 +128,14 @@ class TritonRounds:
     """The Triton kernels: one launch sequence for all layers and as many requests as scratch holds.
 
     Slots come from the plan, not from `req_to_token`, which the scheduler may rewrite meanwhile.
-    Nothing waits for the device.
+    Nothing waits for the device, unless `check` (`VASE_CHECK_INTEGRITY`) has every round's faults
+    read.
     """
 
-    def __init__(self, pool: BudgetPool, *, context_length: int, max_budget: int) -> None:
+    def __init__(
+        self, pool: BudgetPool, *, context_length: int, max_budget: int, check: bool
+    ) -> None:
+        self._check = check
         self._layers, _, self._heads = pool.token_positions.shape
         self._group = pool.query_ring.data.shape[3] // self._heads
         self._view = PoolView.of(
@@ -173,7 +176,7 @@ class TritonRounds:
                 failed[policy] = reason[-1][:200]
         return failed
 
-    def run(self, pool: BudgetPool, due: Sequence[DueRequest]) -> None:
+    def run(self, pool: BudgetPool, due: Sequence[PlannedRound]) -> None:
         ordered = sorted(due, key=lambda one: (one.cache.params.policy.name, len(one.slots)))
         for policy, group in groupby(ordered, key=lambda one: one.cache.params.policy.name):
             waiting = list(group)
@@ -182,7 +185,7 @@ class TritonRounds:
                 self._launch(policy, pool, waiting[:count])
                 waiting = waiting[count:]
 
-    def _launch(self, policy: str, pool: BudgetPool, batch: list[DueRequest]) -> None:
+    def _launch(self, policy: str, pool: BudgetPool, batch: list[PlannedRound]) -> None:
         maxima = self._maxima_of(batch)
         rows = torch.zeros(
             len(batch), maxima.columns, dtype=torch.int32, device=self._memory.device
@@ -191,33 +194,40 @@ class TritonRounds:
             row[: len(due.slots)] = due.slots
         entries = [_table_row(row, due) for row, due in enumerate(batch)]
         queries = pool.query_ring.data if batch[0].cache.params.policy.needs_queries else None
-        _report(batch, self._evict(policy, entries, rows, queries, maxima))
+        result = self._evict(policy, entries, rows, queries, maxima)
+        if self._check and bool(result.faults.any()):
+            faults = [int(n) for n in result.faults[: len(batch)]]
+            raise RuntimeError(
+                f"{policy}: heads whose victims include a sink or protected token, by request: "
+                f"{faults}"
+            )
+        _report(batch, result.round_sums)
 
     def _evict(
         self,
         policy: str,
-        entries: Sequence[TableRow],
+        entries: Sequence[DueRequest],
         rows: torch.Tensor,
         queries: torch.Tensor | None,
         maxima: Maxima,
-    ) -> torch.Tensor:
-        """Round sums, int64 [maxima.requests]; the next call reuses them."""
+    ) -> Result:
+        """What the kernels report; the next call reuses its tensors."""
         device = self._memory.device
         table = to_device(pack(entries, maxima.requests), device)
         workspace = Workspace(
             maxima, layers=self._layers, kv_heads=self._heads, device=device, memory=self._memory
         )
         view = dataclasses.replace(self._view, req_to_token=rows)
-        return evict(policy, view, table, queries, workspace).round_sums
+        return evict(policy, view, table, queries, workspace)
 
-    def _that_fit(self, waiting: list[DueRequest]) -> int:
+    def _that_fit(self, waiting: list[PlannedRound]) -> int:
         """How many of the first requests the scratch holds; at least one always fits."""
         count = len(waiting)
         while count > 1 and self._bytes(self._maxima_of(waiting[:count])) > self.nbytes:
             count = (count + 1) // 2
         return count
 
-    def _maxima_of(self, batch: list[DueRequest]) -> Maxima:
+    def _maxima_of(self, batch: list[PlannedRound]) -> Maxima:
         return self._maxima(
             len(batch),
             max(len(due.slots) for due in batch),
@@ -232,9 +242,9 @@ class TritonRounds:
         return Workspace.bytes_for(maxima, layers=self._layers, kv_heads=self._heads)
 
 
-def _table_row(row: int, due: DueRequest) -> TableRow:
+def _table_row(row: int, due: PlannedRound) -> DueRequest:
     params = due.cache.params
-    return TableRow(
+    return DueRequest(
         row=row,
         ring_row=due.cache.ring_row,
         length=len(due.slots),
@@ -247,7 +257,7 @@ def _table_row(row: int, due: DueRequest) -> TableRow:
     )
 
 
-def _report(batch: list[DueRequest], round_sums: torch.Tensor) -> None:
+def _report(batch: list[PlannedRound], round_sums: torch.Tensor) -> None:
     """Hand each request its sum, on the host."""
     sums = to_host(round_sums)
     for index, due in enumerate(batch):
