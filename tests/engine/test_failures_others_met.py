@@ -7,7 +7,11 @@ the evaluation, not to the engine.
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +21,8 @@ from sglang.srt.managers.schedule_batch import ScheduleBatch
 
 from tests.engine.scheduler_harness import SteppedScheduler
 from tests.engine.test_schedules import expected_rounds
-from vase_sgl.engine import integrity, limits
+from vase_sgl.engine import integrity, integrity_log, limits, prometheus
+from vase_sgl.engine.config import engine_config
 from vase_sgl.engine.pool import BudgetPool
 from vase_sgl.engine.prometheus import EngineMetrics
 from vase_sgl.engine.query_ring import QueryRing
@@ -207,7 +212,10 @@ def test_09_nothing_is_allocated_or_freed_inside_a_forward(
     assert BudgetPool.of(stepped.scheduler.req_to_token_pool).compaction.rounds > before + 10
 
 
-def test_10_a_slot_owned_twice_is_noticed(stepped: SteppedScheduler) -> None:
+def test_10_a_slot_owned_twice_is_noticed(
+    stepped: SteppedScheduler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And the next worker counts it: this one would be gone before its metrics are read."""
     for index in range(2):
         stepped.submit(f"r{index}", PROMPT[index:], max_new_tokens=60, vase=BUDGET)
     for _ in range(30):
@@ -217,9 +225,25 @@ def test_10_a_slot_owned_twice_is_noticed(stepped: SteppedScheduler) -> None:
     integrity.check_running(stepped.scheduler)
     saved = int(rows[first, 3])
     rows[first, 3] = rows[second, 3]
-    with pytest.raises(integrity.IntegrityError, match="owned twice"):
+    log = tmp_path / "integrity.log"
+    config = dataclasses.replace(engine_config(), integrity_log=log)
+    monkeypatch.setattr(integrity_log, "engine_config", lambda: config)
+    assert integrity_log.logged_errors() == 0
+    with pytest.raises(integrity_log.IntegrityError, match="owned twice"):
         integrity.check_running(stepped.scheduler)
     rows[first, 3] = saved
+    assert re.fullmatch(r"\S+ dp_rank=0 tp_rank=0 a slot is owned twice\n", log.read_text())
+    with log.open("a") as more:
+        more.write("2026-11-01T00:00:00+00:00 dp_rank=1 tp_rank=0 of another rank\n")
+    assert integrity_log.logged_errors() == 1
+    registry = CollectorRegistry()
+    monkeypatch.setattr(prometheus, "EngineMetrics", partial(EngineMetrics, registry=registry))
+    monkeypatch.setattr(prometheus, "_metrics", None)
+    reporter = stepped.scheduler.metrics_reporter
+    monkeypatch.setattr(reporter, "current_scheduler_metrics_enabled", True)
+    prometheus.start_metrics(stepped.scheduler)
+    labels = {"model_name": str(stepped.scheduler.server_args.served_model_name), "dp_rank": "0"}
+    assert registry.get_sample_value("vase:integrity_errors_total", labels) == 1
 
 
 def test_11_every_unsafe_flag_is_refused_by_name() -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.engine.scheduler_harness import SteppedScheduler
 from tests.engine.tiny_model import VOCAB
-from vase_sgl.engine import plugin
+from vase_sgl.engine import integrity, plugin
 from vase_sgl.eviction import POLICIES
 
 POOL = 400
@@ -61,7 +61,7 @@ actions = st.lists(
 
 
 def test_integrity_check_is_installed() -> None:
-    assert any(hook.function is plugin._check_integrity for hook in plugin.active_hooks())
+    assert any(hook.function is integrity.after_step for hook in plugin.active_hooks())
 
 
 @pytest.mark.parametrize(

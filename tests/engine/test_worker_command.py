@@ -117,4 +117,6 @@ def test_settings_come_from_the_environment() -> None:
         EngineConfig.from_env({"VASE_KERNELS": "cuda"})
     assert EngineConfig.from_env({"VASE_CPU_DECODE": "stock"}).cpu_decode == "stock"
     assert EngineConfig.from_env({"VASE_CHECK_INTEGRITY": "1"}).check_integrity
+    with pytest.raises(ParameterError, match="VASE_INTEGRITY_LOG: /none/log cannot be written: No"):
+        EngineConfig.from_env({"VASE_INTEGRITY_LOG": "/none/log"})
     assert EngineConfig.from_env({"VASE_DEFAULT": ""}) == EngineConfig()

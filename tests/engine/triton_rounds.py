@@ -10,6 +10,7 @@ from vase_kernels.evict import POLICIES, Result, evict
 
 from tests.engine.scheduler_harness import SteppedScheduler
 from vase_sgl.engine import rounds
+from vase_sgl.engine.integrity_log import IntegrityError
 from vase_sgl.engine.pool import BudgetPool
 
 PROMPT = [2 + (11 * i) % 250 for i in range(40)]
@@ -63,7 +64,7 @@ def test_a_forced_token_that_was_evicted_ends_the_worker(
         launch(self, policy, pool, batch)
         with monkeypatch.context() as patch:
             patch.setattr(rounds, "evict", lambda *_: faulty)
-            with pytest.raises(RuntimeError, match=r"random: heads .* by request: \[3\]"):
+            with pytest.raises(IntegrityError, match=r"random: heads .* by request: \[3\]"):
                 launch(self, policy, pool, batch)
         refused.append(policy)
 

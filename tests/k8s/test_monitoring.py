@@ -187,12 +187,22 @@ def test_every_alert_is_tested_both_ways() -> None:
 
 
 @needs_promtool
-def test_alerts_fire_and_stay_silent(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "values, tests",
+    [
+        ({}, "alert_tests.yaml"),
+        ({"canary.enabled": True}, "alert_tests.yaml"),
+        ({"canary.enabled": True, "canary.inRotation": False}, "alert_tests.yaml"),
+        ({"canary.enabled": True, "canary.inRotation": False}, "alert_tests_idle_canary.yaml"),
+    ],
+)
+def test_alerts_fire_and_stay_silent(values: Values, tests: str, tmp_path: Path) -> None:
     (tmp_path / "rules.yaml").write_text(
-        yaml.safe_dump(render(WATCHED).one("PrometheusRule")["spec"]), encoding="utf-8"
+        yaml.safe_dump(render({**WATCHED, **values}).one("PrometheusRule")["spec"]),
+        encoding="utf-8",
     )
-    shutil.copy(ALERT_TESTS, tmp_path)
-    for command in (["check", "rules", "rules.yaml"], ["test", "rules", ALERT_TESTS.name]):
+    shutil.copy(ALERT_TESTS.parent / tests, tmp_path)
+    for command in (["check", "rules", "rules.yaml"], ["test", "rules", tests]):
         done = subprocess.run(
             [str(promtool), *command], cwd=tmp_path, capture_output=True, text=True, check=False
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from tests.k8s.chart import Rendered, Values, render
@@ -120,6 +122,23 @@ def test_further_egress() -> None:
     migration = pod(rendered, "migrate")
     assert allowed(rendered, migration, database, 5432)
     assert not allowed(rendered, migration, pod(rendered, "worker"), WORKER)
+
+
+def test_the_first_migration_comes_before_all_other_policies() -> None:
+    whole = render(profile="multi-tenant")
+    before = tuple(
+        manifest
+        for manifest in whole.manifests
+        if manifest["kind"] != "NetworkPolicy"
+        or "pre-install" in manifest["metadata"].get("annotations", {}).get("helm.sh/hook", "")
+    )
+    first = dataclasses.replace(whole, manifests=before)
+    migration, database = pod(first, "migrate"), Peer(namespace="databases")
+    for rendered in (first, whole):
+        assert allowed(rendered, migration, database, 5432)
+        for protocol in ("UDP", "TCP"):
+            assert allowed(rendered, migration, RESOLVER, DNS, protocol)
+        assert not allowed(rendered, migration, INTERNET, 443)
 
 
 def test_a_canary_can_be_called_directly_by_whom_is_named() -> None:

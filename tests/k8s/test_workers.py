@@ -293,8 +293,13 @@ def test_termination_leaves_time_to_drain() -> None:
 
 def test_integrity_check_is_a_variable() -> None:
     variable = {"name": "VASE_CHECK_INTEGRITY", "value": "1"}
-    assert variable in render({"worker.checkIntegrity": True}).worker()["env"]
-    assert variable not in render().worker()["env"]
+    checked = render({"worker.checkIntegrity": True}).worker()
+    assert variable in checked["env"]
+    log = next(v["value"] for v in checked["env"] if v["name"] == "VASE_INTEGRITY_LOG")
+    mounts = {mount["mountPath"] for mount in checked["volumeMounts"]}
+    assert str(Path(log).parent) in mounts, "a restarted container would not find it"
+    names = {v["name"] for v in render().worker()["env"]}
+    assert not names & {"VASE_CHECK_INTEGRITY", "VASE_INTEGRITY_LOG"}
 
 
 def test_staged_update() -> None:

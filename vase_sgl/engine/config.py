@@ -18,6 +18,7 @@ MAX_WINDOW = "VASE_MAX_WINDOW"
 MAX_REQUESTS = "VASE_MAX_REQUESTS"
 DEFAULT_PARAMS = "VASE_DEFAULT"
 CHECK_INTEGRITY = "VASE_CHECK_INTEGRITY"
+INTEGRITY_LOG = "VASE_INTEGRITY_LOG"
 KERNELS = "VASE_KERNELS"
 CPU_DECODE = "VASE_CPU_DECODE"
 INSPECT_DIR = "VASE_INSPECT_DIR"
@@ -34,6 +35,7 @@ class EngineConfig:
     cpu_decode: attention of a decode step on a CPU: `batched`, or upstream's loop (`stock`).
     inspect_dir: where requests with `inspect` leave their files; None refuses them.
     check_integrity: prove slot ownership and positions after every decode step (slow; for tests).
+    integrity_log: file that failed checks are appended to, and the next worker counts; or None.
     """
 
     limits: EvictionLimits = dataclasses.field(default_factory=EvictionLimits)
@@ -43,6 +45,7 @@ class EngineConfig:
     cpu_decode: str = "batched"
     inspect_dir: Path | None = None
     check_integrity: bool = False
+    integrity_log: Path | None = None
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> EngineConfig:
@@ -71,6 +74,7 @@ class EngineConfig:
             _read_choice(env, CPU_DECODE, "batched", "stock"),
             _read_folder(env, INSPECT_DIR),
             check_integrity=_read_choice(env, CHECK_INTEGRITY, "0", "1") == "1",
+            integrity_log=_read_log(env, INTEGRITY_LOG),
         )
 
 
@@ -116,3 +120,15 @@ def _read_folder(env: Mapping[str, str], name: str) -> Path | None:
             f"`mkdir -m 700 {folder}`"
         )
     return folder
+
+
+def _read_log(env: Mapping[str, str], name: str) -> Path | None:
+    text = env.get(name)
+    if not text:
+        return None
+    path = Path(text).expanduser().absolute()
+    try:
+        path.open("a", encoding="utf-8").close()
+    except OSError as error:
+        raise ParameterError(f"{name}: {path} cannot be written: {error.strerror}") from error
+    return path

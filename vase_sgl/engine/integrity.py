@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 
+from vase_sgl.engine.integrity_log import integrity_error
 from vase_sgl.engine.pool import BudgetPool
 from vase_sgl.engine.request_cache import evicting_cache_of
 
 
-class IntegrityError(RuntimeError):
-    """A budget invariant does not hold. The server must not go on."""
+def after_step(result: None, scheduler: Any, *args: Any) -> None:
+    """AFTER `Scheduler.process_batch_result`."""
+    check_running(scheduler)
 
 
 def check_running(scheduler: Any) -> None:
@@ -85,4 +87,4 @@ def _check_positions(pool: BudgetPool, req: Any, cache: Any, slots: torch.Tensor
 
 def _require(condition: bool, req: Any, text: str) -> None:
     if not condition:
-        raise IntegrityError(f"request {req.rid}: {text}" if req is not None else text)
+        raise integrity_error(f"request {req.rid}: {text}" if req is not None else text)

@@ -86,16 +86,6 @@ def _check_flags(scheduler: Any, server_args: Any, *args: Any, **kwargs: Any) ->
     limits.refuse_unsupported_flags(server_args)
 
 
-def _check_integrity(result: None, scheduler: Any, batch: Any, *args: Any) -> None:
-    """AFTER `Scheduler.process_batch_result`."""
-    try:
-        integrity.check_running(scheduler)
-    except integrity.IntegrityError:
-        if (metrics := prometheus.engine_metrics()) is not None:
-            metrics.count_integrity_error()
-        raise
-
-
 _INIT_NEW = (
     "cls",
     "batch",
@@ -265,7 +255,7 @@ _INTEGRITY_HOOK = Hook(
     "managers.scheduler.Scheduler.process_batch_result",
     ("self", "batch", "result"),
     HookType.AFTER,
-    _check_integrity,
+    integrity.after_step,
     "VASE_CHECK_INTEGRITY: prove the invariants after every step",
 )
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglang.srt.runtime_context import get_parallel
 
+from vase_sgl.engine.integrity_log import logged_errors
 from vase_sgl.engine.pool import BudgetPool
 from vase_sgl.engine.request_cache import RequestCache, cache_of
 from vase_sgl.eviction import EvictionParams
@@ -94,7 +95,9 @@ class EngineMetrics:
         self._rounds = counter("rounds", "Eviction rounds carried out.")
         self._evicted = counter("evicted_tokens", "Tokens evicted, per layer and KV head.")
         self._seconds = counter("compaction_seconds", "Host time spent in eviction rounds.")
-        self._integrity = counter("integrity_errors", "Failed checks of VASE_CHECK_INTEGRITY.")
+        self._integrity = counter(
+            "integrity_errors", "Failed checks of VASE_CHECK_INTEGRITY in VASE_INTEGRITY_LOG."
+        )
         self._budgets = Histogram(
             "vase:budget_tokens",
             "Budgets asked for.",
@@ -129,9 +132,9 @@ class EngineMetrics:
             policy = cache.params.policy.name
             self._finished.labels(**self._labels, policy=policy, evicted=evicted).inc()
 
-    def count_integrity_error(self) -> None:
-        """An integrity check has failed; the process is about to end."""
-        self._integrity.inc()
+    def count_integrity_errors(self, count: int) -> None:
+        """So many ended the workers before this one."""
+        self._integrity.inc(count)
 
     def refresh(self, scheduler: Any) -> None:
         """Bring gauges and round counters up to date, once a second at most."""
@@ -169,6 +172,8 @@ def start_metrics(scheduler: Any) -> None:
                 "dp_rank": str(get_parallel().dp_rank or 0),
             }
         )
+        if get_parallel().attn_tp_rank == 0:  # it counts for all
+            _metrics.count_integrity_errors(logged_errors())
 
 
 def refresh_metrics(result: Any, scheduler: Any, *args: Any) -> None:

@@ -17,6 +17,7 @@ from vase_kernels.requests import DueRequest, pack, table_fields
 from vase_kernels.workspace import Maxima, Workspace
 
 from vase_sgl.engine.config import EngineConfig
+from vase_sgl.engine.integrity_log import integrity_error
 from vase_sgl.engine.transfer import to_device, to_host
 
 if TYPE_CHECKING:
@@ -197,7 +198,7 @@ class TritonRounds:
         result = self._evict(policy, entries, rows, queries, maxima)
         if self._check and bool(result.faults.any()):
             faults = [int(n) for n in result.faults[: len(batch)]]
-            raise RuntimeError(
+            raise integrity_error(
                 f"{policy}: heads whose victims include a sink or protected token, by request: "
                 f"{faults}"
             )

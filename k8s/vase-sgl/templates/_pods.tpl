@@ -47,3 +47,15 @@ topologySpreadConstraints:
 priorityClassName: {{ . }}
 {{- end }}
 {{- end -}}
+
+{{/* The way to the cluster's DNS. Context: .Values.networkPolicy.dns. */}}
+{{- define "vase-sgl.dnsEgress" -}}
+- to:
+    - namespaceSelector:
+        matchLabels: {{- toYaml .namespaceLabels | nindent 10 }}
+      podSelector:
+        matchLabels: {{- toYaml .podLabels | nindent 10 }}
+  ports:
+    - {port: 53, protocol: UDP}
+    - {port: 53, protocol: TCP}
+{{- end -}}

@@ -168,6 +168,8 @@ spec:
         {{- end }}
         {{- if .worker.checkIntegrity }}
         - {name: VASE_CHECK_INTEGRITY, value: "1"}
+        # A volume that a restarted container finds again.
+        - {name: VASE_INTEGRITY_LOG, value: /home/vase/integrity.log}
         {{- end }}
         {{- include "vase-sgl.workerKeyEnv" .root | nindent 8 }}
         {{- with .worker.env }}
