@@ -1,4 +1,4 @@
-"""Stock SGLang against vase_sgl: same model, same flags, same KV memory, the same requests.
+"""Stock SGLang against vase_sgl: same model, same flags, same KV slots, the same requests.
 
     python -m benchmarks.serving                                     # 64 answers of 1,000 tokens
     python -m benchmarks.serving --cells 4x200 16x200 64x200 --seconds 30 --rounds 2 \\
@@ -10,9 +10,10 @@ prompt and exactly so many output tokens. Arms:
     stock    SGLang as published, none of our hooks (see `benchmarks.stock_worker`)
     full     the plugin, full KV cache: on a CPU our batched decode attention
     budget   the plugin, a fixed budget per request
+    stock-same-bytes   stock with as many more slots as fit into the plugin's buffers (CPU only)
 
-The KV pool holds `--kv-slots` tokens in every arm; by default what the largest cell takes with the
-budget, (budget + window) per request. Arms take turns in every round, and every round has new
+The KV pool holds `--kv-slots` tokens in every other arm; by default what the largest cell takes with
+the budget, (budget + window) per request. Arms take turns in every round, and every round has new
 prompts. On a CPU the workers stay up (an idle one sleeps); on a GPU one after the other has it.
 
 A run is measured for `--seconds` from the submission, the same for all arms, then cut; the budget
@@ -33,12 +34,14 @@ from typing import Any
 
 from benchmarks import load, options, plots, results
 from benchmarks.environment import machine_line
+from benchmarks.model_configs import Shape
 from benchmarks.options import Model
 from benchmarks.results import Report, median, number, percentile, ratio
 from benchmarks.workers import WorkerSpec, running
 from vase_sgl.eviction.policies import POLICIES
 
 BASE = "stock"
+SAME_BYTES = "stock-same-bytes"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         model = options.the_model(chosen, Path(folder))
         complete(chosen)
-        arms = [arm for arm in all_arms(chosen) if arm.name in chosen.arms]
+        arms = [arm for arm in all_arms(chosen, model.shape) if arm.name in chosen.arms]
         if chosen.dry_run:
             specs = {arm.name: arm.spec for arm in arms}
             return options.dry_run("serving", chosen, model, specs, markdown)
@@ -95,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 #: By name: what `--arms` takes.
-ARMS = ("stock", "full", "full-stock-decode", "budget", "budget-stock-decode")
+ARMS = ("stock", SAME_BYTES, "full", "full-stock-decode", "budget", "budget-stock-decode")
 DEFAULT_ARMS = ("stock", "full", "budget")
 
 
@@ -113,6 +116,8 @@ def complete(chosen: argparse.Namespace) -> None:
     chosen.seconds = None if chosen.whole else chosen.seconds or (120.0 if gpu else 240.0)
     chosen.budget = chosen.budget or (2048 if gpu else 128)
     chosen.resident = (not gpu) if chosen.resident is None else chosen.resident
+    if SAME_BYTES in chosen.arms and (gpu or chosen.kv_slots == 0):
+        raise SystemExit(f"{SAME_BYTES}: with --kv-slots 0 all arms share the bytes that there are")
     if gpu and chosen.resident:
         raise SystemExit("--resident: two workers do not share a GPU's memory")
     most = max(cell.concurrency for cell in chosen.cells)
@@ -122,11 +127,17 @@ def complete(chosen: argparse.Namespace) -> None:
         chosen.kv_slots = most * slots + 64
 
 
-def all_arms(chosen: argparse.Namespace) -> Iterator[Arm]:
+def all_arms(chosen: argparse.Namespace, shape: Shape) -> Iterator[Arm]:
     most = max(cell.concurrency for cell in chosen.cells)
     flags: tuple[str, ...] = ("--max-running-requests", str(most), "--disable-radix-cache")
     if chosen.kv_slots:
         flags += ("--max-total-tokens", str(chosen.kv_slots))
+        # bfloat16 queries and int32 token positions; Triton's scratch is a GPU's.
+        ring = most * chosen.window * shape.layers * shape.heads * shape.head_dim * 2
+        positions = chosen.kv_slots * shape.layers * shape.kv_heads * 4
+        slots = chosen.kv_slots + (ring + positions) // shape.kv_bytes_per_token
+        more = (*flags[:-1], str(slots), *chosen.worker_arg)
+        yield Arm(SAME_BYTES, WorkerSpec("stock", more))
     if chosen.gpu:
         flags += ("--mem-fraction-static", "0.88")
     flags += tuple(chosen.worker_arg)

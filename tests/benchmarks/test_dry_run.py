@@ -118,6 +118,19 @@ def test_all_arms_of_serving_have_the_same_memory(tmp_path: Path) -> None:
     assert not any("--vase" in part for part in commands["stock"])
 
 
+def test_stock_can_have_the_bytes_of_the_plugins_buffers(tmp_path: Path) -> None:
+    commands = _commands(tmp_path, "--cells", "8x100", "--arms", "stock", "stock-same-bytes")
+    slots, more = (
+        int(value_of(commands[arm], "--max-total-tokens")) for arm in ("stock", "stock-same-bytes")
+    )
+    shape = SHAPES["tiny"]
+    rings = 8 * 64 * shape.layers * shape.heads * shape.head_dim * 2
+    positions = slots * shape.layers * shape.kv_heads * 4
+    spare = (more - slots) * shape.kv_bytes_per_token
+    assert 0 <= rings + positions - spare < shape.kv_bytes_per_token
+    assert commands["stock"][:4] == commands["stock-same-bytes"][:4]
+
+
 def test_both_decode_paths_can_be_arms(tmp_path: Path) -> None:
     arms = ("full", "full-stock-decode", "budget-stock-decode")
     assert list(_commands(tmp_path, "--arms", *arms)) == list(arms)
@@ -129,6 +142,7 @@ def test_both_decode_paths_can_be_arms(tmp_path: Path) -> None:
         (["--cells", "64by1000"], "not CONCURRENCYxTOKENS"),
         (["--cells", "0x5"], "not CONCURRENCYxTOKENS"),
         (["--arms", "fast"], "invalid choice"),
+        (["--arms", "stock-same-bytes", "--kv-slots", "0"], "all arms share the bytes"),
         (["--model", "m", "--model-config", "tiny"], "not allowed with"),
         (["--model", "nowhere"], "no model at nowhere"),
     ],
