@@ -12,9 +12,9 @@ prompt and exactly so many output tokens. Arms:
     budget   the plugin, a fixed budget per request
     stock-same-bytes   stock with as many more slots as fit into the plugin's buffers (CPU only)
 
-The KV pool holds `--kv-slots` tokens in every other arm; by default what the largest cell takes with
-the budget, (budget + window) per request. Arms take turns in every round, and every round has new
-prompts. On a CPU the workers stay up (an idle one sleeps); on a GPU one after the other has it.
+The KV pool holds `--kv-slots` tokens in every other arm; by default what the largest cell takes
+with the budget, (budget + window) per request. Arms take turns in every round, and every round has
+new prompts. On a CPU the workers stay up (an idle one sleeps); on a GPU one after the other has it.
 
 A run is measured for `--seconds` from the submission, the same for all arms, then cut; the budget
 arm goes on to its end, so that "no retraction" is seen over whole answers. In that time stock
@@ -132,12 +132,6 @@ def all_arms(chosen: argparse.Namespace, shape: Shape) -> Iterator[Arm]:
     flags: tuple[str, ...] = ("--max-running-requests", str(most), "--disable-radix-cache")
     if chosen.kv_slots:
         flags += ("--max-total-tokens", str(chosen.kv_slots))
-        # bfloat16 queries and int32 token positions; Triton's scratch is a GPU's.
-        ring = most * chosen.window * shape.layers * shape.heads * shape.head_dim * 2
-        positions = chosen.kv_slots * shape.layers * shape.kv_heads * 4
-        slots = chosen.kv_slots + (ring + positions) // shape.kv_bytes_per_token
-        more = (*flags[:-1], str(slots), *chosen.worker_arg)
-        yield Arm(SAME_BYTES, WorkerSpec("stock", more))
     if chosen.gpu:
         flags += ("--mem-fraction-static", "0.88")
     flags += tuple(chosen.worker_arg)
@@ -148,6 +142,12 @@ def all_arms(chosen: argparse.Namespace, shape: Shape) -> Iterator[Arm]:
     plugin = WorkerSpec("vase", (*ceilings, *flags), (("VASE_CPU_DECODE", "batched"),))
     unbatched = WorkerSpec("vase", (*ceilings, *flags), (("VASE_CPU_DECODE", "stock"),))
     yield Arm("stock", WorkerSpec("stock", flags))
+    if chosen.kv_slots:
+        # bfloat16 queries and int32 token positions; Triton's scratch is a GPU's.
+        ring = most * chosen.window * shape.layers * shape.heads * shape.head_dim * 2
+        positions = chosen.kv_slots * shape.layers * shape.kv_heads * 4
+        slots = chosen.kv_slots + (ring + positions) // shape.kv_bytes_per_token
+        yield Arm(SAME_BYTES, WorkerSpec("stock", (*flags, "--max-total-tokens", str(slots))))
     yield Arm("full", plugin)
     yield Arm("full-stock-decode", unbatched)
     yield Arm("budget", plugin, vase)

@@ -143,8 +143,8 @@ def goals(folder: Path) -> str:
             of("serving", at_64x1000("tokens_per_second_over_stock")),
         ),
         ("retractions of the budget arm, whole run", "0", of("serving", at_64x1000("retractions"))),
-        ("our scheduler hooks' share, window 64", "at most 1 %", of("overhead", share("scheduler"))),
-        ("the query ring's share, window 64", "no goal", of("overhead", share("query ring"))),
+        ("scheduler hooks' share, window 64", "at most 1 %", of("overhead", share("scheduler"))),
+        ("query ring's share, window 64", "no goal", of("overhead", share("query ring"))),
         ("eviction's share, window 64", "at most 3 %", of("overhead", share("eviction"))),
         (
             "replays that differ, of so many",

@@ -120,15 +120,14 @@ def test_all_arms_of_serving_have_the_same_memory(tmp_path: Path) -> None:
 
 def test_stock_can_have_the_bytes_of_the_plugins_buffers(tmp_path: Path) -> None:
     commands = _commands(tmp_path, "--cells", "8x100", "--arms", "stock", "stock-same-bytes")
-    slots, more = (
-        int(value_of(commands[arm], "--max-total-tokens")) for arm in ("stock", "stock-same-bytes")
-    )
+    assert commands["stock-same-bytes"][:-2] == commands["stock"]
+    slots = int(value_of(commands["stock"], "--max-total-tokens"))
+    more = int(commands["stock-same-bytes"][-1])  # the last one counts
     shape = SHAPES["tiny"]
     rings = 8 * 64 * shape.layers * shape.heads * shape.head_dim * 2
     positions = slots * shape.layers * shape.kv_heads * 4
     spare = (more - slots) * shape.kv_bytes_per_token
     assert 0 <= rings + positions - spare < shape.kv_bytes_per_token
-    assert commands["stock"][:4] == commands["stock-same-bytes"][:4]
 
 
 def test_both_decode_paths_can_be_arms(tmp_path: Path) -> None:
