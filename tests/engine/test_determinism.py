@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.engine.scheduler_harness import SteppedScheduler
+from vase_sgl.engine import penalties
 from vase_sgl.eviction.policies import POLICIES
 
 PROMPT = [2 + (13 * i) % 250 for i in range(40)]
@@ -105,3 +106,51 @@ def test_sampling_seed_decides_the_tokens_at_temperature(stepped: SteppedSchedul
     assert tokens(1) == tokens(1)
     assert tokens(1) != tokens(2)
     assert tokens(None) != tokens(None)  # without a seed: SGLang's own generator
+
+
+@pytest.mark.parametrize(
+    "penalty",
+    [{"frequency_penalty": 2.0}, {"presence_penalty": -2.0}, {"repetition_penalty": 2.0}],
+    ids=lambda penalty: next(iter(penalty)),
+)
+def test_penalties_count_every_token_once(
+    stepped: SteppedScheduler, penalty: dict[str, float]
+) -> None:
+    """Whoever arrives, in either loop: all tokens but the one a step starts from."""
+
+    def run(overlap: bool, arrivals: tuple[int, ...]) -> tuple[list[int], list[list[int]]]:
+        stepped.configure(overlap=overlap, prefix_cache=True)
+        stepped.answers.clear()
+        stepped.submit(
+            "target", PROMPT, max_new_tokens=40, temperature=0.9, sampling_seed=17, **penalty
+        )
+        counted: list[list[int]] = []
+        for step in range(30):
+            if step in arrivals:
+                neighbour = [3 + step, 7, 9]
+                stepped.submit(f"near{step}", neighbour, max_new_tokens=3, **penalty)
+            stepped.step()
+            for row, req in enumerate(stepped.scheduler.running_batch.reqs):
+                if req.rid == "target":
+                    counted.append(_counted(stepped, row))
+        stepped.run()
+        return stepped.answers["target"].tokens, counted
+
+    with torch.inference_mode():
+        tokens, counted = run(True, ())
+        assert len(tokens) == 40 and counted[-1]
+        # The tables hold the distinct tokens before the one that the last step started from.
+        assert any(sorted(set(tokens[:n])) == counted[-1] for n in range(25, 31))
+        for overlap, arrivals in ((True, (4, 9, 14, 19, 24)), (False, ()), (False, (5, 6))):
+            assert run(overlap, arrivals)[0] == tokens
+
+
+def _counted(stepped: SteppedScheduler, row: int) -> list[int]:
+    """Tokens that a row of upstream's penalty tables holds."""
+    orchestrator = stepped.scheduler.running_batch.sampling_info.penalizer_orchestrator
+    for penalizer in orchestrator.penalizers.values():
+        for name, neutral in penalties._TABLES.items():
+            table = getattr(penalizer, name, None)
+            if table is not None:
+                return [int(t) for t in (table[row] != neutral).nonzero()[:, 0]]
+    return []

@@ -32,6 +32,7 @@ from vase_sgl.engine import (
     limits,
     linear_cpu,
     output,
+    penalties,
     platform_cpu,
     positions,
     prometheus,
@@ -162,6 +163,13 @@ HOOKS: tuple[Hook, ...] = (
         HookType.AROUND,
         admission.release_for_retraction,
         "a compacted cache cannot be rebuilt by a prefill: end with 503 instead",
+    ),
+    Hook(
+        "managers.schedule_batch.ScheduleBatch.cumulate_penalty_output_tokens",
+        ("self",),
+        HookType.AROUND,
+        penalties.count_last_but_one,
+        "penalties that do not depend on neighbours or on the overlap loop",
     ),
     Hook(
         "model_executor.forward_batch_info.ForwardBatch.init_new",
