@@ -9,11 +9,13 @@ from types import SimpleNamespace
 
 import huggingface_hub.constants
 import pytest
+import sglang
 import triton
 from sglang.srt.server_args import ServerArgs
 
+from tests.engine.scheduler_harness import SteppedScheduler
 from vase_sgl.engine import fingerprint, server_info
-from vase_sgl.engine.weights import WeightsNotFound, weights_digest
+from vase_sgl.engine.weights import WeightsNotFound, tokenizer_digest, weights_digest
 from vase_sgl.gateway.errors import WorkerUnavailable
 from vase_sgl.gateway.worker_http import worker_info
 
@@ -159,6 +161,57 @@ def test_flags_that_change_what_is_drawn_are_entries() -> None:
     assert fingerprint._arithmetic(given) == {"preferred_sampling_params": "{'stop': ['x']}"}
     given = ServerArgs(model_path="m", enable_watermark=True)
     assert fingerprint._arithmetic(given) == {"enable_watermark": "True"}
+
+
+def test_variables_that_change_the_numbers_are_entries(
+    stepped: SteppedScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MKL_CBWR", raising=False)
+    plain = fingerprint.fingerprint(stepped.scheduler)
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    assert fingerprint.fingerprint(stepped.scheduler) == {**plain, "mkl_cbwr": "COMPATIBLE"}
+    # Names that SGLang no longer knows would be read for nothing.
+    source = Path(sglang.__file__).parent / "srt"
+    text = "".join(path.read_text(encoding="utf-8") for path in source.rglob("*.py"))
+    assert not [n for n in fingerprint._VARIABLES if n.startswith("SGLANG_") and n not in text]
+
+
+def test_a_watermarks_keys_are_not_told() -> None:
+    config = '{"key": "5ec2e7"}'
+    given = ServerArgs(model_path="m", watermark_config=config)
+    found = fingerprint._arithmetic(given)["watermark_config"]
+    assert "5ec2e7" not in found
+    other = ServerArgs(model_path="m", watermark_config='{"key": "07e2"}')
+    assert found != fingerprint._arithmetic(other)["watermark_config"]
+
+
+def test_what_ends_an_answer_is_part_of_the_fingerprint(tmp_path: Path) -> None:
+    """A repository may mend its end tokens and leave the weights as they are."""
+    names = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json")
+    digests = []
+    for changed in (None, *names):
+        folder = tmp_path / str(changed)
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"w")
+        for name in names:
+            (folder / name).write_text("new" if name == changed else "old")
+        digests.append(tokenizer_digest(str(folder)))
+        assert weights_digest(str(folder)) == weights_digest(str(tmp_path / "None"))
+    assert len(set(digests)) == len(digests)
+    (tmp_path / "None" / "README.md").write_text("more")
+    tokenizer_digest.cache_clear()
+    assert tokenizer_digest(str(tmp_path / "None")) == digests[0]
+
+
+def test_how_quantised_weights_are_multiplied_is_part_of_them(tmp_path: Path) -> None:
+    digests = set()
+    for text in ("a", "b"):
+        folder = tmp_path / text
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"w")
+        (folder / "hf_quant_config.json").write_text(text)
+        digests.add(weights_digest(str(folder)))
+    assert len(digests) == 2
 
 
 def test_an_accelerator_names_the_packages_of_its_kernels() -> None:

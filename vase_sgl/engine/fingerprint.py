@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import logging
+import os
 import platform
 import secrets
 import threading
@@ -13,16 +15,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from sglang.srt.arg_groups.arg_utils import record_fields
 from sglang.srt.arg_groups.overrides import resolving_view
+from sglang.srt.sampling.watermarking.config import load_watermark_config
 from sglang.srt.server_args import ServerArgs
 from vase_kernels import REVISION
 
 from vase_sgl import __version__
 from vase_sgl.engine import linear_cpu, platform_cpu
 from vase_sgl.engine.pool import BudgetPool
-from vase_sgl.engine.weights import WeightsNotFound, weights_digest
+from vase_sgl.engine.weights import WeightsNotFound, tokenizer_digest, weights_digest
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +41,9 @@ _ARITHMETIC = (
     "enable_fp32_lm_head",
     "enable_tf32_matmul",
     "enable_torch_compile",
+    "torch_compile_max_bs",
+    "custom_weight_loader",
+    "forward_hooks",
     "enable_fused_qk_norm_rope",
     "sampling_backend",
     "prefill_attention_backend",
@@ -60,8 +67,32 @@ _ARITHMETIC = (
     "preferred_sampling_params",
     "enable_watermark",
 )
+#: The same in the environment, where a variable is set. SGLang takes some from there alone.
+_VARIABLES = (
+    "SGLANG_BATCH_INVARIANT_OPS_ENABLE_MM_DEEPGEMM",
+    "SGLANG_BATCH_INVARIANT_OPS_ENABLE_MM_FALLBACK_VARIANT",
+    "SGLANG_DETERMINISTIC_NCCL_NCHANNELS",
+    "SGLANG_FLASHINFER_DECODE_SPLIT_TILE_SIZE",
+    "SGLANG_FLASHINFER_PREFILL_SPLIT_TILE_SIZE",
+    "SGLANG_FLASHINFER_USE_TENSOR_CORE",
+    "SGLANG_OPT_USE_CUSTOM_ALL_REDUCE_V2",
+    "SGLANG_OPT_USE_GUMBEL_SAMPLE",
+    "SGLANG_ROPE_CACHE_FP32",
+    "SGLANG_TRITON_DECODE_SPLIT_TILE_SIZE",
+    "SGLANG_TRITON_DENSE_PREFILL_ATTN",
+    "SGLANG_TRITON_FP8_PREFILL_ATTN",
+    "SGLANG_USE_1STAGE_ALLREDUCE",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "NCCL_ALGO",
+    "NCCL_PROTO",
+    "NVIDIA_TF32_OVERRIDE",
+    "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "ONEDNN_MAX_CPU_ISA",
+)
 _DEFAULTS = {field.name: field.default for field in record_fields(ServerArgs)}
-_SGLANG = version("sglang")
+_SGLANG, _TRANSFORMERS = version("sglang"), version("transformers")
 
 _dummy: Future[str] = Future()
 _dummy.set_result("dummy")
@@ -90,25 +121,30 @@ def fingerprint(scheduler: Any) -> dict[str, str]:
     return {
         "model": Path(args.model_path).name,
         "weights_digest": _updated or _digest_of_weights(scheduler.server_args),
+        "tokenizer_digest": _digest_of_tokenizer(scheduler.server_args),
         "vase_sgl": __version__,
         "sglang": _SGLANG,
         "kernels": f"{BudgetPool.of(scheduler.req_to_token_pool).kernels}-{REVISION}",
         "torch": torch.__version__,
+        "transformers": _TRANSFORMERS,
         "dtype": str(runner.dtype).removeprefix("torch."),
         "kv_cache_dtype": str(runner.token_to_kv_pool.dtype).removeprefix("torch."),
         "attention_backend": type(runner.attn_backend).__name__,
         "deterministic": str(_is_deterministic(args)).lower(),
         "device": _device_name(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": str(torch.get_num_threads()),
         "tp_size": str(args.tp_size),
         **(_of_cpu(runner.dtype) if platform_cpu.is_active() else _of_accelerators(scheduler)),
         **_arithmetic(scheduler.server_args),
+        **{name.lower(): os.environ[name] for name in _VARIABLES if name in os.environ},
     }
 
 
 def _of_cpu(dtype: torch.dtype) -> dict[str, str]:
-    return {"linear_tiles": linear_cpu.arithmetic(dtype)}
+    return {
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(torch.get_num_threads()),
+        "linear_tiles": linear_cpu.arithmetic(dtype),
+    }
 
 
 def _of_accelerators(scheduler: Any) -> dict[str, str]:
@@ -140,7 +176,11 @@ def _arithmetic(given: Any) -> dict[str, str]:
     What SGLang makes of defaults follows from its version, the device and the model.
     """
     values = {name: getattr(given, name) for name in _ARITHMETIC}
-    return {name: str(value) for name, value in values.items() if value != _DEFAULTS[name]}
+    changed = {name: str(value) for name, value in values.items() if value != _DEFAULTS[name]}
+    if given.watermark_config is not None:  # it holds keys
+        config = msgspec.json.encode(load_watermark_config(given.watermark_config))
+        changed["watermark_config"] = hashlib.sha256(config).hexdigest()[:32]
+    return changed
 
 
 def _digest_of_weights(server_args: Any) -> str:
@@ -149,6 +189,20 @@ def _digest_of_weights(server_args: Any) -> str:
         return begin_to_read_weights(server_args).result(timeout=_PATIENCE_SECONDS)
     except TimeoutError as error:
         raise WeightsNotRead("the weights are still being read for their digest") from error
+
+
+@functools.cache
+def _tokenizer(path: str, revision: str | None) -> str:
+    try:
+        return tokenizer_digest(path, revision=revision)
+    except OSError as error:
+        logger.warning("%s; replays of this process's answers will be INCOMPARABLE", error)
+        return f"unknown-{secrets.token_hex(8)}"
+
+
+def _digest_of_tokenizer(server_args: Any) -> str:
+    args = resolving_view(server_args)
+    return _tokenizer(args.tokenizer_path or args.model_path, args.revision)
 
 
 def _is_deterministic(args: Any) -> bool:

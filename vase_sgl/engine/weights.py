@@ -11,6 +11,11 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 _CONFIG = "config.json"
+#: How weights are multiplied, of models that ModelOpt quantised.
+_QUANTIZATION = "hf_quant_config.json"
+#: What decides where an answer ends, and its text: end tokens, stop strings, decoding.
+_TOKENIZER = ("generation_config.json", "added_tokens.json", "special_tokens_map.json")
+_TOKENIZER_PATTERNS = ("tokenizer*", "vocab.*", "merges.txt", "*.model", "*.tiktoken")
 
 
 class WeightsNotFound(Exception):
@@ -21,7 +26,7 @@ class WeightsNotFound(Exception):
 def weights_digest(
     model_path: str, *, revision: str | None = None, download_dir: str | None = None
 ) -> str:
-    """SHA-256 over the names and bytes of config.json and the weights, 32 hex digits of it.
+    """SHA-256 over the names and bytes of the weights and their configuration, 32 hex digits.
 
     model_path, revision, download_dir: as SGLang takes them: a folder, one file, or a Hugging Face
     name whose files lie in `download_dir` or in the cache. A folder and a snapshot of the same
@@ -30,8 +35,30 @@ def weights_digest(
     Raises:
         WeightsNotFound: there are no such files here.
     """
+    return _digest(_files(model_path, revision, download_dir))
+
+
+@functools.cache
+def tokenizer_digest(path: str, *, revision: str | None = None) -> str:
+    """The same over the files that decide where an answer ends and what its text is.
+
+    path, revision: of the tokenizer, as SGLang takes them. Of a file with weights, such as GGUF,
+    which holds its tokenizer, and of a folder without any such files: the digest of nothing.
+    """
+    here = Path(path)
+    folders = [here] if here.exists() else _snapshots(path, revision, None)
+    found: dict[str, Path] = {}
+    for folder in folders if not here.is_file() else []:
+        for pattern in (*_TOKENIZER, *_TOKENIZER_PATTERNS):
+            for file in folder.glob(pattern):
+                if file.is_file():
+                    found.setdefault(file.name, file)
+    return _digest([found[name] for name in sorted(found)])
+
+
+def _digest(paths: list[Path]) -> str:
     digest = hashlib.sha256()
-    for path in _files(model_path, revision, download_dir):
+    for path in paths:
         digest.update(path.name.encode())
         with path.open("rb") as file:
             while chunk := file.read(1 << 20):
@@ -40,7 +67,7 @@ def weights_digest(
 
 
 def _files(model_path: str, revision: str | None, download_dir: str | None) -> list[Path]:
-    """config.json, where there is one, and at least one file of weights, by name."""
+    """Configurations, where there are some, and at least one file of weights, by name."""
     here = Path(model_path)
     if here.is_file():
         return [here]
@@ -49,8 +76,10 @@ def _files(model_path: str, revision: str | None, download_dir: str | None) -> l
         weights = [path for path in folder.iterdir() if path.suffix in _WEIGHTS]
         if weights:
             # SGLang reads a hub model's configuration from the cache, whatever `download_dir` says.
-            configs = [path for path in (f / _CONFIG for f in (folder, *folders)) if path.exists()]
-            return sorted([*weights, *configs[:1]], key=lambda path: path.name)
+            for name in (_CONFIG, _QUANTIZATION):
+                configs = [path for path in (f / name for f in (folder, *folders)) if path.exists()]
+                weights += configs[:1]
+            return sorted(weights, key=lambda path: path.name)
     raise WeightsNotFound(
         f"no weights ({', '.join(_WEIGHTS)}) in {' or '.join(map(str, folders)) or model_path}"
     )
