@@ -31,6 +31,7 @@ class Answer:
     statistics: dict[str, Any] | None = None
     cached_tokens: int = 0
     finish: dict[str, Any] | None = None
+    stamp: str | None = None
 
 
 class _Collector:
@@ -54,6 +55,7 @@ class _Collector:
             answer.cached_tokens = output.cached_tokens[index]
             if "vase" in info and info["vase"][index] is not None:
                 answer.statistics = info["vase"][index]
+            answer.stamp = info.get("vase_fingerprint", [None] * len(output.rids))[index]
 
 
 class SteppedScheduler:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from fastapi import HTTPException
 from prometheus_client import CollectorRegistry
 from sglang.srt.arg_groups.overrides import declare_resolution
@@ -23,7 +24,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang.srt.server_args import ServerArgs
 
 from tests.engine.scheduler_harness import SteppedScheduler
-from vase_sgl.engine import admission, fingerprint, limits, plugin
+from vase_sgl.engine import admission, fingerprint, limits, plugin, server_info
 from vase_sgl.engine.pool import BudgetPool
 from vase_sgl.engine.prometheus import EngineMetrics
 from vase_sgl.eviction import ParameterError
@@ -236,6 +237,30 @@ def test_updated_weights_are_not_those_of_the_files(
         assert scheduler.weight_updater.update_weights_from_disk(update).success == succeeds
         digests.add(fingerprint.fingerprint(scheduler)["weights_digest"])
     assert len(digests) == 4
+
+
+def test_an_answer_bears_the_fingerprint_that_it_ends_with(
+    stepped: SteppedScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a budget or without; whoever knows the one of before sees that it was updated."""
+    monkeypatch.setattr(fingerprint, "_updated", None)
+    monkeypatch.setattr(fingerprint, "_told", None)
+    assert fingerprint.stamp() is None
+    told = server_info.describe(stepped.scheduler)["fingerprint_stamp"]
+    stamps = []
+    with torch.inference_mode():
+        for update in (False, True):
+            stepped.answers.clear()
+            stepped.submit("stock", [5, 6, 7], max_new_tokens=8)
+            stepped.submit("budget", [5, 6, 7], max_new_tokens=8, vase={"budget": 9, "window": 2})
+            stepped.step()
+            if update:
+                fingerprint.note_updated_weights()
+            stepped.run()
+            assert stepped.answers["stock"].stamp == stepped.answers["budget"].stamp
+            stamps.append(stepped.answers["stock"].stamp)
+    assert stamps[0] == told
+    assert stamps[1] == server_info.describe(stepped.scheduler)["fingerprint_stamp"] != told
 
 
 def test_sglang_itself_is_unmodified() -> None:

@@ -44,6 +44,8 @@ class Faults:
     other_digest_at_round: int | None = None
     end_after_tokens: int | None = None
     retractions: int = 0
+    #: Of the fingerprint with which answers end.
+    stamp: str = "0" * 16
 
 
 class ScriptedWorker:
@@ -178,6 +180,7 @@ class ScriptedWorker:
         vase = {
             **({} if self.model_name is None else {"model_name": self.model_name}),
             "fingerprint": self.fingerprint,
+            "fingerprint_stamp": "0" * 16,
             "limits": {
                 "max_budget": self.max_budget,
                 "max_window": 64,
@@ -308,6 +311,8 @@ class Run:
             }
             if self.finish is not None:
                 meta["vase"]["round_digests"] = self.digests
+        if self.finish is not None:
+            meta["vase_fingerprint"] = self._faults.stamp
         return {"text": text, "output_ids": self.tokens, "meta_info": meta}
 
     def _reserved(self) -> int:

@@ -73,6 +73,24 @@ async def test_an_answer_that_was_retracted_is_no_measure(running: Running, retr
     assert seen == ("num_retractions", *(("2", None) if retracted == "recorded" else (None, "1")))
 
 
+@pytest.mark.parametrize("budget", [None, 32])
+async def test_an_answer_whose_worker_changed_meanwhile(
+    running: Running, budget: int | None
+) -> None:
+    """New weights, or another process at its address: the fingerprint of before is not its own."""
+    running.worker.faults.stamp = "ab" * 8
+    window = None if budget is None else 8
+    answer = await running.client.generate_once(
+        "tell me", max_new_tokens=20, budget=budget, window=window
+    )
+    running.worker.faults.stamp = "0" * 16
+    verdict = await replay(running, answer)
+    assert verdict.outcome == "INCOMPARABLE"
+    (difference,) = verdict.differences
+    seen = (difference.key, difference.recorded, difference.current)
+    assert seen == ("changed_to", "ab" * 8, None)
+
+
 async def test_the_first_differing_token_is_named_and_the_replay_stops(running: Running) -> None:
     answer = await generate(running)
     running.worker.faults.other_token_at = 41

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import json
 import logging
 import os
 import platform
@@ -99,6 +100,9 @@ _dummy.set_result("dummy")
 #: In place of the digest, after weights were updated while serving.
 _updated: str | None = None
 
+#: The fingerprint that was told last. Of a process only its weights change.
+_told: dict[str, str] | None = None
+
 _CPU_INFO = Path("/proc/cpuinfo")
 #: What names a CPU there: x86's fields (virtual machines often hide the name), then Arm's.
 _CPU_FACTS = ("model name", "cpu family", "model", "CPU implementer", "CPU part")
@@ -116,9 +120,10 @@ def fingerprint(scheduler: Any) -> dict[str, str]:
 
     Raises `WeightsNotRead` while the weights are being read, for large ones take minutes.
     """
+    global _told
     args = resolving_view(scheduler.server_args)
     runner = scheduler.tp_worker.model_runner
-    return {
+    _told = {
         "model": Path(args.model_path).name,
         "weights_digest": _updated or _digest_of_weights(scheduler.server_args),
         "tokenizer_digest": _digest_of_tokenizer(scheduler.server_args),
@@ -137,6 +142,19 @@ def fingerprint(scheduler: Any) -> dict[str, str]:
         **_arithmetic(scheduler.server_args),
         **{name.lower(): os.environ[name] for name in _VARIABLES if name in os.environ},
     }
+    return _told
+
+
+def stamp() -> str | None:
+    """16 hex digits of this process's fingerprint as it is now; None if nobody has asked for one.
+
+    On every finished answer, so that whoever read the fingerprint earlier sees that it changed.
+    """
+    if _told is None:
+        return None
+    now = {**_told, "weights_digest": _updated or _told["weights_digest"]}
+    text = json.dumps(now, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _of_cpu(dtype: torch.dtype) -> dict[str, str]:

@@ -1,4 +1,5 @@
-"""Statistics of a budgeted request on their way to the client: `meta_info["vase"]`."""
+"""What goes to the client with an answer: statistics of a budgeted request as `meta_info["vase"]`,
+and the stamp of the worker's fingerprint."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 
+from vase_sgl.engine.fingerprint import stamp
 from vase_sgl.engine.prometheus import engine_metrics
 from vase_sgl.engine.request_cache import cache_of
 
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
 META_KEY = "vase"
+#: Of a finished answer, with a budget or without: the fingerprint of the process that ends it.
+STAMP_KEY = "vase_fingerprint"
 
 
 class BudgetOutputStreamer(SchedulerOutputStreamer):
@@ -23,7 +27,11 @@ class BudgetOutputStreamer(SchedulerOutputStreamer):
 
     def build_additional_customized_info(self, reqs: list[Req]) -> dict[str, list[Any]]:
         statistics = [_statistics(req) for req in reqs]
-        return {META_KEY: statistics} if any(statistics) else {}
+        found: dict[str, list[Any]] = {META_KEY: statistics} if any(statistics) else {}
+        if any(req.finished() for req in reqs):
+            mark = stamp()
+            found[STAMP_KEY] = [mark if req.finished() else None for req in reqs]
+        return found
 
 
 def _statistics(req: Req) -> dict[str, Any] | None:
@@ -64,8 +72,9 @@ def place_statistics(
 
     Upstream accumulates per-token lists; these are totals.
     """
-    others = {key: value for key, value in customized_info.items() if key != META_KEY}
+    ours = {META_KEY, STAMP_KEY}
+    others = {key: value for key, value in customized_info.items() if key not in ours}
     original(manager, meta_info, state, others, index, finish_reason)
-    statistics = customized_info.get(META_KEY)
-    if statistics is not None and statistics[index] is not None:
-        meta_info[META_KEY] = statistics[index]
+    for key in ours & customized_info.keys():
+        if (value := customized_info[key][index]) is not None:
+            meta_info[key] = value

@@ -8,7 +8,7 @@ from typing import Any
 from sglang.srt.runtime_context import get_parallel
 
 from vase_sgl.engine.config import engine_config
-from vase_sgl.engine.fingerprint import WeightsNotRead, fingerprint
+from vase_sgl.engine.fingerprint import WeightsNotRead, fingerprint, stamp
 from vase_sgl.engine.pool import BudgetPool
 from vase_sgl.engine.prometheus import Slots
 
@@ -38,6 +38,7 @@ def describe(scheduler: Any) -> dict[str, Any]:
     return {
         "model_name": _model_name(scheduler.server_args),
         "fingerprint": fingerprint(scheduler),
+        "fingerprint_stamp": stamp(),
         "limits": {
             "max_budget": config.limits.max_budget,
             "max_window": config.limits.max_window,

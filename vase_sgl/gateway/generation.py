@@ -31,6 +31,7 @@ from vase_sgl.gateway.seeds import Seeds, seeds_for
 from vase_sgl.gateway.tenants import Tenant
 from vase_sgl.gateway.validation import Prompt
 from vase_sgl.gateway.workers import (
+    CHANGED,
     RETRACTIONS,
     Finish,
     Worker,
@@ -332,6 +333,14 @@ def raise_if_aborted(finish: Finish | None) -> None:
             raise WorkerAborted(f"the worker gave the request up: {reason}")
 
 
+def incidents(info: WorkerInfo, last: WorkerChunk) -> dict[str, str]:
+    """What happened to an answer that began at a worker of this fingerprint; no worker has it."""
+    found = {RETRACTIONS: str(last.retractions)} if last.retractions else {}
+    if last.stamp is not None and info.stamp is not None and last.stamp != info.stamp:
+        found[CHANGED] = last.stamp
+    return found
+
+
 def _record(plan: _Plan, run: _Run, status: RecordStatus, failure: str = "") -> Record:
     assert run.info is not None  # only what reached a worker is recorded
     latest = run.latest
@@ -352,10 +361,7 @@ def _record(plan: _Plan, run: _Run, status: RecordStatus, failure: str = "") -> 
         finish_reason=latest.finish.reason if latest.finish else "",
         cache=latest.cache,
         round_digests=latest.round_digests,
-        fingerprint={
-            **run.info.fingerprint,
-            **({RETRACTIONS: str(latest.retractions)} if latest.retractions else {}),
-        },
+        fingerprint={**run.info.fingerprint, **incidents(run.info, latest)},
         timings=run.clock.timings(),
         retention=plan.tenant.retention,
         prompt_tokens=len(plan.request.prompt_token_ids),

@@ -270,6 +270,7 @@ class _Output:
             else Finish(finish["type"], finish.get("message") or "", finish.get("status_code")),
             round_digests=() if vase is None else tuple(vase.get("round_digests", ())),
             retractions=self._meta.get("num_retractions") or 0,
+            stamp=self._meta.get("vase_fingerprint"),
         )
 
 
@@ -326,6 +327,7 @@ def worker_info(answer: Mapping[str, Any]) -> WorkerInfo:
         running_requests=sum(int(state["running_requests"]) for state in states),
         rounds=sum(int(state["rounds"]) for state in states),
         evicted_tokens=sum(int(state["evicted_tokens"]) for state in states),
+        stamp=first.get("fingerprint_stamp"),
         model_name=str(first.get("model_name") or first["fingerprint"]["model"]),
         max_running_requests=_sum(state.get("max_running_requests") for state in states),
         max_query_requests=_sum(state["limits"].get("max_requests") for state in states),

@@ -77,6 +77,7 @@ class WorkerChunk:
 
     round_digests: digest after each round; only in the last chunk.
     retractions: how often the worker took the request's memory away, to prefill it again later.
+    stamp: of the fingerprint that the worker had in the end; only in the last chunk.
     """
 
     text: str
@@ -85,16 +86,20 @@ class WorkerChunk:
     finish: Finish | None = None
     round_digests: tuple[str, ...] = ()
     retractions: int = 0
+    stamp: str | None = None
 
 
-#: Entry of a record's fingerprint that no worker has: of an answer with retractions, how many.
+#: Entries of a record's fingerprint that no worker has: of an answer with retractions, how many;
+#: of one whose worker was another in the end (new weights, another process at its address), which.
 RETRACTIONS = "num_retractions"
+CHANGED = "changed_to"
 
 
 @dataclasses.dataclass(frozen=True)
 class WorkerInfo:
     """What a worker is and how busy it is. Lengths and slots in tokens.
 
+    stamp: short for the fingerprint; the worker's answers bear it.
     default_eviction: eviction parameters it would give a request that brings none.
     available_slots: slots that no running request owns.
     reserved_slots: slots that its running requests may come to own.
@@ -117,6 +122,7 @@ class WorkerInfo:
     running_requests: int
     rounds: int
     evicted_tokens: int
+    stamp: str | None = None
     model_name: str = ""
     max_running_requests: int | None = None
     max_query_requests: int | None = None
