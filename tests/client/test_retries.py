@@ -391,6 +391,19 @@ async def test_the_current_trace_goes_along(server: Server) -> None:
     assert "traceparent" not in server.flaky.metadata
 
 
+async def test_a_propagator_may_name_its_keys_as_it_likes(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """X-Ray's is X-Amzn-Trace-Id; gRPC takes lower case only."""
+
+    def inject(carrier: dict[str, str]) -> None:
+        carrier["X-Amzn-Trace-Id"] = "Root=1"
+
+    monkeypatch.setattr("vase_sgl.client.channels.propagate.inject", inject)
+    await capacity(server, NEVER)
+    assert server.flaky.metadata["x-amzn-trace-id"] == "Root=1"
+
+
 async def test_against_the_real_gateway(running: Running) -> None:
     key = running.add_tenant("bob", limits={"requests_per_second": 2})
     async with AsyncClient(running.target, key) as bob:

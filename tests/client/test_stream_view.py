@@ -26,6 +26,16 @@ def test_without_a_terminal_only_the_text_is_written() -> None:
     assert show("[bold]one ", "two\nthree", terminal=False) == "[bold]one two\nthree\n"
 
 
+def test_an_answer_does_not_steer_a_terminal() -> None:
+    hostile = "\x1b]0;title\x07 \x1b[2J \x9b31m \x00\x7f tab\tend\r\nnext"
+    written = show(hostile[:1], hostile[1:], terminal=True)
+    text = " ".join(screen(written))
+    assert "\\u001b]0;title\\u0007 \\u001b[2J \\u009b31m" in text.replace("\\ ", "\\")
+    assert not set(re.sub(r"\x1b\[\??\d*[A-Za-z]", "", written)) & set("\x1b\x9b\x07\x00\x7f")
+    assert "\x1b[2J" not in written
+    assert show(hostile, terminal=False) == hostile + "\n"
+
+
 def screen(written: str) -> list[str]:
     """What a terminal shows in the end: interprets what rich uses to redraw."""
     lines, row = [""], 0

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import stat
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +162,19 @@ def test_what_tells_who_calls_cannot_be_there_twice(tmp_path: Path) -> None:
     bob = bob.model_copy(update={"keys": ()})
     with pytest.raises(ValueError, match="certificate subject CN=a is there more than once"):
         tenants.TenantFile(tenants=(alice, bob))
+
+
+async def test_editors_wait_for_each_other(tmp_path: Path) -> None:
+    """Keys are shown once: none may be lost to another command that read the file before."""
+    file = tmp_path / "new" / "tenants.yaml"
+    names = [f"t{n}" for n in range(4)]
+    processes = [
+        await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "vase_sgl.cli", "tenants", "add", name, "--file", str(file)),
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+        for name in names
+    ]
+    assert [await process.wait() for process in processes] == [0] * 4
+    assert sorted(tenant.name for tenant in tenants.load(file).tenants) == names

@@ -367,6 +367,41 @@ async def test_a_real_name_is_resolved() -> None:
             await resolve(unknown)
 
 
+async def test_workers_that_are_replaced_leave_no_gap() -> None:
+    """The name leads to the new one at once; that takes a moment to answer for the first time."""
+    looks: asyncio.Queue[list[HttpWorker]] = asyncio.Queue()
+
+    async def discovered() -> AsyncIterator[Sequence[HttpWorker]]:
+        while True:
+            yield await looks.get()
+
+    told: list[bool] = []
+
+    async def tell(ready: bool) -> None:
+        told.append(ready)
+
+    async with ScriptedWorker() as one, ScriptedWorker() as two:
+        old, new = (HttpWorker(w.url, stall_seconds=1) for w in (one, two))
+        check = new.check_health
+
+        async def slow_check() -> None:
+            await asyncio.sleep(0.3)
+            await check()
+
+        new.check_health = slow_check  # type: ignore[method-assign]
+        router = WorkerRouter([], WorkerSection(dns=("http://x:1",)), on_change=tell)
+        router.start(discovered())
+        looks.put_nowait([old])
+        await until(lambda: told == [True])
+        looks.put_nowait([new])
+        names = {name.name for name, _ in router.ready()}
+        while names != {new.name}:
+            names = {name.name for name, _ in router.ready()}  # raises if there is none
+            await asyncio.sleep(0.01)
+        assert told == [True]
+        await router.close()
+
+
 async def test_discovery_that_ends_is_told(caplog: pytest.LogCaptureFixture) -> None:
     async def broken() -> AsyncIterator[Sequence[HttpWorker]]:
         yield []

@@ -20,9 +20,12 @@ OLDER = {
 
 
 def bridge(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Change `manifest` in place: older API versions, TCP probes instead of native gRPC ones, and
-    no grace period of a probe's own."""
+    """Change `manifest` in place: older API versions, TCP probes instead of native gRPC ones, no
+    grace period of a probe's own, and no fields that such a server lacks."""
     manifest["apiVersion"] = OLDER.get(manifest["kind"], manifest["apiVersion"])
+    for field in ("minReadySeconds", "unhealthyPodEvictionPolicy"):
+        if manifest["kind"] in ("StatefulSet", "PodDisruptionBudget"):
+            manifest["spec"].pop(field, None)
     template = manifest.get("spec", {}).get("template", {})
     for container in template.get("spec", {}).get("containers", []):
         for name in ("startupProbe", "readinessProbe", "livenessProbe"):

@@ -77,6 +77,27 @@ async def test_behind_tls(tmp_path: Path) -> None:
             assert status == 2, wrong
 
 
+async def test_files_that_were_renewed_since(tmp_path: Path) -> None:
+    """The server still shows the old certificate; a probe beside it must not care."""
+    ca, certificate, key = issue(tmp_path)
+    trusting = Tls(root_certificates=ca.read_bytes())
+    config = {"certificate": certificate, "key": key}
+    async with run_gateway(tmp_path, client_tls=trusting, tls=config) as running:
+        target, name = f"--target={running.target}", f"--server-name={NAME}"
+        issue(tmp_path)
+        assert (await ask(target, f"--ca-file={certificate}", name, "--timeout=2"))[0] == 2
+        assert await ask(target, "--trust-any", name) == (0, "SERVING\n")
+        assert (await ask(target, "--trust-any", "--server-name=other", "--timeout=2"))[0] == 2
+        status, output = await ask("--target=127.0.0.1:1", "--trust-any")
+        assert status == 2 and "127.0.0.1:1" in output
+
+
+async def test_a_proxy_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with run_gateway(tmp_path) as running:
+        monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+        assert await ask(f"--target={running.target}") == (0, "SERVING\n")
+
+
 async def test_with_client_certificates(tmp_path: Path) -> None:
     ca, certificate, key = issue(tmp_path)
     pem = (ca.read_bytes(), certificate.read_bytes(), key.read_bytes())
@@ -87,6 +108,8 @@ async def test_with_client_certificates(tmp_path: Path) -> None:
         shown = (f"--certificate={certificate}", f"--key={key}")
         assert await ask(*trusted, *shown) == (0, "SERVING\n")
         assert (await ask(*trusted, "--timeout=2"))[0] == 2
+        beside = (f"--target={running.target}", "--trust-any", f"--server-name={NAME}")
+        assert await ask(*beside, *shown) == (0, "SERVING\n")
 
 
 def issue(folder: Path) -> tuple[Path, Path, Path]:

@@ -307,6 +307,17 @@ def test_staged_update() -> None:
     assert strategy["rollingUpdate"] == {"partition": 3}
 
 
+def test_names_leave_room_for_what_kubernetes_adds() -> None:
+    """A label of every pod is the StatefulSet's name, a dash and up to ten digits."""
+    long: Values = {"fullnameOverride": "x" * 60, "canary.enabled": True}
+    for manifest in render(long).of("StatefulSet"):
+        assert len(manifest["metadata"]["name"]) + 11 <= 63
+
+
+def test_a_worker_stays_until_gateways_know_the_next() -> None:
+    assert render().one("StatefulSet", "-worker")["spec"]["minReadySeconds"] > 10
+
+
 def test_a_new_chart_version_alone_restarts_no_worker() -> None:
     labels = render().one("StatefulSet")["spec"]["template"]["metadata"]["labels"]
     assert not {"helm.sh/chart", "app.kubernetes.io/version"} & set(labels)
@@ -316,6 +327,7 @@ def test_disruption_budget() -> None:
     rendered = render({"worker.podDisruptionBudget.maxUnavailable": "20%", "canary.enabled": True})
     assert rendered.names("PodDisruptionBudget") == {"-worker", "-worker-canary"}
     spec = rendered.one("PodDisruptionBudget", "-worker")["spec"]
+    assert spec["unhealthyPodEvictionPolicy"] == "AlwaysAllow"  # what is broken holds no node up
     assert spec["maxUnavailable"] == "20%"
     assert spec["selector"]["matchLabels"]["vase-sgl/track"] == "stable"
     assert not render({"worker.podDisruptionBudget.enabled": False}).of("PodDisruptionBudget")

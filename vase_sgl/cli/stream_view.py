@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -13,10 +14,17 @@ if TYPE_CHECKING:
     from vase_sgl.client import CacheStats, Chunk
 
 
+#: What a terminal may take for a command: control characters but tab, line feed and carriage return
+#: (which rich leaves out).
+_COMMANDS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+
+
 class StreamView:
     """Writes chunks to `console`; while it is a terminal, keeps a status line under the text.
 
-    Full lines scroll away above; only the line being written and the status are redrawn.
+    A terminal is shown `\\u001b` for control characters, since no answer may steer it; a pipe gets
+    the text as it is. Full lines scroll away above; only the line being written and the status are
+    redrawn.
     """
 
     def __init__(self, console: Console) -> None:
@@ -38,7 +46,7 @@ class StreamView:
             self._console.file.write(chunk.text)
             self._console.file.flush()
             return
-        self._line += chunk.text
+        self._line += _COMMANDS.sub(lambda found: f"\\u{ord(found[0]):04x}", chunk.text)
         self._scroll_full_lines()
         status = Text(status_line(self._cache, self._tokens), style="dim", overflow="ellipsis")
         self._live.update(Group(Text(self._line), status), refresh=True)

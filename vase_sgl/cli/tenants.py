@@ -81,7 +81,7 @@ def add(
 
     if another_key:
         _refuse_settings(context)
-    with reported(tenants.TenantFileError):
+    with reported(tenants.TenantFileError), tenants.locked(file):
         content = tenants.load(file) if file.exists() else tenants.TenantFile()
         existing = next((t for t in content.tenants if t.name == name), None)
         if (existing is not None) != another_key:
@@ -171,7 +171,7 @@ def remove(
     """
     from vase_sgl.gateway import tenants
 
-    with reported(tenants.TenantFileError):
+    with reported(tenants.TenantFileError), tenants.locked(file):
         content = tenants.load(file)
         tenant = next((t for t in content.tenants if t.name == name), None)
         if tenant is None:
@@ -198,7 +198,7 @@ def rotate(
     """
     from vase_sgl.gateway import tenants
 
-    with reported(tenants.TenantFileError):
+    with reported(tenants.TenantFileError), tenants.locked(file):
         tenant = _load_one(file, name)
         secret = tenants.new_master_secret(tenant.master.version + 1)
         secrets = (*tenant.master_secrets, secret)
@@ -218,7 +218,7 @@ def forget_secret(
     """
     from vase_sgl.gateway import tenants
 
-    with reported(tenants.TenantFileError):
+    with reported(tenants.TenantFileError), tenants.locked(file):
         tenant = _load_one(file, name)
         if tenant.master_version(version) is None:
             there = ", ".join(str(s.version) for s in tenant.master_secrets)

@@ -70,4 +70,5 @@ def metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
         return identity
     trace: dict[str, str] = {}
     propagate.inject(trace)
-    return (*identity, *trace.items())
+    # gRPC takes lower case only, and some propagators' keys are none (X-Amzn-Trace-Id).
+    return (*identity, *((key.lower(), value) for key, value in trace.items()))

@@ -11,6 +11,7 @@ goes first.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -90,6 +91,8 @@ class _Entry:
         #: Slots of the requests this gateway has in flight, now and at the last check.
         self.slots = 0
         self.slots_at_check = 0
+        #: Set: its first check has ended.
+        self.checked = asyncio.Event()
         #: Set: look at the worker without waiting for the next check.
         self.look_again = asyncio.Event()
 
@@ -308,12 +311,17 @@ class WorkerRouter:
         fixed = set(self._entries)
         async for workers in discovered:
             names = {worker.name for worker in workers}
+            found = []
             for worker in workers:
                 if worker.name not in self._entries:
                     logger.info("worker %s was found", worker.name)
                     self._add(worker)
-                    self._watch(self._entries[worker.name])
-            for name in self._entries.keys() - names - fixed:
+                    found.append(self._entries[worker.name])
+                    self._watch(found[-1])
+            gone = self._entries.keys() - names - fixed
+            if gone:
+                await self._first_checks(found, [self._entries[n] for n in names | fixed])
+            for name in gone:
                 logger.info("worker %s is gone from its name", name)
                 async with self._reporting:  # its watch may be about to tell of a change
                     entry = self._entries.pop(name)
@@ -322,6 +330,17 @@ class WorkerRouter:
                 if entry.in_flight == 0:
                     self._dismiss(entry)
             await self._report()
+
+    async def _first_checks(self, found: list[_Entry], staying: list[_Entry]) -> None:
+        """Wait for them, if workers leave and none of those that stay is ready.
+
+        Of two workers that are replaced in turn, the one that leaves still answers while the other
+        is asked for the first time. Without either, all that waits would be refused.
+        """
+        if found and not any(entry.info for entry in staying):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_FIRST_CHECK_SECONDS):
+                    await asyncio.gather(*(entry.checked.wait() for entry in found))
 
     async def _check(self, entry: _Entry) -> None:
         worker = entry.worker
@@ -338,6 +357,8 @@ class WorkerRouter:
             if entry.info is None:
                 logger.info("worker %s is ready", worker.name)
             entry.info, entry.slots_at_check = info, entry.slots
+        finally:
+            entry.checked.set()
 
     def _watch(self, entry: _Entry) -> None:
         """Begin to watch one worker. Each has a watch of its own: one that hangs holds up none."""
@@ -364,6 +385,8 @@ class WorkerRouter:
 
 #: Seconds between a request that failed and the extra look at its worker.
 _RECHECK_SECONDS = 0.1
+#: Seconds that workers which leave are kept for those that come. SGLang's health takes over one.
+_FIRST_CHECK_SECONDS = 5.0
 
 
 def _report_defect(discovery: asyncio.Task[None]) -> None:

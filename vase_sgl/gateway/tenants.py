@@ -10,11 +10,14 @@ import base64
 import collections
 import datetime
 import enum
+import fcntl
 import os
 import re
 import secrets
 import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -239,6 +242,24 @@ def load(path: Path) -> TenantFile:
         raise TenantFileError(f"{path}: {describe(error)}") from error
     except ValueError as error:  # of a date or number that YAML knows and Python does not
         raise TenantFileError(f"{path} holds a value that cannot be: {error}") from error
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep other editors of the file out from its `load` to its `save`. Raises `TenantFileError`.
+
+    By a file beside it, which stays. Whoever only reads need not wait, for `save` is atomic.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise TenantFileError(f"cannot write tenants file {path}: {error.strerror}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 def save(path: Path, content: TenantFile) -> None:

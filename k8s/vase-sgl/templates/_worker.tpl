@@ -7,6 +7,7 @@ Stable and canary differ in values only.
 {{- toYaml $group -}}
 {{- end -}}
 
+{{/* Kubernetes adds up to 11 characters of a hash to a StatefulSet's name, for a label of 63. */}}
 {{- define "vase-sgl.canaryGroup" -}}
 {{- $worker := deepCopy .Values.worker -}}
 {{- $_ := set $worker "replicas" .Values.canary.replicas -}}
@@ -20,7 +21,7 @@ Stable and canary differ in values only.
 {{- $_ := set $worker.image "tag" .Values.canary.image.tag -}}
 {{- $_ := set $worker.image "digest" .Values.canary.image.digest -}}
 {{- end -}}
-{{- $group := dict "name" (printf "%s-worker-canary" (include "vase-sgl.fullname" .)) "track" "canary" "worker" $worker "modelPath" (default .Values.model.path .Values.canary.modelPath) -}}
+{{- $group := dict "name" (printf "%s-worker-canary" (include "vase-sgl.fullname" . | trunc 37 | trimSuffix "-")) "track" "canary" "worker" $worker "modelPath" (default .Values.model.path .Values.canary.modelPath) -}}
 {{- toYaml $group -}}
 {{- end -}}
 

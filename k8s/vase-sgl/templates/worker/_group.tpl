@@ -28,6 +28,7 @@ metadata:
   labels: {{- include "vase-sgl.workerLabels" . | nindent 4 }}
 spec:
   maxUnavailable: {{ .worker.podDisruptionBudget.maxUnavailable }}
+  unhealthyPodEvictionPolicy: AlwaysAllow
   selector:
     matchLabels: {{- include "vase-sgl.workerSelector" . | nindent 6 }}
 {{- end }}
@@ -49,6 +50,8 @@ spec:
   {{- end }}
   # Workers do not know of each other.
   podManagementPolicy: Parallel
+  # Until gateways have looked its name up and asked it, the one before stays.
+  minReadySeconds: 20
   updateStrategy:
     type: RollingUpdate
     rollingUpdate: {partition: {{ .worker.updatePartition }}}
