@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -69,8 +70,9 @@ def refuse_unsupported_model(model_runner: Any, backends: Collection[str]) -> No
 
     A round moves rows to other columns, so what goes by columns must not mean positions: neither a
     sliding window over them, nor a temperature by their number, nor multimodal positions, nor
-    encoder entries before them. And the queries of decode steps must be seen, which only `backends`
-    are made to show.
+    encoder entries before them. Policies score with logits of q.k / sqrt(head_dim), which must be
+    the model's own. And the queries of decode steps must be seen, which only `backends` are made to
+    show.
     """
     from sglang.srt.layers.radix_attention import RadixAttention
 
@@ -85,6 +87,10 @@ def refuse_unsupported_model(model_runner: Any, backends: Collection[str]) -> No
         "a temperature of attention that grows with the position": any(
             (layer.xai_temperature_len or -1) > 0 for layer in layers
         ),
+        "another scale of attention than 1/sqrt(head_dim)": any(
+            not math.isclose(layer.scaling, layer.head_dim**-0.5, rel_tol=1e-3) for layer in layers
+        ),
+        "a cap on attention's logits": any((layer.logit_cap or 0) > 0 for layer in layers),
         "multimodal rotary positions": config.model_is_mrope,
         "an encoder": config.is_encoder_decoder,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,10 @@ def _attention(
     """Attention function of transformers' interface: [rows, heads, T, head_dim] in."""
     if attention_mask is not None:
         raise ValueError("the harness brings its own causal mask")
+    if not math.isclose(scaling, query.shape[-1] ** -0.5, rel_tol=1e-3):
+        raise ValueError(
+            f"the model scales attention by {scaling:g}; policies score by 1/sqrt(head_dim)"
+        )
     return attend_all(vase_branches, module.layer_idx, query, key, value, scaling), None
 
 
