@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import signal
 from pathlib import Path
 from typing import Any
@@ -291,3 +292,30 @@ async def test_the_logs_of_a_process_are_json_and_hold_no_secrets(tmp_path: Path
         answer.text.split()[0],
     ):
         assert secret not in text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "GET / HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer KEY\r\r\n\r\n",
+        "GET / HTTP/1.1\r\nHost: a\r\nAuthorization Bearer KEY\r\n\r\n",
+        "POST /v1/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer KEY\r\n"
+        'Transfer-Encoding: chunked\r\n\r\n{"prompt": "a-secret-prompt"}\r\n',
+    ],
+    ids=["carriage return", "no colon", "no chunk size"],
+)
+async def test_what_is_no_http_is_not_quoted_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str
+) -> None:
+    caplog.set_level(logging.DEBUG, "vase_sgl")
+    ports = {"http": {"port": 0}, "telemetry": {"metrics_port": 0}}
+    async with run_gateway(tmp_path, **ports) as running:
+        for port in (running.gateway.http_port, running.gateway.metrics_port):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(text.replace("KEY", running.key).encode())
+            async with asyncio.timeout(10):
+                assert b" 400 " in await reader.readline()
+            writer.close()
+        for secret in (running.key, running.key.split("_")[2], "secret-prompt"):
+            assert secret not in caplog.text
+        assert caplog.text.count("Error handling request from 127.0.0.1: ") == 2

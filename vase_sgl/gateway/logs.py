@@ -63,6 +63,21 @@ class TextFormatter(logging.Formatter):
         return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def http_server_logger() -> logging.Logger:
+    """A logger for aiohttp's servers. Of an error it keeps the type: the text quotes the bytes that
+    were no HTTP, which may be a key or a prompt."""
+    logger = logging.getLogger("vase_sgl.gateway.http")
+    logger.addFilter(_without_text)
+    return logger
+
+
+def _without_text(record: logging.LogRecord) -> bool:
+    if record.exc_info and record.exc_info[0] is not None:
+        record.msg, record.args = f"{record.getMessage()}: {record.exc_info[0].__name__}", ()
+    record.exc_info = record.exc_text = None
+    return True
+
+
 def set_up(level: str, format: Literal["text", "json"]) -> None:
     """Log to standard error from now on."""
     handler = logging.StreamHandler()

@@ -19,7 +19,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from vase_sgl import __version__
-from vase_sgl.gateway import telemetry
+from vase_sgl.gateway import logs, telemetry
 from vase_sgl.gateway.config import TelemetrySection
 
 
@@ -63,7 +63,9 @@ class Observability:
         """Serve /metrics for Prometheus; the port that was taken. Raises `OSError`."""
         app = web.Application()
         app.router.add_get("/metrics", self._answer)
-        self._page = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
+        self._page = web.AppRunner(
+            app, access_log=None, logger=logs.http_server_logger(), shutdown_timeout=1.0
+        )
         await self._page.setup()
         await web.TCPSite(self._page, host, port).start()
         return int(self._page.addresses[0][1])

@@ -13,7 +13,7 @@ from typing import Any
 from aiohttp import web
 from cryptography import x509
 
-from vase_sgl.gateway import telemetry
+from vase_sgl.gateway import logs, telemetry
 from vase_sgl.gateway.admission import Admissions
 from vase_sgl.gateway.audit import Record
 from vase_sgl.gateway.auth import Authenticator, Credential, bearer, require_role
@@ -76,7 +76,11 @@ class OpenAIDoor:
         app.router.add_get("/v1/models/{model:.+}", self._model)  # a name may hold a slash
         # A client that leaves cancels its handler, which frees the request's slots at once.
         self._runner = web.AppRunner(
-            app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0
+            app,
+            handler_cancellation=True,
+            access_log=None,
+            logger=logs.http_server_logger(),
+            shutdown_timeout=1.0,
         )
 
     async def open(self, host: str, port: int, tls: ssl.SSLContext | None) -> int:
