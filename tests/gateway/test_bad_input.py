@@ -20,6 +20,7 @@ CASES: list[tuple[Any, dict[str, Any], str]] = [
     ([1, -2], {}, "token_ids: a token id is negative; ids start at 0"),
     ([VOCAB], {}, f"token_ids: {VOCAB} is no token of this model; ids end at {VOCAB - 1}"),
     ([{"role": "", "content": "x"}], {}, "chat.messages[0].role: is empty; use system, user or"),
+    ([{"role": "", "content": ""}] * 8193, {}, "chat.messages: 8193 messages and parts of mess"),
     ("unrenderable", {}, "the worker refused the request: the template refuses this"),
     ("a", {"max_new_tokens": 0}, "max_new_tokens: must be at least 1, got 0"),
     ("a", {"max_new_tokens": -1}, "max_new_tokens: must be at least 1, got -1"),

@@ -205,6 +205,9 @@ async def test_what_is_wrong_is_named_and_nothing_is_dropped(
     assert door.worker.bodies == []
 
 
+MANY = {f"k{number}": 0 for number in range(1000)}
+
+
 @pytest.mark.parametrize(
     ("parse", "fields"),
     [
@@ -213,6 +216,12 @@ async def test_what_is_wrong_is_named_and_nothing_is_dropped(
         (completion_call, {"prompt": "a", "stop_token_ids": ["a"] * 1000}),
         (lambda body: chat_call(body, 1), {"messages": [{}] * 1000}),
         (lambda body: chat_call(body, 1), {"messages": [{"role": "user", "content": [0] * 1000}]}),
+        (lambda body: chat_call(body, 1), {"messages": [{"role": "user", "content": "a"} | MANY]}),
+        (
+            lambda body: chat_call(body, 1),
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"} | MANY]}]},
+        ),
+        (completion_call, {"prompt": "a", "vase": MANY}),
     ],
 )
 def test_of_many_wrong_items_the_first_is_enough(
@@ -223,6 +232,18 @@ def test_of_many_wrong_items_the_first_is_enough(
         parse({"model": "scripted", **fields})
     assert isinstance(error.value.__cause__, ValidationError)
     assert error.value.__cause__.error_count() < 5
+
+
+@pytest.mark.parametrize("messages", [[0] * 8193, [{"content": [0] * 3000}] * 3])
+def test_messages_and_parts_are_counted_before_they_are_looked_at(messages: list[Any]) -> None:
+    with pytest.raises(InvalidRequest, match=r"^messages: \d+ messages .* at most 8192$") as error:
+        chat_call({"model": "scripted", "messages": messages}, 1)
+    assert error.value.__cause__ is None
+
+
+def test_of_many_unknown_names_the_first_are_named() -> None:
+    with pytest.raises(InvalidRequest, match=r"k0, .* k6, k7: not supported .* are model"):
+        completion_call({"model": "scripted", "prompt": "a", **MANY})
 
 
 async def test_errors_have_openais_shape_and_status(door: Running) -> None:

@@ -15,6 +15,9 @@ from vase_sgl.gateway.wire import PROMPT_MODES
 from vase_sgl.gateway.workers import WorkerInfo
 from vase_sgl.rpc.v1 import gateway_pb2 as pb
 
+#: Messages of a chat, and over HTTP parts of messages with them: a small one takes many times its
+#: bytes, and long to look at.
+MAX_CHAT_MESSAGES = 8192
 MAX_STOP_STRINGS = 16
 #: With each chunk the end of the text is compared with all that a stop string may begin with.
 MAX_STOP_CHARACTERS = 256
@@ -54,16 +57,26 @@ def prompt_of(request: pb.GenerateRequest, tenant: Tenant) -> Prompt:
             return Prompt("token_ids", token_ids=ids)
         case "chat":
             messages = request.chat.messages
+            check_messages("chat.messages", len(messages))
             require(len(messages) > 0, "chat: the conversation is empty; send a message")
             for index, message in enumerate(messages):
-                require(
-                    message.role != "",
-                    f"chat.messages[{index}].role: is empty; use system, user or assistant",
-                )
+                if message.role == "":
+                    raise InvalidRequest(
+                        f"chat.messages[{index}].role: is empty; use system, user or assistant"
+                    )
             chat = tuple({"role": m.role, "content": m.content} for m in messages)
             return Prompt("chat", chat=chat)
         case _:
             raise InvalidRequest("input: no prompt; set one of text, token_ids and chat")
+
+
+def check_messages(field: str, count: int) -> None:
+    """A chat has no more messages, their parts included, than are looked at."""
+    require(
+        count <= MAX_CHAT_MESSAGES,
+        f"{field}: {count} messages and parts of messages are too many; send at most "
+        f"{MAX_CHAT_MESSAGES}",
+    )
 
 
 def check_prompt_tokens(

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import itertools
+from collections.abc import Container, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from google.protobuf import json_format
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vase_sgl.gateway.errors import InvalidRequest
+from vase_sgl.gateway.validation import check_messages
 from vase_sgl.rpc.v1 import gateway_pb2 as pb
 
 #: Samples of one request.
 MAX_SAMPLES = 16
 #: OpenAI's own default for /v1/completions.
 COMPLETION_MAX_TOKENS = 16
+
+#: More than any policy takes; which ones it takes is checked later, one by one.
+_MAX_VASE_KEYS = 64
+#: Unknown names that a refusal lists.
+_NAMES_LISTED = 8
 
 T = TypeVar("T")
 Int32 = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
@@ -24,16 +31,26 @@ TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Items = Annotated[list[T], Field(fail_fast=True)]
 
 
+def _unknown(fields: Mapping[str, Any], known: Container[str], count: int) -> list[str]:
+    """The first names, up to `count`, that are set and not known."""
+    names = (name for name, value in fields.items() if value is not None and name not in known)
+    return list(itertools.islice(names, count))
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, fields: object) -> object:
-        """null is the same as left out, as in OpenAI's own API."""
+        """null is the same as left out, as in OpenAI's own API.
+
+        Of names that are unknown only the first is left, for the same reason as in `Items`.
+        """
         if not isinstance(fields, dict):
             return fields
-        return {name: value for name, value in fields.items() if value is not None}
+        known = {name: fields[name] for name in cls.model_fields if fields.get(name) is not None}
+        return known | {name: fields[name] for name in _unknown(fields, cls.model_fields, 1)}
 
 
 class _TextPart(_Strict):
@@ -76,7 +93,7 @@ class _Common(_Strict):
     repetition_penalty: float | None = None
     stop_token_ids: Items[TokenId] | None = None
     ignore_eos: bool | None = None
-    vase: dict[str, Any] | None = None
+    vase: Annotated[dict[str, Any], Field(max_length=_MAX_VASE_KEYS)] | None = None
 
 
 class _Chat(_Common):
@@ -108,6 +125,7 @@ class Call:
 
 def chat_call(body: object, default_max_tokens: int) -> Call:
     """A body of /v1/chat/completions. Raises `InvalidRequest`."""
+    _check_messages(body)
     chat = _parse(_Chat, body)
     if chat.max_tokens is not None and chat.max_completion_tokens is not None:
         raise InvalidRequest("max_tokens: is the old name of max_completion_tokens; send one")
@@ -117,6 +135,16 @@ def chat_call(body: object, default_max_tokens: int) -> Call:
     )
     request = pb.GenerateRequest(chat=conversation)
     return _call(chat, request, default_max_tokens if wanted is None else wanted)
+
+
+def _check_messages(body: object) -> None:
+    messages = body.get("messages") if isinstance(body, dict) else None
+    if not isinstance(messages, list):
+        return
+    check_messages("messages", len(messages))
+    contents = (message.get("content") for message in messages if isinstance(message, dict))
+    parts = sum(len(content) for content in contents if isinstance(content, list))
+    check_messages("messages", len(messages) + parts)
 
 
 def completion_call(body: object) -> Call:
@@ -188,8 +216,7 @@ B = TypeVar("B", bound=_Common)
 def _parse(kind: type[B], body: object) -> B:
     if not isinstance(body, dict):
         raise InvalidRequest("the body must be a JSON object")
-    given = {key for key, value in body.items() if value is not None}
-    unsupported = sorted(given - kind.model_fields.keys())
+    unsupported = sorted(_unknown(body, kind.model_fields, _NAMES_LISTED))
     if unsupported:
         raise InvalidRequest(
             f"{', '.join(unsupported)}: not supported here; leave it out. Supported are "
