@@ -115,6 +115,46 @@ async def test_a_postgresql_that_goes_away_and_comes_back(
     await admin.close()
 
 
+@pytest.mark.xdist_group("postgres")
+async def test_a_session_that_can_only_read_is_left(postgres: str, postgres_url: str) -> None:
+    """As one that was begun in a failover, while the name still led to a standby."""
+    store = await AuditStore.open(postgres_url, migrate=True)
+    await store.append(numbered(1))
+    name = postgres_url.rpartition("/")[2]
+    admin = await asyncpg.connect(postgres.replace("+asyncpg", "") + "/postgres")
+    await admin.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    await admin.execute(
+        f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'"
+    )
+    with pytest.raises(AuditUnavailable):
+        await store.append(numbered(2))
+    await admin.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = off")
+    await admin.close()
+    assert (await store.append(numbered(3))).sequence == 2
+    await store.close()
+
+
+@pytest.mark.parametrize("memory", [True, False])
+async def test_a_failed_append_is_tried_again_on_a_new_connection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: bool
+) -> None:
+    """But in a store in memory, which would be gone with it."""
+    store = await AuditStore.open(
+        f"sqlite+aiosqlite:///{':memory:' if memory else tmp_path / 'audit.sqlite3'}"
+    )
+    await store.append(numbered(1))
+    pool, write = store._appending.pool, store._write
+
+    async def fail(*_: Any) -> Any:
+        monkeypatch.setattr(store, "_write", write)
+        raise ConnectionResetError
+
+    monkeypatch.setattr(store, "_write", fail)
+    assert (await store.append(numbered(2))).sequence == 2
+    assert (store._appending.pool is pool) == memory
+    await store.close()
+
+
 async def _works_again(running: Running) -> None:
     async with asyncio.timeout(10):
         while True:

@@ -73,6 +73,12 @@ def own_connection(engine: AsyncEngine) -> AsyncEngine:
     return _engine(engine.url, create=False, pool_size=1, max_overflow=0)
 
 
+async def drop_connections(engine: AsyncEngine) -> None:
+    """Have `engine` connect anew. A store in memory stays: it is its connection."""
+    if not isinstance(engine.pool, StaticPool):
+        await engine.dispose()
+
+
 @asynccontextmanager
 async def writing(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
     """A transaction that will write; committed on leaving, rolled back by an exception."""

@@ -147,6 +147,9 @@ class AuditStore:
             except _TROUBLE as error:
                 logger.warning("appending %d records failed, once more: %s", len(batch), error)
                 await asyncio.sleep(_RETRY_SECONDS)
+                if not isinstance(error, PoolTimeout):  # there was one
+                    # After a failover it may lead to a standby, which answers and never writes.
+                    await database.drop_connections(self._appending)
                 with _unavailable("written"):
                     # The commit may have succeeded and its confirmation been lost.
                     stored = await self._write(batch, again=True)
