@@ -357,6 +357,21 @@ async def test_a_request_whose_end_redis_was_not_told_keeps_no_place() -> None:
         await usage.close()
 
 
+async def test_a_redis_that_became_a_replica_is_left() -> None:
+    """In a failover its name leads to another one, but not the connections that are open."""
+    limits = UsageLimits(None, 10**6, None)
+    with redis_server() as server:
+        usage = await SharedUsage.connect(server.url, prefix="p", on_failure="refuse")
+        await usage.enter("t", limits, "a")
+        async with redis.asyncio.from_url(server.url) as client:
+            await client.replicaof("127.0.0.1", "9")
+            await usage.leave("t", limits, "a", 1)  # writes, so it is refused
+            async with asyncio.timeout(5):
+                while len(await client.client_list()) > 1:
+                    await asyncio.sleep(0.02)
+        await usage.close()
+
+
 @pytest.mark.parametrize("on_failure", ["refuse", "allow"])
 async def test_a_redis_that_is_back_counts_what_runs(
     monkeypatch: pytest.MonkeyPatch, on_failure: shared.OnFailure

@@ -14,7 +14,7 @@ import logging
 from typing import Any, Literal
 
 import redis.asyncio
-from redis.exceptions import RedisError
+from redis.exceptions import ReadOnlyError, RedisError
 
 from vase_sgl.gateway.errors import LimitsUnavailable
 from vase_sgl.gateway.limits.usage import (
@@ -108,6 +108,18 @@ class SharedUsageError(Exception):
     """Redis cannot be used at start-up. The text says what to do."""
 
 
+class _Client(redis.asyncio.Redis):
+    """Leaves a server that has become a replica: it answers for good, and can write nothing."""
+
+    async def execute_command(self, *args: Any, **options: Any) -> Any:
+        try:
+            return await super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
+        except ReadOnlyError:
+            # Those in use find out by themselves, or lead to the new primary.
+            await self.connection_pool.disconnect(inuse_connections=False)
+            raise
+
+
 class SharedUsage:
     """`Usage` in Redis. Made by `connect`."""
 
@@ -131,7 +143,7 @@ class SharedUsage:
     async def connect(cls, url: str, *, prefix: str, on_failure: OnFailure) -> SharedUsage:
         """Raises `SharedUsageError` if Redis does not answer."""
         try:
-            client = redis.asyncio.from_url(
+            client = _Client.from_url(
                 url, socket_timeout=TIMEOUT_SECONDS, socket_connect_timeout=TIMEOUT_SECONDS
             )
         except ValueError as error:
