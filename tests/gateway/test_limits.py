@@ -259,6 +259,19 @@ async def test_both_stores_count_alike(usage: Usage) -> None:
     await usage.leave("another", other, "unknown", 0)
 
 
+async def test_all_at_once_are_counted(usage: Usage) -> None:
+    """More than there are connections to Redis."""
+    limits = UsageLimits(requests_per_second=None, tokens_per_minute=10**6, concurrent=300)
+    names = [str(number) for number in range(300)]
+    await asyncio.gather(*(usage.enter("t", limits, name) for name in names))
+    with pytest.raises(LimitExceeded):
+        await usage.enter("t", limits, "one more")
+    await asyncio.gather(*(usage.leave("t", limits, name, 4000) for name in names))
+    with pytest.raises(LimitExceeded) as error:
+        await usage.enter("t", limits, "later")
+    assert error.value.retry_seconds == pytest.approx(12, abs=1)  # all of them are charged
+
+
 async def test_gateways_share_what_redis_counts(tmp_path: Path, redis_url: str) -> None:
     section = {"redis_url": redis_url, "redis_prefix": uuid.uuid4().hex}
     (tmp_path / "other").mkdir()

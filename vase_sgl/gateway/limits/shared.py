@@ -14,6 +14,7 @@ import logging
 from typing import Any, Literal
 
 import redis.asyncio
+from redis.asyncio import BlockingConnectionPool
 from redis.exceptions import ReadOnlyError, RedisError
 
 from vase_sgl.gateway.errors import LimitsUnavailable
@@ -27,8 +28,9 @@ from vase_sgl.gateway.limits.usage import (
 logger = logging.getLogger(__name__)
 
 LEASE_SECONDS = 30.0
-#: Seconds one command may take before Redis counts as away.
+#: Seconds one command may take, or wait for a connection, before Redis counts as away.
 TIMEOUT_SECONDS = 1.0
+_CONNECTIONS = 64
 #: Leases of one tenant to remove that are remembered while Redis is away; others lapse.
 _REMEMBERED = 4096
 
@@ -143,13 +145,18 @@ class SharedUsage:
     async def connect(cls, url: str, *, prefix: str, on_failure: OnFailure) -> SharedUsage:
         """Raises `SharedUsageError` if Redis does not answer."""
         try:
-            client = _Client.from_url(
-                url, socket_timeout=TIMEOUT_SECONDS, socket_connect_timeout=TIMEOUT_SECONDS
+            pool = BlockingConnectionPool.from_url(
+                url,
+                max_connections=_CONNECTIONS,
+                timeout=TIMEOUT_SECONDS,
+                socket_timeout=TIMEOUT_SECONDS,
+                socket_connect_timeout=TIMEOUT_SECONDS,
             )
         except ValueError as error:
             raise SharedUsageError(
                 f"limits.redis_url cannot be used: {error}; one looks like redis://host:6379/0"
             ) from error
+        client = _Client.from_pool(pool)  # and is to close it
         try:
             await client.ping()
         except (RedisError, OSError) as error:
