@@ -436,6 +436,35 @@ async def test_draining_ends_running_streams_well_and_refuses_new_ones(tmp_path:
         await stopping
 
 
+async def test_draining_closes_the_connections_that_clients_would_keep(tmp_path: Path) -> None:
+    """Of requests that are refused, and of those that ran, while another one goes on."""
+    async with run_gateway(tmp_path, http={"port": 0}, drain_seconds=20) as door:
+        door.worker.token_seconds = 0.02
+        async with client(door) as api:
+            long = await api.completions.create(
+                model="scripted", prompt="a", max_tokens=4000, stream=True
+            )
+            body = json.dumps(
+                {"model": "scripted", "prompt": "a", "max_tokens": 40, "stream": True}
+            )
+            reader, writer = await asyncio.open_connection("127.0.0.1", door.gateway.http_port)
+            writer.write(
+                f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {door.key}\r\n"
+                f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
+            )
+            assert b"200" in await reader.readline()
+            stopping = asyncio.create_task(door.gateway.stop())
+            await until(lambda: door.gateway._door._draining)
+            with pytest.raises(openai.InternalServerError, match="shutting down") as error:
+                await api.models.retrieve("scripted")
+            assert error.value.response.headers["connection"] == "close"
+            assert b"[DONE]" in await asyncio.wait_for(reader.read(), 10)
+            assert not stopping.done()
+            writer.close()
+            await long.close()
+        await stopping
+
+
 async def test_the_door_has_the_same_tls(tmp_path: Path) -> None:
     cert, key = certificate(tmp_path)
     trusting = Tls(root_certificates=cert.read_bytes())

@@ -68,7 +68,8 @@ class OpenAIDoor:
         self._running = 0
         self._draining = False
         app = web.Application(
-            client_max_size=max_body_bytes, middlewares=[self._answer_errors, self._authenticate]
+            client_max_size=max_body_bytes,
+            middlewares=[self._close_if_draining, self._answer_errors, self._authenticate],
         )
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_post("/v1/completions", self._completion)
@@ -155,6 +156,16 @@ class OpenAIDoor:
         return await (run.streamed() if call.stream else run.whole())
 
     # -- around every call -----------------------------------------------------------------------
+
+    @web.middleware
+    async def _close_if_draining(
+        self, request: web.Request, handler: Handler
+    ) -> web.StreamResponse:
+        """A client that keeps its connection would try again here, until the process is gone."""
+        response = await handler(request)
+        if self._draining:
+            response.force_close()
+        return response
 
     @web.middleware
     async def _answer_errors(self, request: web.Request, handler: Handler) -> web.StreamResponse:
