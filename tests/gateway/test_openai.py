@@ -246,6 +246,24 @@ def test_of_many_unknown_names_the_first_are_named() -> None:
         completion_call({"model": "scripted", "prompt": "a", **MANY})
 
 
+@pytest.mark.parametrize(
+    ("limits", "most", "text"),
+    [
+        ({"max_concurrent_requests": 3}, 3, "n: 4 .* bob may have 3 at once; ask for fewer"),
+        ({"requests_per_second": 2.5}, 2, r"n: 3 .* bob may send 2\.5 at once; ask for fewer"),
+    ],
+)
+async def test_more_samples_than_may_ever_run_at_once_are_invalid(
+    door: Running, limits: dict[str, Any], most: int, text: str
+) -> None:
+    """Nobody is told to try again what will never be let in."""
+    async with client(door, door.add_tenant("bob", limits=limits)) as api:
+        with pytest.raises(openai.BadRequestError, match=text) as error:
+            await api.completions.create(model="scripted", prompt="a", n=most + 1)
+        assert error.value.param == "n" and door.worker.bodies == []
+        await api.completions.create(model="scripted", prompt="a", n=most)
+
+
 async def test_errors_have_openais_shape_and_status(door: Running) -> None:
     limited = door.add_tenant("bob", limits={"requests_per_second": 0.1})
     auditor = door.add_tenant("auditor", roles=["audit"])

@@ -152,6 +152,7 @@ class OpenAIDoor:
 
     async def _generate(self, request: web.Request, kind: Kind, call: Call) -> web.StreamResponse:
         self._known(call.model)
+        _check_samples(call.samples, request[_TENANT])
         run = _Samples(self, request, kind, call)
         return await (run.streamed() if call.stream else run.whole())
 
@@ -330,6 +331,21 @@ class _Samples:
             ) from error
         except ConnectionError as error:
             raise ClientGone from error
+
+
+def _check_samples(count: int, tenant: Tenant) -> None:
+    """The tenant can ever have so many requests at once: they begin together."""
+    limits, name = tenant.limits.usage, tenant.name
+    if limits.concurrent is not None and count > limits.concurrent:
+        raise InvalidRequest(
+            f"n: {count} samples are as many requests, and tenant {name} may have "
+            f"{limits.concurrent} at once; ask for fewer, or have max_concurrent_requests raised"
+        )
+    if limits.requests_per_second is not None and count > limits.burst:
+        raise InvalidRequest(
+            f"n: {count} samples are as many requests, and tenant {name} may send "
+            f"{limits.burst:g} at once; ask for fewer, or have requests_per_second raised"
+        )
 
 
 def _subject(request: web.Request) -> str | None:
