@@ -6,6 +6,8 @@ import asyncio
 import json
 import logging
 import signal
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from vase_sgl.client import (
     Unavailable,
     VaseError,
 )
-from vase_sgl.gateway import tenants
+from vase_sgl.gateway import observability, tenants
 from vase_sgl.gateway.server import PortInUse
 from vase_sgl.rpc.v1 import gateway_pb2 as pb
 from vase_sgl.rpc.v1 import gateway_pb2_grpc
@@ -292,6 +294,21 @@ async def test_the_logs_of_a_process_are_json_and_hold_no_secrets(tmp_path: Path
         answer.text.split()[0],
     ):
         assert secret not in text
+
+
+@pytest.mark.parametrize(("last", "most"), [(observability._LAST_SECONDS, 5.0), (0.3, 2.0)])
+async def test_a_collector_that_does_not_answer_holds_up_no_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: float, most: float
+) -> None:
+    """Each message has a time of its own, and all that are left have one together."""
+    monkeypatch.setattr(observability, "_LAST_SECONDS", last)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        async with run_gateway(tmp_path, telemetry={"otlp_endpoint": endpoint}) as running:
+            await running.client.generate_once("tell me", max_new_tokens=2)
+            begun = time.monotonic()
+            await running.gateway.stop()
+            assert time.monotonic() - begun < most
 
 
 @pytest.mark.parametrize(

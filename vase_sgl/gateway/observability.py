@@ -4,6 +4,7 @@ environment of the process sends its own, as `opentelemetry-instrument` sets it 
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from aiohttp import web
 from opentelemetry import metrics, trace
@@ -22,6 +23,11 @@ from vase_sgl import __version__
 from vase_sgl.gateway import logs, telemetry
 from vase_sgl.gateway.config import TelemetrySection
 
+#: Seconds for one message to the collector.
+_EXPORT_SECONDS = 3.0
+#: Seconds for what is left at the end: a collector that is away does not hold up a restart.
+_LAST_SECONDS = 5.0
+
 
 class Observability:
     """The providers of one gateway."""
@@ -33,22 +39,27 @@ class Observability:
         self._registry = CollectorRegistry()
         self._page: web.AppRunner | None = None
         self._tracers: TracerProvider | None = None
+        self._spans: OTLPSpanExporter | None = None
         readers: list[MetricReader] = []
         if settings.metrics_port is not None:
             readers.append(PrometheusMetricReader(registry=self._registry))
         if settings.otlp_endpoint is not None:
-            insecure = settings.otlp_endpoint.startswith("http://")
+            collector: dict[str, Any] = {
+                "endpoint": settings.otlp_endpoint,
+                "insecure": settings.otlp_endpoint.startswith("http://"),
+                "timeout": _EXPORT_SECONDS,
+            }
             readers.append(
                 PeriodicExportingMetricReader(
-                    OTLPMetricExporter(endpoint=settings.otlp_endpoint, insecure=insecure),
+                    OTLPMetricExporter(**collector),
                     export_interval_millis=settings.export_interval_seconds * 1000,
                 )
             )
+            self._spans = OTLPSpanExporter(**collector)
             self._tracers = TracerProvider(resource=resource)
             self._tracers.add_span_processor(
                 BatchSpanProcessor(
-                    OTLPSpanExporter(endpoint=settings.otlp_endpoint, insecure=insecure),
-                    schedule_delay_millis=settings.export_interval_seconds * 1000,
+                    self._spans, schedule_delay_millis=settings.export_interval_seconds * 1000
                 )
             )
         telemetry.use(self._tracers or _tracers_of_the_environment())
@@ -71,14 +82,24 @@ class Observability:
         return int(self._page.addresses[0][1])
 
     async def close(self) -> None:
-        """Send what is left, and stop."""
+        """Send what is left, within seconds, and stop."""
         if self._page is not None:
             await self._page.cleanup()
         telemetry.use(None)
-        if self._tracers is not None:
-            await asyncio.to_thread(self._tracers.shutdown)
+        await asyncio.gather(self._close_tracers(), self._close_meters())
+
+    async def _close_tracers(self) -> None:
+        if self._tracers is None or self._spans is None:
+            return
+        closing = asyncio.create_task(asyncio.to_thread(self._tracers.shutdown))
+        await asyncio.wait({closing}, timeout=_LAST_SECONDS)
+        if not closing.done():
+            self._spans.shutdown()  # which ends the message under way and those that wait
+        await closing
+
+    async def _close_meters(self) -> None:
         if self._meters is not None:
-            await asyncio.to_thread(self._meters.shutdown)
+            await asyncio.to_thread(self._meters.shutdown, timeout_millis=_LAST_SECONDS * 1000)
 
     async def _answer(self, request: web.Request) -> web.Response:
         # Encoded in the event loop's own thread: the gauges read what the loop changes.
