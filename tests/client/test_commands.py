@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from tests.gateway.audit_records import tamper
 from tests.gateway.running import Running
+from tests.gateway.scripted_worker import Faults
 from vase_sgl.cli import build_app
 from vase_sgl.eviction import POLICIES
 
@@ -52,6 +53,19 @@ async def test_generate_streams_then_replay_compares(running: Running) -> None:
     output, _ = await run(running, "replay", record.record_id, status=4)
     assert output.startswith("INCOMPARABLE: one of the two was retracted; 7 tokens and 0")
     assert "num_retractions: recorded nothing, now 1" in output
+    running.worker.faults = Faults(length_ceiling=20)
+    output, _ = await run(running, "replay", record.record_id, status=4)
+    assert output == (
+        "INCOMPARABLE: a ceiling of the worker ended the replay early; 20 tokens and 0 eviction "
+        "rounds are equal\n  finish_reason: recorded length after 60 tokens, now length after 20 "
+        "tokens\n"
+    )
+    running.worker.faults = Faults(end_after_tokens=60)
+    output, _ = await run(running, "replay", record.record_id, status=3)
+    assert output == (
+        "DIVERGED after 60 tokens and 3 eviction rounds\n"
+        "  finish_reason: recorded length after 60 tokens, now stop after 60 tokens\n"
+    )
     running.worker.fingerprint["device"] = "another"
     output, _ = await run(running, "replay", record.record_id, status=4)
     assert "device: recorded none, now another" in output

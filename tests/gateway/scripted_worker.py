@@ -43,6 +43,7 @@ class Faults:
     other_token_at: int | None = None
     other_digest_at_round: int | None = None
     end_after_tokens: int | None = None
+    length_ceiling: int | None = None
     retractions: int = 0
     #: Of the fingerprint with which answers end.
     stamp: str = "0" * 16
@@ -286,7 +287,7 @@ class Run:
         self.tokens.append(token)
         if len(self.tokens) == self._faults.end_after_tokens:
             self.finish = {"type": "stop"}
-        elif len(self.tokens) == self._sampling["max_new_tokens"]:
+        elif len(self.tokens) in (self._sampling["max_new_tokens"], self._faults.length_ceiling):
             self.finish = {"type": "length"}
         return token
 

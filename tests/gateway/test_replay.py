@@ -129,6 +129,66 @@ async def test_an_answer_that_goes_on_diverges_there(running: Running) -> None:
     assert verdict.expected_token is None and verdict.actual_token is not None
 
 
+async def test_an_answer_that_a_ceiling_clipped_is_replayed_to_its_end(running: Running) -> None:
+    running.worker.faults.length_ceiling = 60
+    answer = await generate(running)
+    running.worker.faults.length_ceiling = None
+    verdict = await replay(running, answer)
+    assert (verdict.outcome, verdict.tokens_compared, verdict.rounds_compared) == ("MATCH", 60, 3)
+
+
+@pytest.mark.parametrize("recorded_end", [None, 90])
+async def test_a_replay_that_a_ceiling_clips_says_so(
+    running: Running, recorded_end: int | None
+) -> None:
+    running.worker.faults.end_after_tokens = recorded_end
+    answer = await generate(running)
+    running.worker.faults.end_after_tokens = None
+    running.worker.faults.length_ceiling = 60
+    verdict = await replay(running, answer)
+    assert (verdict.outcome, verdict.first_differing_token) == ("INCOMPARABLE", None)
+    assert (verdict.tokens_compared, verdict.rounds_compared) == (60, 3)
+    ended = "stop after 90 tokens" if recorded_end else "length after 100 tokens"
+    assert [dataclasses.astuple(d) for d in verdict.differences] == [
+        ("finish_reason", ended, "length after 60 tokens")
+    ]
+    running.worker.faults.other_token_at = 41
+    verdict = await replay(running, answer)
+    assert (verdict.outcome, verdict.first_differing_token) == ("DIVERGED", 41)
+    running.worker.faults.other_token_at = None
+    running.worker.faults.other_digest_at_round = 2
+    verdict = await replay(running, answer)
+    assert (verdict.outcome, verdict.first_differing_round) == ("DIVERGED", 2)
+
+
+async def test_equal_tokens_that_end_otherwise_diverge(running: Running) -> None:
+    """As with another tokenizer, or other settings of the generation."""
+    answer = await generate(running)
+    running.worker.faults.end_after_tokens = 100
+    verdict = await replay(running, answer)
+    assert (verdict.outcome, verdict.tokens_compared) == ("DIVERGED", 100)
+    assert [dataclasses.astuple(d) for d in verdict.differences] == [
+        ("finish_reason", "length after 100 tokens", "stop after 100 tokens")
+    ]
+    running.worker.faults.end_after_tokens = None
+    running.worker.padding = 2
+    verdict = await replay(running, answer)
+    assert (verdict.outcome, verdict.first_differing_token) == ("DIVERGED", None)
+    (difference,) = verdict.differences
+    place = answer.text.index(" ")
+    assert difference.key == "text"
+    assert difference.recorded == f"{answer.text[place : place + 32]!r} from character {place}"
+    assert difference.current is not None and difference.current.startswith("'xx w")
+
+
+async def test_an_answer_that_a_stop_string_ended_matches(running: Running) -> None:
+    whole = await running.client.generate_once("tell me", max_new_tokens=20, seed=3)
+    stop = whole.text.split()[7]
+    answer = await running.client.generate_once("tell me", max_new_tokens=20, seed=3, stop=[stop])
+    assert answer.result.finish_reason == "stop" and len(answer.token_ids) == 8
+    assert (await replay(running, answer)).outcome == "MATCH"
+
+
 async def test_another_worker_is_incomparable_and_nothing_is_run(running: Running) -> None:
     answer = await generate(running)
     running.worker.fingerprint["sglang"] = "1"

@@ -255,19 +255,22 @@ _SEED_CHECKS = {
 
 def _outcome(verdict: Verdict) -> str:
     compared = f"{verdict.tokens_compared} tokens and {verdict.rounds_compared} eviction rounds"
+    differences = [
+        f"  {d.key}: recorded {_or_nothing(d.recorded)}, now {_or_nothing(d.current)}"
+        for d in verdict.differences
+    ]
     match verdict.outcome:
         case "MATCH":
             return f"MATCH: {compared} are equal"
         case "INCOMPARABLE":
-            lines = [
-                f"  {d.key}: recorded {_or_nothing(d.recorded)}, now {_or_nothing(d.current)}"
-                for d in verdict.differences
-            ]
-            if any(d.key == "num_retractions" for d in verdict.differences):
+            recorded = {d.key: d.recorded for d in verdict.differences}
+            if "num_retractions" in recorded:
                 why = f"one of the two was retracted; {compared} are equal, and then one differs"
+            elif "finish_reason" in recorded:
+                why = f"a ceiling of the worker ended the replay early; {compared} are equal"
             else:
                 why = "another worker made this record"
-            return "\n".join([f"INCOMPARABLE: {why}", *lines])
+            return "\n".join([f"INCOMPARABLE: {why}", *differences])
         case "DIVERGED":
             lines = [f"DIVERGED after {compared}"]
             if verdict.first_differing_token is not None:
@@ -278,7 +281,7 @@ def _outcome(verdict: Verdict) -> str:
                 )
             if verdict.first_differing_round is not None:
                 lines.append(f"  eviction round {verdict.first_differing_round} differs")
-            return "\n".join(lines)
+            return "\n".join([*lines, *differences])
 
 
 def _or_nothing(value: str | None) -> str:

@@ -201,9 +201,7 @@ def first_difference(result: Replayed) -> str:
     verdict = result.verdict
     if verdict is None:
         return str(result.error)
-    if verdict.outcome == "INCOMPARABLE":
-        return ", ".join(difference.key for difference in verdict.differences)
-    places = []
+    places = [difference.key for difference in verdict.differences]
     if verdict.first_differing_token is not None:
         places.append(f"token {verdict.first_differing_token}")
     if verdict.first_differing_round is not None:

@@ -128,7 +128,7 @@ class ReplayProgress:
 
 @dataclasses.dataclass(frozen=True)
 class FingerprintDifference:
-    """One entry of the worker's fingerprint that differs. None: not there."""
+    """One entry of the fingerprint, or of how the answer ended, that differs. None: not there."""
 
     key: str
     recorded: str | None
@@ -140,8 +140,9 @@ class Verdict:
     """The outcome of a replay.
 
     first_differing_token: index from 0; expected_token or actual_token is None where that side
-    had ended. first_differing_round: from 1. differences: why it is INCOMPARABLE. seed_check:
-    whether the recorded seeds are what the tenant's master secret gives.
+    had ended. first_differing_round: from 1. differences: why it is INCOMPARABLE, or how the
+    answers ended where all tokens are equal and it is DIVERGED. seed_check: whether the recorded
+    seeds are what the tenant's master secret gives.
     """
 
     outcome: Literal["MATCH", "DIVERGED", "INCOMPARABLE"]

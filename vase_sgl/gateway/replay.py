@@ -19,7 +19,17 @@ from vase_sgl.gateway.router import Lease, WorkerRouter
 from vase_sgl.gateway.runs import Background, running
 from vase_sgl.gateway.seeds import SeedCheck, check_seeds
 from vase_sgl.gateway.tenants import Retention, Tenant
-from vase_sgl.gateway.workers import RETRACTIONS, Worker, WorkerChunk, WorkerInfo, WorkerRequest
+from vase_sgl.gateway.workers import (
+    RETRACTIONS,
+    Finish,
+    Worker,
+    WorkerChunk,
+    WorkerInfo,
+    WorkerRequest,
+)
+
+#: Characters of a text that a verdict quotes.
+_EXCERPT = 32
 
 
 class Outcome(enum.Enum):
@@ -32,7 +42,7 @@ class Outcome(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """One fingerprint entry that differs. None: not there."""
+    """One entry of the fingerprint, or of how the answer ended, that differs. None: not there."""
 
     key: str
     recorded: str | None
@@ -88,7 +98,10 @@ def fingerprint_differences(
 class Comparison:
     """Compares a running replay with its record. `see` mutates the state."""
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, record: Record, max_new_tokens: int) -> None:
+        """max_new_tokens: what the replay asks for."""
+        self._record = record
+        self._max_new_tokens = max_new_tokens
         self._tokens = record.output_token_ids
         self._digests = record.round_digests
         self._tokens_compared = 0
@@ -104,23 +117,54 @@ class Comparison:
         """The verdict, as soon as `chunk` decides it."""
         token = self._token_difference(chunk)
         round_ = self._round_difference(chunk)
+        differences: tuple[Difference, ...] = ()
         if token is not None or round_ is not None:
             outcome = Outcome.DIVERGED
-        elif chunk.finish is not None:
-            outcome = Outcome.MATCH
-        else:
+        elif chunk.finish is None:
             return None
+        elif self._clipped(chunk):
+            outcome, differences = Outcome.INCOMPARABLE, (self._ends(chunk.finish, chunk),)
+        else:
+            differences = self._end_differences(chunk.finish, chunk)
+            outcome = Outcome.DIVERGED if differences else Outcome.MATCH
         return Verdict(
             outcome,
             token=token,
             round=round_,
+            differences=differences,
             tokens_compared=self._tokens_compared,
             rounds_compared=self._rounds_compared,
         )
 
+    def _clipped(self, chunk: WorkerChunk) -> bool:
+        """Whether a ceiling of the worker ended the replay before it had what it asked for."""
+        ended_by_length = chunk.finish is not None and chunk.finish.reason == "length"
+        return ended_by_length and len(chunk.token_ids) < self._max_new_tokens
+
+    def _ends(self, finish: Finish, chunk: WorkerChunk) -> Difference:
+        return Difference(
+            "finish_reason",
+            f"{self._record.finish_reason} after {len(self._tokens)} tokens",
+            f"{finish.reason} after {len(chunk.token_ids)} tokens",
+        )
+
+    def _end_differences(self, finish: Finish, chunk: WorkerChunk) -> tuple[Difference, ...]:
+        """What differs though all tokens are equal: why the answer ended, and its text."""
+        found = []
+        if finish.reason != self._record.finish_reason:
+            found.append(self._ends(finish, chunk))
+        left, right = self._record.text, chunk.text
+        if left != right:
+            pairs = enumerate(zip(left, right, strict=False))
+            start = next((n for n, (a, b) in pairs if a != b), min(len(left), len(right)))
+            found.append(Difference("text", _excerpt(left, start), _excerpt(right, start)))
+        return tuple(found)
+
     def _token_difference(self, chunk: WorkerChunk) -> TokenDifference | None:
         actual = chunk.token_ids
-        end = len(actual) if chunk.finish is None else max(len(actual), len(self._tokens))
+        end = len(actual)
+        if chunk.finish is not None and not self._clipped(chunk):
+            end = max(end, len(self._tokens))
         for position in range(self._tokens_compared, end):
             left = self._tokens[position] if position < len(self._tokens) else None
             right = actual[position] if position < len(actual) else None
@@ -137,7 +181,10 @@ class Comparison:
         """
         if chunk.finish is not None:
             actual = chunk.round_digests
-            for number in range(1, max(len(actual), len(self._digests)) + 1):
+            last = len(actual)
+            if not self._clipped(chunk):
+                last = max(last, len(self._digests))
+            for number in range(1, last + 1):
                 if actual[number - 1 : number] != self._digests[number - 1 : number]:
                     return number
                 self._rounds_compared = max(self._rounds_compared, number)
@@ -149,6 +196,10 @@ class Comparison:
             return number
         self._rounds_compared = number
         return None
+
+
+def _excerpt(text: str, start: int) -> str:
+    return f"{text[start : start + _EXCERPT]!r} from character {start}"
 
 
 def _without_retractions(verdict: Verdict, record: Record, chunk: WorkerChunk) -> Verdict:
@@ -242,13 +293,17 @@ class Replays:
         return record
 
     async def _run(self, record: Record, waiting: Waiting, send: Send) -> Verdict:
+        max_new_tokens = int(record.sampling["max_new_tokens"])
+        if record.finish_reason == "length":
+            # A ceiling of the worker may have clipped it, and another one's may be elsewhere.
+            max_new_tokens = len(record.output_token_ids) or max_new_tokens
         request = WorkerRequest(
             request_id=uuid.uuid4().hex,
             prompt_token_ids=record.prompt_token_ids,
-            sampling=record.sampling,
+            sampling={**record.sampling, "max_new_tokens": max_new_tokens},
             eviction=record.eviction,
         )
-        comparison = Comparison(record)
+        comparison = Comparison(record, max_new_tokens)
         async with (
             self._turn(record, request, waiting) as lease,
             running(lease, request, self._background) as chunks,

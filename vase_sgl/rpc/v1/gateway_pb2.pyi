@@ -978,12 +978,14 @@ class ReplayVerdict(_message.Message):
         OUTCOME_UNSPECIFIED: ReplayVerdict._Outcome.ValueType  # 0
         """Never sent."""
         OUTCOME_MATCH: ReplayVerdict._Outcome.ValueType  # 1
-        """Every token and every round digest is equal."""
+        """Every token, every round digest, the text and the finish reason are equal."""
         OUTCOME_DIVERGED: ReplayVerdict._Outcome.ValueType  # 2
-        """A token or a round digest differs."""
+        """One of them differs."""
         OUTCOME_INCOMPARABLE: ReplayVerdict._Outcome.ValueType  # 3
         """The worker is not the one recorded: other model, software, hardware or flags; nothing was
-        run. Or the answers differ, and one of them lost its memory on the way: `num_retractions`.
+        run. Or the answers differ, and one of them lost
+        its memory on the way: `num_retractions`. Or a ceiling of the worker ended the replay early,
+        with all equal until then: `finish_reason`.
         """
 
     class Outcome(_Outcome, metaclass=_OutcomeEnumTypeWrapper):
@@ -992,12 +994,14 @@ class ReplayVerdict(_message.Message):
     OUTCOME_UNSPECIFIED: ReplayVerdict.Outcome.ValueType  # 0
     """Never sent."""
     OUTCOME_MATCH: ReplayVerdict.Outcome.ValueType  # 1
-    """Every token and every round digest is equal."""
+    """Every token, every round digest, the text and the finish reason are equal."""
     OUTCOME_DIVERGED: ReplayVerdict.Outcome.ValueType  # 2
-    """A token or a round digest differs."""
+    """One of them differs."""
     OUTCOME_INCOMPARABLE: ReplayVerdict.Outcome.ValueType  # 3
     """The worker is not the one recorded: other model, software, hardware or flags; nothing was
-    run. Or the answers differ, and one of them lost its memory on the way: `num_retractions`.
+    run. Or the answers differ, and one of them lost
+    its memory on the way: `num_retractions`. Or a ceiling of the worker ended the replay early,
+    with all equal until then: `finish_reason`.
     """
 
     OUTCOME_FIELD_NUMBER: _builtins.int
@@ -1027,8 +1031,8 @@ class ReplayVerdict(_message.Message):
     """Whether the seeds, which the replay took from the record, are the right ones."""
     @_builtins.property
     def differences(self) -> _containers.RepeatedCompositeFieldContainer[Global___FingerprintDifference]:
-        """INCOMPARABLE: every entry of the worker's fingerprint that differs, by key; or
-        `num_retractions`.
+        """INCOMPARABLE: every entry of the worker's fingerprint that differs, by key; or `num_retractions` or `finish_reason`.
+        DIVERGED with all tokens equal: `finish_reason`, `text`, or neither if a digest differs.
         """
 
     def __init__(
@@ -1069,7 +1073,7 @@ Global___ReplayVerdict: _TypeAlias = ReplayVerdict  # noqa: Y015
 
 @_typing.final
 class FingerprintDifference(_message.Message):
-    """One entry of the worker's fingerprint that differs."""
+    """One entry of the worker's fingerprint, or of how the answer ended, that differs."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1077,7 +1081,7 @@ class FingerprintDifference(_message.Message):
     RECORDED_FIELD_NUMBER: _builtins.int
     CURRENT_FIELD_NUMBER: _builtins.int
     key: _builtins.str
-    """Which entry: `model`, `weights_digest`, `sglang`, `device`, ..."""
+    """Which entry: `model`, `weights_digest`, `sglang`, `device`, ..., `finish_reason`, `text`."""
     recorded: _builtins.str
     """Its value when recorded. Absent if it was not recorded."""
     current: _builtins.str
