@@ -73,6 +73,19 @@ async def test_generate_streams_then_replay_compares(running: Running) -> None:
     assert json.loads(output)["outcome"] == "INCOMPARABLE"
 
 
+async def test_a_replay_says_that_the_recorded_worker_was_not_deterministic(
+    running: Running,
+) -> None:
+    running.worker.fingerprint["deterministic"] = "false"
+    await running.worker.noticed()
+    answer = await running.client.generate_once("tell me", max_new_tokens=2)
+    output, _ = await run(running, "replay", answer.request_id, status=4)
+    assert output == (
+        "INCOMPARABLE: the worker that made this record was not deterministic\n"
+        "  deterministic: recorded false, now false\n"
+    )
+
+
 async def test_generate_as_json(running: Running) -> None:
     output, _ = await run(running, "generate", "tell me", "-n", "5", "--json", "--plain")
     answer = json.loads(output)

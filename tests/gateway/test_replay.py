@@ -189,6 +189,23 @@ async def test_an_answer_that_a_stop_string_ended_matches(running: Running) -> N
     assert (await replay(running, answer)).outcome == "MATCH"
 
 
+async def test_what_was_not_deterministic_is_incomparable_on_the_same_worker_too(
+    running: Running,
+) -> None:
+    running.worker.fingerprint["deterministic"] = "false"
+    await running.worker.noticed()
+    answer = await generate(running)
+    verdict = await replay(running, answer)
+    assert verdict.outcome == "INCOMPARABLE"
+    assert [dataclasses.astuple(d) for d in verdict.differences] == [
+        ("deterministic", "false", "false")
+    ]
+    running.worker.fingerprint["deterministic"] = "true"
+    (difference,) = (await replay(running, answer)).differences
+    assert dataclasses.astuple(difference) == ("deterministic", "false", "true")
+    assert len(running.worker.bodies) == 1
+
+
 async def test_another_worker_is_incomparable_and_nothing_is_run(running: Running) -> None:
     answer = await generate(running)
     running.worker.fingerprint["sglang"] = "1"

@@ -268,6 +268,8 @@ def _outcome(verdict: Verdict) -> str:
                 why = f"one of the two was retracted; {compared} are equal, and then one differs"
             elif "finish_reason" in recorded:
                 why = f"a ceiling of the worker ended the replay early; {compared} are equal"
+            elif recorded.get("deterministic") == "false":
+                why = "the worker that made this record was not deterministic"
             else:
                 why = "another worker made this record"
             return "\n".join([f"INCOMPARABLE: {why}", *differences])

@@ -28,6 +28,8 @@ from vase_sgl.gateway.workers import (
     WorkerRequest,
 )
 
+#: Entry of the fingerprint: whether equal requests have equal answers there, in any company.
+DETERMINISTIC = "deterministic"
 #: Characters of a text that a verdict quotes.
 _EXCERPT = 32
 
@@ -87,11 +89,15 @@ Send = Callable[[Progress], Awaitable[None]]
 def fingerprint_differences(
     recorded: Mapping[str, str], current: Mapping[str, str]
 ) -> tuple[Difference, ...]:
-    """Every entry of a worker that differs or is on one side only, by key."""
+    """Every entry of a worker that differs or is on one side only, by key.
+
+    Also that the recorded one was not deterministic: an equal worker need not answer equally.
+    """
     return tuple(
         Difference(key, recorded.get(key), current.get(key))
         for key in sorted({*recorded, *current} - {RETRACTIONS})
         if recorded.get(key) != current.get(key)
+        or (key == DETERMINISTIC and recorded.get(key) == "false")
     )
 
 

@@ -982,8 +982,8 @@ class ReplayVerdict(_message.Message):
         OUTCOME_DIVERGED: ReplayVerdict._Outcome.ValueType  # 2
         """One of them differs."""
         OUTCOME_INCOMPARABLE: ReplayVerdict._Outcome.ValueType  # 3
-        """The worker is not the one recorded: other model, software, hardware or flags; nothing was
-        run. Or the answers differ, and one of them lost
+        """The worker is not the one recorded: other model, software, hardware or flags; or the one
+        recorded was not deterministic. Nothing was run. Or the answers differ, and one of them lost
         its memory on the way: `num_retractions`. Or a ceiling of the worker ended the replay early,
         with all equal until then: `finish_reason`.
         """
@@ -998,8 +998,8 @@ class ReplayVerdict(_message.Message):
     OUTCOME_DIVERGED: ReplayVerdict.Outcome.ValueType  # 2
     """One of them differs."""
     OUTCOME_INCOMPARABLE: ReplayVerdict.Outcome.ValueType  # 3
-    """The worker is not the one recorded: other model, software, hardware or flags; nothing was
-    run. Or the answers differ, and one of them lost
+    """The worker is not the one recorded: other model, software, hardware or flags; or the one
+    recorded was not deterministic. Nothing was run. Or the answers differ, and one of them lost
     its memory on the way: `num_retractions`. Or a ceiling of the worker ended the replay early,
     with all equal until then: `finish_reason`.
     """
@@ -1031,7 +1031,8 @@ class ReplayVerdict(_message.Message):
     """Whether the seeds, which the replay took from the record, are the right ones."""
     @_builtins.property
     def differences(self) -> _containers.RepeatedCompositeFieldContainer[Global___FingerprintDifference]:
-        """INCOMPARABLE: every entry of the worker's fingerprint that differs, by key; or `num_retractions` or `finish_reason`.
+        """INCOMPARABLE: every entry of the worker's fingerprint that differs, by key, and
+        `deterministic` where it was recorded as false; or `num_retractions` or `finish_reason`.
         DIVERGED with all tokens equal: `finish_reason`, `text`, or neither if a digest differs.
         """
 
