@@ -91,6 +91,20 @@ async def test_an_answer_whose_worker_changed_meanwhile(
     assert seen == ("changed_to", "ab" * 8, None)
 
 
+@pytest.mark.parametrize(
+    ("digest", "outcome"), [("0123456789abcdef" * 2, "MATCH"), ("dummy", "INCOMPARABLE")]
+)
+async def test_the_same_weights_in_a_folder_of_another_name(
+    running: Running, digest: str, outcome: str
+) -> None:
+    running.worker.fingerprint = {**running.worker.fingerprint, "weights_digest": digest}
+    await running.worker.noticed()
+    answer = await generate(running)
+    running.worker.fingerprint = {**running.worker.fingerprint, "model": "another"}
+    await running.worker.noticed()
+    assert (await replay(running, answer)).outcome == outcome
+
+
 async def test_the_first_differing_token_is_named_and_the_replay_stops(running: Running) -> None:
     answer = await generate(running)
     running.worker.faults.other_token_at = 41

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import re
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -91,11 +92,15 @@ def fingerprint_differences(
 ) -> tuple[Difference, ...]:
     """Every entry of a worker that differs or is on one side only, by key.
 
-    Also that the recorded one was not deterministic: an equal worker need not answer equally.
+    Also that the recorded one was not deterministic: an equal worker need not answer equally. Not
+    the folder's name of a model whose weights were read: their digest says more.
     """
+    ignored = {RETRACTIONS}
+    if re.fullmatch("[0-9a-f]{32}", recorded.get("weights_digest", "")):
+        ignored.add("model")
     return tuple(
         Difference(key, recorded.get(key), current.get(key))
-        for key in sorted({*recorded, *current} - {RETRACTIONS})
+        for key in sorted({*recorded, *current} - ignored)
         if recorded.get(key) != current.get(key)
         or (key == DETERMINISTIC and recorded.get(key) == "false")
     )
