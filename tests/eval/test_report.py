@@ -145,6 +145,87 @@ def test_incomplete_cells_are_refused_by_name(stored: Callable[[Iterable[Row]], 
         load([stored([])])
 
 
+def _folder(path: Path, budget: int | None, **changes: object) -> Path:
+    """A run of `full`, or of `a` at a budget, with changed entries of its configuration."""
+    arm = "full" if budget is None else "a"
+    items = [str(i) for i in range(4)]
+    configuration = {
+        "items": {"t|<b>": items},
+        "items_digest": "1",
+        "arms": [{"name": arm, "eviction": {} if budget is None else {"budget": budget}}],
+        "settings": {"max_new_tokens": 10, "temperature": 0.0},
+        "seeds": 1,
+        "seed": 0,
+    }
+    workers = {"production": {"model": changes.pop("model", "m")}}
+    run = {
+        "format": "vase-sgl-eval/1",
+        "run_id": "r",
+        "configuration": {**configuration, **changes},
+        "workers": workers,
+    }
+    path.mkdir()
+    (path / "run.json").write_text(json.dumps(run))
+    rows = [
+        row(arm, budget, item, task=task)
+        for task in run["configuration"]["items"]
+        for item in items
+    ]
+    (path / "rows.jsonl").write_text("".join(r.to_json() + "\n" for r in rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"items_digest": "2"}, "items of t|<b> have the same ids, but other questions or answers"),
+        (
+            {"settings": {"max_new_tokens": 99, "temperature": 0.0}},
+            "max_new_tokens is 99, there 10",
+        ),
+        ({"seed": 7}, "seed is 7, there 0"),
+        ({"model": "other"}, "production worker, model is other, there m"),
+    ],
+)
+def test_runs_that_did_not_measure_the_same_are_refused(
+    changes: dict[str, object], difference: str, tmp_path: Path
+) -> None:
+    first, same = _folder(tmp_path / "first", None), _folder(tmp_path / "same", 64)
+    assert len(load([first, same]).attempts) == 8
+    unlike = _folder(tmp_path / "unlike", 128, **changes)
+    with pytest.raises(IncompleteError) as caught:
+        load([first, same, unlike])
+    assert f"{unlike} against {first}: {difference}" in str(caught.value)
+    assert str(same) not in str(caught.value)
+
+
+def test_runs_of_other_tasks_are_compared_by_the_tasks_they_share(tmp_path: Path) -> None:
+    ids = [str(i) for i in range(4)]
+    digests = {"t|<b>": "1", "u": "2"}
+    one = _folder(tmp_path / "one", None, task_digests=digests)
+    both = {"items": {"u": ids, "t|<b>": ids}, "items_digest": "12", "task_digests": digests}
+    two = _folder(tmp_path / "two", 64, **both)
+    assert list(load([one, two]).cells) == ["t|<b>", "u"]
+    other = _folder(tmp_path / "other", 128, task_digests={"t|<b>": "3"})
+    with pytest.raises(IncompleteError, match=r"other against .*one: items of t.* other questions"):
+        load([one, two, other])
+    # Only an older version's digest of all items: nothing can be said about one of the tasks.
+    del both["task_digests"]
+    load([one, _folder(tmp_path / "old", 256, **both)])
+    # Runs without a common task are not compared with each other.
+    alone = {"items": {"v": ids}, "settings": {"max_new_tokens": 99}, "model": "other"}
+    assert "v" in load([one, _folder(tmp_path / "alone", 64, **alone)]).cells
+
+
+def test_rows_without_a_configuration_are_named_beside_a_run(
+    stored: Callable[[Iterable[Row]], Path], tmp_path: Path
+) -> None:
+    rows = stored(row("b", 64, str(i), run_id="s") for i in range(4))
+    run = _folder(tmp_path / "run", None)
+    _, markdown = write(load([run, rows]), tmp_path / "out", price_per_hour=None)
+    assert "Rows without a run's configuration, of `s`: nothing tells" in markdown.read_text()
+
+
 def test_a_torn_line_of_counters_is_named(
     stored: Callable[[Iterable[Row]], Path], tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from vase_sgl.eval import rows as row_files
 from vase_sgl.eval.arms import BASELINE
 from vase_sgl.eval.configuration import ROWS_FILE, RUN_FILE, SESSIONS_FILE, RunFolder
+from vase_sgl.eval.likeness import unlike
 from vase_sgl.eval.rows import Row
 
 #: Share of samples with an eviction below which a cell shows only that nothing broke.
@@ -24,7 +25,7 @@ _NAMED = 20
 
 
 class IncompleteError(Exception):
-    """Cells lack samples. The text names cells and samples."""
+    """Cells lack samples, or runs did not measure the same. The text names what."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +121,8 @@ def load(folders: Sequence[Path]) -> Results:
     """Read folders of runs, or files of rows alone; together they are one comparison.
 
     Every cell must have a row with an outcome for each sample of its run; in a file without a
-    run's configuration, for each sample that any arm of the task has. Raises `IncompleteError`,
-    `RowError` and `ConfigurationError`.
+    run's configuration, for each sample that any arm of the task has. Runs of one task must have
+    asked the same of the same model. Raises `IncompleteError`, `RowError` and `ConfigurationError`.
     """
     cells: dict[str, list[Cell]] = {}
     problems: list[str] = []
@@ -150,6 +151,11 @@ def load(folders: Sequence[Path]) -> Results:
                 problems.append(f"{task}, {cell.label}: is in more than one of the inputs")
             cells.setdefault(task, []).append(cell)
     problems += _unpaired(cells)
+    if unlike_runs := unlike(runs):
+        raise IncompleteError(
+            "these runs did not measure the same, so their arms cannot be compared; report on them "
+            "one by one:\n  " + "\n  ".join(unlike_runs)
+        )
     if not cells:
         raise IncompleteError("there are no rows to report on")
     if problems:

@@ -48,13 +48,15 @@ class Configuration:
     """Everything that decides the rows, beside the model itself.
 
     tasks: as they were written. items: by task, the ids in order. items_digest: SHA-256 of all
-    questions and answers. settings: how answers come about. seeds: samples per item. seed: what
-    request seeds and generated items are derived from.
+    questions and answers; task_digests: the same by task, to compare runs of other tasks with.
+    settings: how answers come about. seeds: samples per item. seed: what request seeds and
+    generated items are derived from.
     """
 
     tasks: tuple[str, ...]
     items: Mapping[str, tuple[str, ...]]
     items_digest: str
+    task_digests: Mapping[str, str]
     limit: int | None
     arms: tuple[Arm, ...]
     settings: Sampling | Forcing
@@ -95,7 +97,8 @@ class RunFolder:
         differences = [
             f"{key}: there {_short(found.configuration.get(key))}, now {_short(value)}"
             for key, value in configuration.to_mapping().items()
-            if found.configuration.get(key) != value
+            # A key that the run's version did not have says nothing.
+            if found.configuration.get(key, value) != value
         ]
         if differences:
             raise ConfigurationError(

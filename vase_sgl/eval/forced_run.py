@@ -126,6 +126,10 @@ class ForcedRun:
                 for task in texts.tasks
             },
             items_digest=items_digest([item for _, item in self._items]),
+            task_digests={
+                task: items_digest([item for name, item in self._items if name == task])
+                for task in texts.tasks
+            },
             limit=None,
             arms=tuple(arms),
             settings=texts.settings(),

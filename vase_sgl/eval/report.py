@@ -94,9 +94,13 @@ def _what_ran(results: Results) -> Iterator[str]:
                     for key in keys
                 ],
             )
-    if not results.runs:
-        ids = sorted({row.run_id for row in results.attempts})
-        yield f"Rows without a run's configuration, of {', '.join(f'`{i}`' for i in ids)}."
+    alone = {row.run_id for row in results.attempts} - {run.run_id for run in results.runs}
+    if alone:
+        ids = ", ".join(f"`{run_id}`" for run_id in sorted(alone))
+        yield (
+            f"Rows without a run's configuration, of {ids}: nothing tells whether they were asked "
+            "the same of the same model."
+        )
 
 
 def _quality(cells: Sequence[Cell]) -> Iterator[str]:

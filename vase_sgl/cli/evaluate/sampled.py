@@ -218,6 +218,7 @@ def _evaluate(
             tasks=tuple(specs),
             items={each.task.name: tuple(i.item_id for i in each.items) for each in asked},
             items_digest=items_digest([item for each in asked for item in each.items]),
+            task_digests={each.task.name: items_digest(each.items) for each in asked},
             limit=limit,
             arms=tuple(arms),
             settings=sampling,
