@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 from collections.abc import AsyncIterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -224,6 +225,7 @@ async def test_through_a_gateway_every_row_can_be_replayed(tmp_path: Path) -> No
             assert record.eviction is not None and record.eviction.prompt_mode == "keep"
             assert (await running.client.replay(row["request_id"]).verdict()).outcome == "MATCH"
         assert len(rows(out)) == 2 and rows(out)[0]["rounds"] > 0
+        assert "prefix cache was not emptied before each arm." in (out / "report.md").read_text()
         _, error = await run_eval(
             *(*TINY, "--policies", "full", "--gateway", running.target, "-o", tmp_path / "no"),
             VASE_API_KEY="vsk_wrong",
@@ -276,6 +278,31 @@ async def test_a_worker_that_cannot_run_an_arm_is_refused_before_it_is_asked(
     worker.fingerprint["kv_cache_dtype"] = "float8_e4m3fn"
     await run_eval(*TINY, *fp8)
     assert {row["worker"] for row in rows(tmp_path)} == {"fp8"}
+
+
+async def test_every_task_of_an_arm_begins_alone_and_with_a_cold_cache(
+    worker: ScriptedWorker, tmp_path: Path
+) -> None:
+    """Else seconds are counted twice, and the first arm alone pays for the prompts."""
+    worker.token_seconds = 0.002
+    tasks = ("--tasks", "passkey?steps=4,state-tracking?steps=4", "--limit", 3)
+    arms = ("--policies", "full,random", "--budgets", 32, "--window", 8, "--max-new-tokens", 20)
+    out = tmp_path / "out"
+    await run_eval(*tasks, *arms, "--worker", worker.url, "-o", out)
+    assert worker.flushes == [0, 3, 6, 9]
+    spans: dict[tuple[str, str], list[float]] = {}
+    for row in rows(out):
+        end = row["started"] + row["total_seconds"]
+        spans.setdefault((row["arm"], row["task"]), []).extend((row["started"], end))
+    ordered = list(spans.values())
+    assert len(ordered) == 4
+    # Seconds since the epoch and durations are from two clocks.
+    assert all(max(a) < min(b) + 0.005 for a, b in pairwise(ordered))
+    told = "Its prefix cache was not emptied before each arm."
+    assert told not in (out / "report.md").read_text()
+    worker.running.add("of somebody else")
+    await run_eval(*TINY, "--policies", "full", "--worker", worker.url, "-o", tmp_path / "shared")
+    assert told in (tmp_path / "shared" / "report.md").read_text()
 
 
 async def test_two_runs_are_reported_together(worker: ScriptedWorker, tmp_path: Path) -> None:

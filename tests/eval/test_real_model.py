@@ -35,6 +35,7 @@ async def test_arms_on_workers_that_the_command_starts(tmp_path: Path) -> None:
     sessions = [json.loads(line) for line in (out / "sessions.jsonl").read_text().splitlines()]
     assert sessions[0]["counters"]["rounds"] == sum(r["rounds"] for r in evicting)
     assert sessions[0]["counters"]["retractions"] == 0
+    assert all(session["prefix_cache_emptied"] for session in sessions)
 
     # Another worker, another company, the same tokens.
     again = tmp_path / "again"

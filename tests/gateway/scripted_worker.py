@@ -83,6 +83,8 @@ class ScriptedWorker:
         self.running: set[str] = set()
         self.most_running = 0
         self.health_checks = 0
+        #: Requests received before each time its prefix cache was emptied.
+        self.flushes: list[int] = []
         self.max_running_requests = 64
         self.max_query_requests = 64
         self.prefix_cache = True
@@ -98,6 +100,7 @@ class ScriptedWorker:
         app.router.add_post("/generate", self._generate)
         app.router.add_post("/v1/tokenize", self._tokenize)
         app.router.add_post("/abort_request", self._abort)
+        app.router.add_post("/flush_cache", self._flush_cache)
         app.router.add_get("/health", self._health)
         app.router.add_get("/server_info", self._server_info)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
@@ -171,6 +174,13 @@ class ScriptedWorker:
         rid = (await request.json())["rid"]
         self.aborted.append(rid)
         self.running = {r for r in self.running if not r.startswith(rid)}
+        return web.Response()
+
+    async def _flush_cache(self, request: web.Request) -> web.Response:
+        """As SGLang's, which refuses while requests run."""
+        if self.running:
+            return web.Response(status=400, text="Flush cache failed.")
+        self.flushes.append(len(self.bodies))
         return web.Response()
 
     async def _health(self, request: web.Request) -> web.Response:

@@ -28,7 +28,9 @@ row shows only that nothing broke (a *no-regression control*) and says nothing a
 Slots are KV slots, one token in every layer; *reserved* at the end of the request, when a fixed
 budget has settled. *Machine-seconds* is the time in which at least one request of the arm ran,
 *slot-seconds* are slots reserved times seconds; both divided by the samples that ended with an
-answer. Seconds and rates compare arms of this very run alone."""
+answer. Seconds and rates compare arms of this very run alone, and only where the worker's prefix
+cache was emptied before each of them: else the first alone computes the prompts. A gateway's
+clients cannot empty it; *Events* says where it was not."""
 
 
 def write(results: Results, folder: Path, price_per_hour: float | None) -> tuple[Path, Path]:
@@ -306,9 +308,11 @@ def _events(results: Results) -> Iterator[str]:
         )
         if counters is not None and "retractions" not in counters:
             told += ", retractions not reported (start the worker with --enable-metrics)"
+        warm = not session.get("prefix_cache_emptied", False)
         yield (
             f"The {session['worker']} worker, {session['ended'] - session['started']:.0f} s, "
             f"{session['total_slots']} slots in its pool: {told}."
+            + (" Its prefix cache was not emptied before each arm." if warm else "")
         )
 
 

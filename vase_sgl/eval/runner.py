@@ -124,8 +124,9 @@ class Run:
     ) -> None:
         """Run what is left, arm by arm, a worker configuration at a time.
 
-        At most `concurrency` requests at once; an arm begins when the one before has ended, so that
-        an arm's time is its own. Raises `RunStopped`, `TargetError` and `ConfigurationError`.
+        At most `concurrency` requests at once; a task of an arm begins when what was before has
+        ended and, where that is possible, without prompts that it left in the prefix cache: its
+        time is its own. Raises `RunStopped`, `TargetError` and `ConfigurationError`.
         """
         for worker, group in groupby(self.left, lambda sample: sample.arm.worker):
             samples = list(group)
@@ -133,12 +134,13 @@ class Run:
                 info = await target.info()
                 _check(worker, target, info, [sample.arm for sample in samples])
                 self._file = self._file.with_worker(worker, info.fingerprint)
-                started = time.time()
+                started, emptied = time.time(), True
                 try:
-                    for _, cell in groupby(samples, lambda sample: sample.arm):
+                    for _, cell in groupby(samples, lambda s: (s.arm, s.task.name)):
+                        emptied &= await target.empty_prefix_cache()
                         await self._cell(target, list(cell), concurrency, on_row)
                 finally:
-                    await self._note_session(worker, target, started, info)
+                    await self._note_session(worker, target, started, info, emptied)
 
     def close(self) -> None:
         """Let another process write the rows."""
@@ -236,7 +238,7 @@ class Run:
         )
 
     async def _note_session(
-        self, worker: str, target: Target, started: float, before: TargetInfo
+        self, worker: str, target: Target, started: float, before: TargetInfo, emptied: bool
     ) -> None:
         """Append what the worker counted meanwhile; a worker that is gone has counted nothing."""
         try:
@@ -249,6 +251,7 @@ class Run:
             "started": started,
             "ended": time.time(),
             "total_slots": before.total_slots,
+            "prefix_cache_emptied": emptied,
             "counters": None
             if after is None
             else {name: after[name] - value for name, value in before.counters.items()},

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import hashlib
+import logging
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,8 @@ from vase_sgl.eviction import EvictionLimits, EvictionParams
 if TYPE_CHECKING:
     from vase_sgl.client import AsyncClient
     from vase_sgl.gateway.worker_http import HttpWorker
+
+logger = logging.getLogger(__name__)
 
 #: A worker that sends nothing for so long is given up, in seconds.
 STALL_SECONDS = 600.0
@@ -101,6 +104,9 @@ class Target(Protocol):
         self, messages: Sequence[Message], arm: Arm, sampling: Sampling, seed: int
     ) -> Answer:
         """Ask under an arm. Cancelling aborts the request."""
+
+    async def empty_prefix_cache(self) -> bool:
+        """Forget prompts that were asked before; whether it could."""
 
     async def close(self) -> None:
         """Release connections."""
@@ -210,6 +216,16 @@ class WorkerTarget:
             digest=cache.digest if cache else None,
         )
 
+    async def empty_prefix_cache(self) -> bool:
+        from vase_sgl.gateway.errors import GatewayError
+
+        try:
+            await self._worker.empty_prefix_cache()
+        except GatewayError as error:
+            logger.warning("the prefix cache was not emptied before an arm: %s", error)
+            return False
+        return True
+
     async def close(self) -> None:
         await self._worker.close()
 
@@ -294,6 +310,9 @@ class GatewayTarget:
             ttft_seconds=result.timings.ttft_seconds,
             digest=cache.digest if cache else None,
         )
+
+    async def empty_prefix_cache(self) -> bool:
+        return False  # it is the workers', which a gateway's clients do not reach
 
     async def close(self) -> None:
         await self._client.close()

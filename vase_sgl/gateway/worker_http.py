@@ -32,6 +32,8 @@ SHORT_TIMEOUT = 30.0
 ABORT_TIMEOUT = 10.0
 #: Seconds for the health check. SGLang takes up to 20 s to call itself unhealthy.
 HEALTH_TIMEOUT = 25.0
+#: Seconds in which requests may end before a cache is emptied. Under `SHORT_TIMEOUT`.
+IDLE_SECONDS = 20
 #: The payload that ends a stream.
 DONE = b"[DONE]"
 #: Bytes read ahead from a stream before the worker is made to wait.
@@ -126,6 +128,10 @@ class HttpWorker:
                 f"worker {self.name} does not report vase_sgl's state ({error!r}); start it with "
                 "`vase-sgl worker` of the same version as this gateway"
             ) from error
+
+    async def empty_prefix_cache(self) -> None:
+        """Forget cached prompts. `InvalidRequest` if requests still run after `IDLE_SECONDS`."""
+        await self._call("POST", f"/flush_cache?timeout={IDLE_SECONDS}")
 
     async def close(self) -> None:
         if self._session is not None:
