@@ -63,11 +63,14 @@ def test_scores_differences_and_the_front(stored: Callable[[Iterable[Row]], Path
     assert [c.label for c in cells] == ["full", "a @ 64", "a @ 128"]
     assert quality_of(cells) == [ACCURACY]
     estimate = ACCURACY.estimate(small)
+    assert estimate is not None
     assert (estimate.value, estimate.n) == (0.5, 8) and estimate.low == pytest.approx(0.2152, 1e-3)
     difference = ACCURACY.difference(small, full)
+    assert difference is not None
     assert difference.value == -0.5  # four of eight lost, which the sign test gives p 0.125
     assert (difference.low, difference.high) == pytest.approx((-0.811, 0.011), abs=5e-4)
-    assert LOOPS.estimate(small).value == 0.5
+    loops = LOOPS.estimate(small)
+    assert loops is not None and loops.value == 0.5
     assert pareto_front(cells, ACCURACY) == [full, small]
     assert not small.is_control and small.evicted_share == 1
 
@@ -86,6 +89,58 @@ def test_time_is_counted_once_however_many_requests_share_it(
     assert cells[0].tokens_per_second == 40 / 10
     assert cells[0].slot_seconds == 50 * (3 + 4 + 4 + 1 + 0.5)
     assert cells[0].completed == cells[0].n == 4
+
+
+def test_aborted_samples_are_wrong_and_nothing_else(
+    stored: Callable[[Iterable[Row]], Path], tmp_path: Path
+) -> None:
+    """Not memory, rounds, loops and faults of form of 0: what they took is not known."""
+
+    def lost(aborted: Row) -> Row:
+        return row(
+            *(aborted.arm, aborted.budget, aborted.item_id),
+            status="aborted",
+            correct=False,
+            **dict.fromkeys(("rounds", "reserved_slots", "full_kv_slots", "output_tokens"), 0),
+        )
+
+    looping = {"correct": False, "loop": True, "malformed": ("truncated",)}
+    full = [row("full", None, str(i)) for i in range(8)]
+    some = [row("a", 64, str(i), prompt_mode="evict", **looping) for i in range(8)]
+    some[:6] = map(lost, some[:6])
+    none = [lost(row("b", 32, str(i))) for i in range(8)]
+    (cells,) = load([stored([*full, *some, *none])]).cells.values()
+    base, few, gone = cells
+    assert (few.n, few.completed, few.evicted_share) == (8, 2, 1.0)
+    loops = LOOPS.estimate(few)
+    assert loops is not None and (loops.value, loops.n) == (1.0, 2)
+    difference = LOOPS.difference(few, base)
+    assert difference is not None and (difference.value, difference.n) == (1.0, 2)
+    assert gone.evicted_share is None and not gone.is_control
+    assert LOOPS.estimate(gone) is None and LOOPS.difference(gone, base) is None
+    assert pareto_front(cells, ACCURACY) == [base, few]
+    _, markdown = write(load([stored([*full, *some, *none])]), tmp_path, price_per_hour=None)
+    text = markdown.read_text()
+    quality, form, cost = (line for line in text.splitlines() if line.startswith("| a | 64"))
+    assert quality.startswith("| a | 64 | 8 | 0.0 [0.0, 32.4] | -100.0 [")
+    assert quality.endswith(" | 100 % (n 2) |")
+    assert form.startswith("| a | 64 | 8 | 100.0 [34.2, 100.0] (n 2) | +100.0 [")
+    assert form.endswith("(n 2) | truncated 2 |")
+    assert cost.startswith("| a | 64 | 8 | 2 | 10 | 64 | 6 | 0 | 3.0 |")
+    assert "| b | 32 | 8 | 0 | - | - | - | - | - |" in text
+    assert "| b | 32 | 8 | - | - | - | - | - |" in text
+    assert "a @ 64 (64 slots (n 2), 0.0 [0.0, 32.4] %, n 8), full (" in text
+
+
+def test_seeds_without_an_answer_take_their_item_with_them(
+    stored: Callable[[Iterable[Row]], Path],
+) -> None:
+    """Items have the same weight in a mean over several seeds."""
+    rows = [row("full", None, str(i), seed, loop=i == 0) for i in range(4) for seed in range(2)]
+    rows[-1] = dataclasses.replace(rows[-1], status="aborted", correct=False)
+    (cells,) = load([stored(rows)]).cells.values()
+    estimate = LOOPS.estimate(cells[0])
+    assert estimate is not None and (estimate.value, estimate.n) == (pytest.approx(1 / 3), 6)
 
 
 def test_the_report_has_every_number_with_n_and_interval(
@@ -259,7 +314,8 @@ def test_nll_rows_without_a_worker(stored: Callable[[Iterable[Row]], Path], tmp_
     results = load([stored(rows)])
     (cells,) = results.cells.values()
     assert quality_of(cells) == [NLL] and not LOOPS.applies(cells)
-    assert NLL.estimate(cells[1]).value == 2.25
+    loss = NLL.estimate(cells[1])
+    assert loss is not None and loss.value == 2.25
     assert pareto_front(cells, NLL) == cells
     _, markdown = write(results, tmp_path, price_per_hour=1.0)
     text = markdown.read_text()

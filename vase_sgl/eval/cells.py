@@ -50,23 +50,29 @@ class Cell:
         return len(self.rows)
 
     @property
+    def answered(self) -> tuple[Row, ...]:
+        """The samples that ended with an answer; of the others nothing but that is known."""
+        return tuple(row for row in self.rows if row.status == "completed")
+
+    @property
     def completed(self) -> int:
-        """Samples that ended with an answer."""
-        return sum(row.status == "completed" for row in self.rows)
+        """How many samples ended with an answer."""
+        return len(self.answered)
 
     @property
     def evicts(self) -> bool:
         return self.budget is not None
 
     @property
-    def evicted_share(self) -> float:
-        """Share of samples in which an eviction happened."""
-        return sum(row.rounds > 0 for row in self.rows) / self.n
+    def evicted_share(self) -> float | None:
+        """Share of answered samples in which an eviction happened; None without such samples."""
+        return self.mean(lambda row: row.rounds > 0)
 
     @property
     def is_control(self) -> bool:
         """Too few evictions to say anything about the policy: a no-regression control."""
-        return self.evicts and self.evicted_share < CONTROL_SHARE
+        share = self.evicted_share
+        return self.evicts and share is not None and share < CONTROL_SHARE
 
     @property
     def timed(self) -> bool:
@@ -93,9 +99,9 @@ class Cell:
         seconds = self.machine_seconds
         return sum(row.output_tokens for row in self.attempts) / seconds if seconds else 0.0
 
-    def mean(self, value: Callable[[Row], float]) -> float:
-        """Mean over the samples."""
-        return statistics.fmean(value(row) for row in self.rows)
+    def mean(self, value: Callable[[Row], float]) -> float | None:
+        """Mean over the answered samples; None without such samples."""
+        return statistics.fmean(map(value, self.answered)) if self.answered else None
 
     def median_ttft(self) -> float | None:
         """Seconds; None if no sample has one."""

@@ -15,41 +15,63 @@ Pairs = Mapping[tuple[str, int], float]
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """A value per sample. share: it is 0 or 1. value: None where a sample has none."""
+    """A value per sample. share: it is 0 or 1. value: None where a sample has none.
+
+    of_answers: samples without an answer do not count, nor do other seeds of their items, for
+    items have the same weight. Otherwise they count as what their rows say, as wrong for instance.
+    """
 
     title: str
     share: bool
     higher_is_better: bool
     value: Callable[[Row], float | None]
+    of_answers: bool = False
 
     def applies(self, cells: Sequence[Cell]) -> bool:
-        """Whether every sample of every cell has a value."""
-        return all(self.value(row) is not None for cell in cells for row in cell.rows)
+        """Whether every sample that counts has a value, in every cell."""
+        return all(self.value(row) is not None for cell in cells for row in self._rows(cell))
 
     def pairs(self, cell: Cell) -> Pairs:
-        """The value of each sample by item and seed. The measure must apply."""
-        values = {row.pair: self.value(row) for row in cell.rows}
+        """The value of each sample that counts, by item and seed. The measure must apply."""
+        values = {row.pair: self.value(row) for row in self._rows(cell)}
         return {pair: value for pair, value in values.items() if value is not None}
 
-    def estimate(self, cell: Cell) -> Estimate:
+    def estimate(self, cell: Cell) -> Estimate | None:
         """The mean. Wilson's interval for a share with one seed, else a bootstrap over items.
 
         Where every sample of several seeds is alike a bootstrap would give no interval at all; then
-        Wilson's over the items. Raises `IncompleteCellError` for a bootstrap of a single item.
+        Wilson's over the items. None if too few samples have an answer. Raises
+        `IncompleteCellError` for a bootstrap of a single item.
         """
         values = self.pairs(cell)
         items, total = {item for item, _ in values}, sum(values.values())
+        if not values:
+            return None
         if self.share and len(items) == len(values):
             return statistics.proportion(round(total), len(values))
         if self.share and total in (0, len(values)):
             alike = statistics.proportion(len(items) if total else 0, len(items))
             return dataclasses.replace(alike, n=len(values))
+        if self.of_answers and len(items) < 2:
+            return None
         return statistics.mean(values)
 
-    def difference(self, cell: Cell, base: Cell) -> Estimate:
-        """Mean of the paired differences `cell` minus `base`."""
+    def difference(self, cell: Cell, base: Cell) -> Estimate | None:
+        """Mean of the paired differences `cell` minus `base`; None if too few have an answer."""
         compare = statistics.paired_share_difference if self.share else statistics.paired_difference
-        return compare(self.pairs(cell), self.pairs(base))
+        mine, other = self.pairs(cell), self.pairs(base)
+        if self.of_answers:
+            both = mine.keys() & other.keys()
+            if len({item for item, _ in both}) < 2:
+                return None
+            mine, other = ({pair: side[pair] for pair in both} for side in (mine, other))
+        return compare(mine, other)
+
+    def _rows(self, cell: Cell) -> Sequence[Row]:
+        if not self.of_answers:
+            return cell.rows
+        lost = {row.item_id for row in cell.rows if row.status != "completed"}
+        return [row for row in cell.rows if row.item_id not in lost]
 
 
 def _share(value: Callable[[Row], bool | None]) -> Callable[[Row], float | None]:
@@ -72,8 +94,10 @@ def _output(row: Row, value: bool) -> bool | None:
 
 
 ACCURACY = Measure("correct", True, True, _share(lambda row: row.correct))
-LOOPS = Measure("loops", True, False, _share(lambda row: _output(row, row.loop)))
-MALFORMED = Measure("malformed", True, False, _share(lambda row: _output(row, bool(row.malformed))))
+LOOPS = Measure("loops", True, False, _share(lambda row: _output(row, row.loop)), of_answers=True)
+MALFORMED = Measure(
+    "malformed", True, False, _share(lambda row: _output(row, bool(row.malformed))), of_answers=True
+)
 NLL = Measure("NLL per token", False, False, _nll_per_token)
 
 #: What counts as the quality of a task: the first that applies.
@@ -86,15 +110,16 @@ def quality_of(cells: Sequence[Cell]) -> Sequence[Measure]:
 
 
 def pareto_front(cells: Sequence[Cell], measure: Measure) -> list[Cell]:
-    """The cells that no other beats: as few slots and as good, and better in one of the two."""
+    """The cells that no other beats: as few slots and as good, and better in one of the two.
 
-    def place(cell: Cell) -> tuple[float, float]:
-        value = measure.estimate(cell).value
-        return cell.mean(lambda row: row.reserved_slots), (
-            -value if measure.higher_is_better else value
-        )
-
-    places = [(cell, place(cell)) for cell in cells]
+    Cells without an answered sample have no place among them: what they take is not known.
+    """
+    places = []
+    for cell in cells:
+        slots, estimate = cell.mean(lambda row: row.reserved_slots), measure.estimate(cell)
+        if slots is not None and estimate is not None:
+            value = estimate.value
+            places.append((cell, (slots, -value if measure.higher_is_better else value)))
     return [
         cell
         for cell, mine in places

@@ -11,7 +11,8 @@ from vase_sgl.eval.cells import CONTROL_SHARE, Cell, Results, baseline
 from vase_sgl.eval.html_page import html_page
 from vase_sgl.eval.measures import LOOPS, MALFORMED, Measure, pareto_front, quality_of
 from vase_sgl.eval.plots import Point
-from vase_sgl.eval.statistics import sign_test
+from vase_sgl.eval.rows import Row
+from vase_sgl.eval.statistics import Estimate, sign_test
 from vase_sgl.eval.tables import NOTHING, cell, plain, table
 from vase_sgl.eval.trace import PREFIX, trace_of
 from vase_sgl.eviction.params import DEFAULT_POLICY
@@ -25,6 +26,8 @@ Price's for shares with one seed, else a bootstrap); *better : worse* counts the
 the exact sign test on them. An arm whose interval of Δ holds 0 is not shown to differ, nor to be
 as good. *Evicted* is the share of samples in which an eviction happened; under {control:.0f} % a
 row shows only that nothing broke (a *no-regression control*) and says nothing about the policy.
+A sample that the worker aborted counts as wrong; everything else but the times is of the samples
+with an answer (*completed*), and their n stands by where it differs.
 Slots are KV slots, one token in every layer; *reserved* at the end of the request, when a fixed
 budget has settled. *Machine-seconds* is the time in which at least one request of the arm ran,
 *slot-seconds* are slots reserved times seconds; both divided by the samples that ended with an
@@ -161,8 +164,8 @@ def _form(cells: Sequence[Cell]) -> Iterator[str]:
             row.append(_score(measure, c))
             if base is not None:
                 row.append(NOTHING if c is base else _delta(measure, c, base))
-        kinds = sorted({kind for r in c.rows for kind in r.malformed})
-        counts = ", ".join(f"{kind} {sum(kind in r.malformed for r in c.rows)}" for kind in kinds)
+        found = [kind for r in c.answered for kind in r.malformed]
+        counts = ", ".join(f"{kind} {found.count(kind)}" for kind in sorted(set(found)))
         rows.append([*row, counts or NOTHING])
     yield "### Loops and malformed output"
     yield table(["arm", "budget", "n", *header, "kinds"], rows)
@@ -173,7 +176,7 @@ def _cost(cells: Sequence[Cell], price_per_hour: float | None) -> Iterator[str]:
     price = [] if price_per_hour is None else ["price per sample"]
     rows = []
     for c in cells:
-        slots, full = c.mean(lambda r: r.reserved_slots), c.mean(lambda r: r.full_kv_slots)
+        slots, full = _slots(c), c.mean(lambda r: r.full_kv_slots)
         per = (c.completed or None) if c.timed else None
         row = [
             *_name(c),
@@ -181,7 +184,7 @@ def _cost(cells: Sequence[Cell], price_per_hour: float | None) -> Iterator[str]:
             str(c.completed),
             plain(c.mean(lambda r: r.output_tokens), 0),
             plain(slots, 0),
-            plain(100 * slots / full, 0) if full else NOTHING,
+            plain(100 * slots / full, 0) if slots is not None and full else NOTHING,
             plain(c.mean(lambda r: r.physical_length), 0),
             plain(c.mean(lambda r: r.rounds)),
             plain(per and c.tokens_per_second),
@@ -204,23 +207,25 @@ def _cost(cells: Sequence[Cell], price_per_hour: float | None) -> Iterator[str]:
 
 
 def _traces(cells: Sequence[Cell], price_per_hour: float | None) -> Iterator[str]:
-    """The same per conversation. One is completed if all of its turns are."""
+    """The same per conversation. One is completed if all of its turns are; slots and rounds are
+    of these."""
     rows = []
     for c in cells:
-        turns: dict[tuple[str, int], list[bool]] = {}
-        most: dict[tuple[str, int], int] = {}
+        traces: dict[tuple[str, int], list[Row]] = {}
         for row in c.rows:
-            trace = trace_of(row.item_id), row.seed_index
-            turns.setdefault(trace, []).append(row.status == "completed")
-            most[trace] = max(most.get(trace, 0), row.reserved_slots)
-        completed = sum(map(all, turns.values()))
-        per = completed or None
+            traces.setdefault((trace_of(row.item_id), row.seed_index), []).append(row)
+        completed = [
+            turns for turns in traces.values() if all(r.status == "completed" for r in turns)
+        ]
+        per = len(completed) or None
         line = [
             *_name(c),
-            str(len(turns)),
-            str(completed),
-            plain(sum(most.values()) / len(most), 0),
-            plain(sum(r.rounds for r in c.rows) / len(turns)),
+            str(len(traces)),
+            str(len(completed)),
+            plain(
+                per and sum(max(r.reserved_slots for r in turns) for turns in completed) / per, 0
+            ),
+            plain(per and sum(r.rounds for turns in completed for r in turns) / per),
             plain(per and c.machine_seconds / per, 2),
             plain(per and c.slot_seconds / per, 0),
         ]
@@ -246,38 +251,40 @@ def _drawings(
     measures = [*qualities, *(m for m in (LOOPS,) if m.applies(cells))]
     for measure in measures:
         title = f"{task}: {measure.title} over budget"
-        found = [_point(measure, c, c.budget) for c in cells]
+        found = [_point(measure, c, e, c.budget) for c, e in _estimates(measure, cells)]
         name = measure.title.replace(" ", "-").lower()
-        yield name, title, plots.over_budget(title, _axis(measure), found, styles)
+        if found:
+            yield name, title, plots.over_budget(title, _axis(measure), found, styles)
     timed = [c for c in cells if c.timed]
     if timed:
         title = f"{task}: throughput over budget"
         found = [Point(c.arm, c.budget, c.tokens_per_second) for c in timed]
         yield "throughput", title, plots.over_budget(title, "output tokens/s", found, styles)
+    answered = [(c, slots) for c in cells if (slots := _slots(c)) is not None]
+    if not answered:
+        return
     title = f"{task}: memory over budget"
-    found = [Point(c.arm, c.budget, c.mean(lambda r: r.reserved_slots)) for c in cells]
+    found = [Point(c.arm, c.budget, slots) for c, slots in answered]
     yield "memory", title, plots.over_budget(title, "KV slots reserved (mean)", found, styles)
     for measure in qualities[:1]:
         title = f"{task}: {measure.title} against memory"
-        found = [_point(measure, c, c.mean(lambda r: r.reserved_slots)) for c in cells]
-        front = [
-            _point(measure, c, c.mean(lambda r: r.reserved_slots))
-            for c in pareto_front(cells, measure)
-        ]
+        found, front = (
+            [_point(measure, c, e, _slots(c)) for c, e in _estimates(measure, some)]
+            for some in ([c for c, _ in answered], pareto_front(cells, measure))
+        )
         yield "pareto", title, plots.pareto(title, _axis(measure), found, front, styles)
 
 
 def _front(cells: Sequence[Cell]) -> Iterator[str]:
     for measure in quality_of(cells)[:1]:
-        front = sorted(
-            pareto_front(cells, measure), key=lambda c: c.mean(lambda r: r.reserved_slots)
-        )
+        front = sorted((_slots(c) or 0.0, n, c) for n, c in enumerate(pareto_front(cells, measure)))
         names = ", ".join(
-            f"{c.label} ({c.mean(lambda r: r.reserved_slots):.0f} slots, "
+            f"{c.label} ({slots:.0f} slots{_n(c.completed, c)}, "
             f"{_score(measure, c)}{' %' if measure.share else ''}, n {c.n})"
-            for c in front
+            for slots, _, c in front
         )
-        yield f"Pareto front of {measure.title} against slots reserved: {names}."
+        if names:
+            yield f"Pareto front of {measure.title} against slots reserved: {names}."
 
 
 def _events(results: Results) -> Iterator[str]:
@@ -322,12 +329,23 @@ def _name(c: Cell) -> list[str]:
 
 def _score(measure: Measure, c: Cell) -> str:
     estimate = measure.estimate(c)
-    return tables.percent(estimate) if measure.share else tables.number(estimate)
+    if estimate is None:
+        return NOTHING
+    written = tables.percent(estimate) if measure.share else tables.number(estimate)
+    return written + _n(estimate.n, c)
 
 
 def _delta(measure: Measure, c: Cell, base: Cell) -> str:
     estimate = measure.difference(c, base)
-    return tables.points(estimate) if measure.share else tables.difference(estimate)
+    if estimate is None:
+        return NOTHING
+    written = tables.points(estimate) if measure.share else tables.difference(estimate)
+    return written + _n(estimate.n, c)
+
+
+def _n(n: int, c: Cell) -> str:
+    """Over how many samples, where not over all of the cell's."""
+    return "" if n == c.n else f" (n {n})"
 
 
 def _against(measure: Measure, c: Cell, base: Cell | None) -> list[str]:
@@ -343,14 +361,22 @@ def _against(measure: Measure, c: Cell, base: Cell | None) -> list[str]:
 
 
 def _evicted(c: Cell) -> str:
-    if not c.evicts:
+    if not c.evicts or c.evicted_share is None:
         return NOTHING
-    share = f"{100 * c.evicted_share:.0f} %"
+    share = f"{100 * c.evicted_share:.0f} %{_n(c.completed, c)}"
     return f"{share}, no-regression control" if c.is_control else share
 
 
-def _point(measure: Measure, c: Cell, x: float | None) -> Point:
-    estimate = measure.estimate(c)
+def _slots(c: Cell) -> float | None:
+    return c.mean(lambda r: r.reserved_slots)
+
+
+def _estimates(measure: Measure, cells: Sequence[Cell]) -> list[tuple[Cell, Estimate]]:
+    """Of the cells that have one."""
+    return [(c, found) for c in cells if (found := measure.estimate(c)) is not None]
+
+
+def _point(measure: Measure, c: Cell, estimate: Estimate, x: float | None) -> Point:
     scale = 100 if measure.share else 1
     return Point(
         c.arm, x, scale * estimate.value, low=scale * estimate.low, high=scale * estimate.high
