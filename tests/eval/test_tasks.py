@@ -174,6 +174,43 @@ def test_mathematics(spec: str, item_id: str, text: str, correct: bool) -> None:
     assert grade.correct is correct, grade
 
 
+@pytest.mark.parametrize(
+    ("reference", "answer", "correct"),
+    [
+        ("10", "10 million", False),
+        ("10", r"10\text{ million}", False),
+        ("10000000", r"10\text{ million}", True),
+        ("2000", "2 thousand", True),
+        ("2500", "$2.5 thousand dollars", True),
+        ("10", "10 less than x", False),
+        ("10", "10 at least", False),
+        ("2", "2x", False),
+        ("2", "2 x", False),
+        ("2", "2i", False),
+        ("2", "2 pi", False),
+        ("2", "2 dozen", False),
+        ("2", "2 or more", False),
+        ("2", r"2\text{ or more}", False),
+        ("2", "2 and a half hours", False),
+        ("12", "12 km/h", True),
+        ("12", r"12\text{ miles per hour}", True),
+        ("18", r"18~\text{dollars}", True),
+        ("18", r"18\,\mathrm{dollars}", True),
+        ("18", r"$18\%$ of all", True),
+        ("18", "18cm", True),
+        ("5", "5 times", True),
+        ("5", "5 more apples", True),
+    ],
+)
+def test_a_unit_is_not_another_number(
+    reference: str, answer: str, correct: bool, tmp_path: Path
+) -> None:
+    row = {"question": "How many?", "answer": f"#### {reference}"}
+    task = open_task(f"gsm8k:{_write(tmp_path / 'data.jsonl', row)}")
+    grade = task.grade(task.items(None, 0)[0], rf"\boxed{{{answer}}}")
+    assert grade.correct is correct, grade
+
+
 def test_an_answer_that_never_ends() -> None:
     answers = MathAnswers(seconds=2.0)
     try:
@@ -302,6 +339,27 @@ def test_passkey() -> None:
     assert task.grade(item, f"{steps}The passkey is: **{item.answer}**").correct
     thousands = f"{int(item.answer):,}"
     assert task.grade(item, f"{steps}The passkey, as told, was {thousands}, not 999.").correct
+    for stated in (
+        f"{right}\n\nI kept the passkey in mind through all 3 steps.",
+        f"{right} The passkey has 5 digits.",
+        f"{right} The passkey is 5 digits long.",
+        f"{right[:-1]}, not 11111.",
+        f"The passkey is:\n{item.answer}",
+        f"The passkey is:\n\n\\[\n\\boxed{{{item.answer}}}\n\\]",
+        f"Passkey = $\\text{{{item.answer}}}$",
+        f"The passkey I was told: {item.answer}",
+        f"Passkey {item.answer}; the passkey has 5 digits",
+    ):
+        assert task.grade(item, steps + stated).correct, stated
+    for stated in (
+        "I kept the passkey in mind through all 3 steps.",
+        "The passkey has 5 digits.",
+        f"{right} So the passkey was 1234.",
+        f"{right} So the passkey is:\n1234",
+        f"The passkey is important.\nThere are {item.answer} apples.",
+        f"The passkey is {item.answer}0",
+    ):
+        assert not task.grade(item, steps + stated).correct, stated
     early = task.grade(item, right + "\n" + steps)
     assert (early.correct, early.extracted) == (False, None)
     wrong = task.grade(item, f"{steps}{right} No. The passkey is 11111.")

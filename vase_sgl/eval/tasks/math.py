@@ -7,7 +7,8 @@ Local formats, one JSON object a line:
 - `gsm8k`: `question`, `answer` (a solution that ends in `#### NUMBER`, or the number); `id`
 
 Graded by the rule of `vase_sgl.eval.answers` and `math-verify`. Where the answer is a number, a
-unit behind it does not count: `18 dollars` is 18.
+unit behind it does not count: `18 dollars` is 18, `2 thousand dollars` is 2000. Words that make it
+another number do: `2 or more`, `2x` and `2 dozen` are not 2.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 
 from vase_sgl.eval.answers import final_answer
 from vase_sgl.eval.items import Grade, Item
@@ -23,8 +25,20 @@ from vase_sgl.eval.tasks.records import Row, chosen, read_rows, refuse_duplicate
 from vase_sgl.eval.tasks.spec import TaskError, TaskSpec
 
 _PROMPT = "{problem}\n\nReason step by step, and put your final answer within \\boxed{{}}."
-_NUMBER_WITH_UNIT = re.compile(
-    r"(?:\\\(|\$|\\\$|£|€)*\s*(-?\d[\d,]*(?:\.\d+)?)\s*(?:\\?%|\\\)|\$|[A-Za-z .]|\\text\{[^}]*\})*"
+#: How LaTeX sets words and blanks.
+_STYLED = re.compile(r"\\(?:text|mathrm|textbf)\s*\{([^{}]*)\}|\\[,;: ]|~")
+_NUMBER_AND_WORDS = re.compile(
+    r"(?:\\\(|\$|\\\$|£|€)*\s*(-?\d[\d,]*(?:\.\d+)?)"  # the number
+    r"(?:\\?%|\\\)|\$|\.)*((?:\\?%|\\\)|[$A-Za-z /.])*)"  # what ends it, and words
+)
+_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9}
+#: A unit: a word of two letters at least, set apart from the number; `2x` and `2 x` have none.
+_UNIT = re.compile(r"\s+[A-Za-z]{2}")
+#: What a unit does not have: another variable, or a word by which another number is meant.
+_OTHER_NUMBER = re.compile(
+    r"(?<![/A-Za-z])[A-Za-z](?![A-Za-z])|\b(?:and|dozen|factorial|least|minus|most|or|over|pi|plus"
+    r"|than|to|trillion|up|squared|cubed|halves|thirds|fourths|fifths|tenths)\b",
+    re.I,
 )
 
 
@@ -127,8 +141,17 @@ class MathTask:
 
     @staticmethod
     def _without_unit(answer: str) -> str:
-        number = _NUMBER_WITH_UNIT.fullmatch(answer)
-        return number[1] if number else answer
+        plain = _STYLED.sub(lambda found: f" {found[1] or ''}", answer)
+        parts = _NUMBER_AND_WORDS.fullmatch(plain)
+        if not parts:
+            return answer
+        number, words = parts[1], parts[2]
+        first, _, rest = words.lstrip().partition(" ")
+        if scale := _SCALES.get(first.lower()):
+            number, words = str(Decimal(number.replace(",", "")) * scale), f" {rest}"
+        if words.strip() and (not _UNIT.match(words) or _OTHER_NUMBER.search(words)):
+            return plain
+        return number
 
 
 def _item(task: str, written: _Format, row: Row) -> Item:

@@ -27,7 +27,16 @@ DEFAULT_ITEMS = 50
 _PARAMETERS = {"steps": IntegerParameter(default=100, low=1, high=10_000)}
 _DIGITS = 5
 _STEP = re.compile(r"^[^\w\n]*step\s+(\d+)", re.I | re.M)
-_STATED = re.compile(r"passkey\b[^\d\n]{0,60}?(\d+(?:,\d{3})*)", re.I)
+#: Digits that are not the number of digits or of steps.
+_NUMBER = r"(?<!\d)(\d+(?:,\d{3})*)(?!,?\d)(?!\W{0,2}(?:digits?|steps?)\b)"
+#: "The passkey is ...", the number in the same line, or below and perhaps in a box.
+_STATED = re.compile(
+    r"passkey\b[^\d\n]{0,60}?(?:\b(?:is|was)\b|[:=])"
+    rf"(?:[^\d\n]{{0,60}}?|(?:\W|boxed|text){{0,20}}?){_NUMBER}",
+    re.I,
+)
+#: A text without that: a number of the right length beside the word.
+_BESIDE = re.compile(rf"passkey\b[^\d\n]{{0,60}}?(?=\d\d,?\d{{{_DIGITS - 2}}}\b){_NUMBER}", re.I)
 
 _PROMPT = """\
 The passkey is {passkey}. Remember it: you will be asked for it at the end.
@@ -60,16 +69,16 @@ class PasskeyTask:
         return [self._item(index, seed) for index in range(checked_limit(limit, DEFAULT_ITEMS))]
 
     def grade(self, item: Item, text: str) -> Grade:
-        """Right if the last "passkey ..." after the last step has the right digits.
+        """Right if the last "passkey is ..." after the last step has the right digits.
 
-        A passkey that is named before the last step, as when the question is repeated, is no
-        answer.
+        Without such a statement the last five digits beside "passkey" count. A passkey that is
+        named before the last step, as when the question is repeated, is no answer.
         """
         visible = after_thinking(text)
         done = list(_STEP.finditer(visible))
         written = f"{len(done)} of {self.steps} steps written"
         tail = visible[done[-1].end() :] if done else visible
-        stated = _STATED.findall(tail)
+        stated = _STATED.findall(tail) or _BESIDE.findall(tail)
         if not stated:
             return Grade(False, None, f"no passkey stated after the steps; {written}")
         extracted = re.sub(r"\D", "", stated[-1])
