@@ -328,6 +328,50 @@ def test_code_with_plain_asserts() -> None:
     assert task.grade(_item(CODE, "add"), answer).correct
 
 
+_GUARD = 'if __name__ == "__main__":\n    '
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "a, b = map(int, input().split())",
+        "import sys\n    print(add(int(sys.argv[1]), int(sys.argv[2])))",
+        "import unittest\n    unittest.main()",
+        "exit()",
+    ],
+)
+def test_code_that_is_also_a_script(script: str) -> None:
+    task = open_task(CODE)
+    answer = f"```python\ndef add(a, b):\n    return a + b\n{_GUARD}{script}\n```"
+    grade = task.grade(_item(CODE, "add"), answer)
+    assert grade.correct, grade
+
+
+def test_the_tests_of_code_are_a_script() -> None:
+    """A block of theirs is run, and the code's own is not."""
+    task = open_task(CODE)
+    item = dataclasses.replace(_item(CODE, "add"), answer=f"{_GUARD}assert add(1, 2) == 3")
+    assert task.grade(item, "```python\ndef add(a, b):\n    return a + b\n```").correct
+    wrong = task.grade(item, "```python\ndef add(a, b):\n    return a - b\n```")
+    assert (wrong.correct, wrong.reason) == (False, "AssertionError")
+
+
+def test_classes_of_code_find_their_module() -> None:
+    task = open_task(CODE)
+    lines = [
+        "from __future__ import annotations",
+        "import dataclasses, pickle",
+        "@dataclasses.dataclass",
+        "class Pair:",
+        "    a: int",
+        "    b: dataclasses.InitVar[int]",
+        "def add(a, b):",
+        "    return pickle.loads(pickle.dumps(Pair(a, b))).a + b",
+    ]
+    grade = task.grade(_item(CODE, "add"), "\n".join(["```python", *lines, "```"]))
+    assert grade.correct, grade
+
+
 def test_passkey() -> None:
     task = open_task("passkey?steps=3")
     assert task.name == "passkey?steps=3"

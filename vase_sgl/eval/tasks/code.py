@@ -6,7 +6,8 @@ define `check(candidate)`, as HumanEval's do, it is called with the function.
 
 The model's code is the last fenced block that defines the entry point. If the prompt is itself
 Python with the function's head, as HumanEval's, its imports and helpers come before that block.
-Imports from `__future__` come before everything.
+Imports from `__future__` come before everything. What the code would do as a script alone, under
+`if __name__ == "__main__":`, is not run; it may want input and arguments, or exit.
 
 The tests run in the process of the code that they test: one that sets out to, such as by reading
 its own source, passes any tests. Do not train on these grades.
@@ -43,6 +44,16 @@ _CLOSING = re.compile(r"[ \t]*```[ \t\r]*")
 _FUTURE = re.compile(
     r"^from[ \t]+__future__[ \t]+import[ \t]*(?:\([^)]*\)|[^\n;#(]*)[ \t]*;?[ \t]*", re.M
 )
+
+#: Classes of the code look for their module by its name.
+_AS_IMPORTED = """\
+import sys
+__name__ = "solution"
+sys.modules[__name__] = sys.modules["__main__"]
+del sys
+"""
+#: The tests may have such a block of their own.
+_AS_SCRIPT = '__name__ = "__main__"'
 
 LIMITS = Limits()
 
@@ -92,8 +103,10 @@ class CodeTask:
         passed = f"passed {secrets.token_hex(16)}"
         program = "\n\n".join(
             [
+                _AS_IMPORTED,
                 _preamble(item.metadata["prompt"], entry_point),
                 code,
+                _AS_SCRIPT,
                 item.answer,
                 f"check({entry_point})" if _defines(item.answer, "check") else "",
                 f"print({passed!r})",
