@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+#: Id of the commit where there is no git.
+NO_COMMIT = "no git"
 _PACKAGES = (
     *("sglang", "torch", "triton", "transformers", "sglang-kernel", "flashinfer-python"),
     *("vase-sgl", "grpcio", "numpy"),
@@ -119,7 +121,7 @@ def _commit() -> dict[str, Any]:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *_WRITTEN)
         return {"id": git("rev-parse", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.CalledProcessError):
-        return {"id": "no git", "dirty": False}
+        return {"id": NO_COMMIT, "dirty": False}
 
 
 def _processor() -> str:

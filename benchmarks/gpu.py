@@ -7,9 +7,10 @@
 
 Needs an environment with SGLang for CUDA, `pip install -e '.[gpu,bench]'` or those packages beside
 a checkout, and no weights: models are shapes with random weights. Every stage is a command of its
-own with a limit of ten minutes; what it wrote stays if it is cut. A stage that succeeded is not run
-again (`--again` does), so that an interrupted run goes on where it was. Results:
-benchmarks/results/gpu/, its state in state.json.
+own with a limit of ten minutes; what it wrote stays if it is cut. A stage that succeeded with the
+same command, and a check also at the same commit without local changes, is not run again (`--again`
+does), so that an interrupted run goes on where it was. Results: benchmarks/results/gpu/, its state
+in state.json.
 
 If a test fails, nothing is measured: fast wrong answers say nothing.
 """
@@ -27,7 +28,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.environment import ROOT, describe, on_gpu
+from benchmarks.environment import NO_COMMIT, ROOT, describe, on_gpu
 from benchmarks.results import FOLDER
 
 _MINUTES = 10
@@ -122,10 +123,10 @@ def run(picked: list[Stage], chosen: argparse.Namespace) -> int:
     state = State(chosen.output / ("dry_run.json" if chosen.dry_run else "state.json"))
     for index, stage in enumerate(picked, start=1):
         label = f"[{index}/{len(picked)}] {stage.name}"
-        if state.succeeded(stage.name) and not chosen.again and not chosen.dry_run:
+        command = command_of(stage, chosen)
+        if state.succeeded(stage, command) and not chosen.again and not chosen.dry_run:
             print(f"{label}: done before")
             continue
-        command = command_of(stage, chosen)
         print(f"{label}: {' '.join(command[1:])}", flush=True)
         if chosen.dry_run and not stage.takes_dry_run:
             state.note(stage.name, "dry run: not tried", 0.0, command)
@@ -187,15 +188,18 @@ class State:
         if path.exists():
             self._stages = json.loads(path.read_text())["stages"]
 
-    def succeeded(self, name: str) -> bool:
-        return bool(self._stages.get(name, {}).get("status") == "ok")
+    def succeeded(self, stage: Stage, command: list[str]) -> bool:
+        """Whether this very command did; of a check also, whether it checked this very code."""
+        before = self._stages.get(stage.name, {})
+        if before.get("status") != "ok" or before["command"] != _written(command):
+            return False
+        return not stage.must_pass or _same_code(before["environment"], describe())
 
     def note(self, name: str, status: str, seconds: float, command: list[str]) -> None:
-        arguments = [Path(part).name if part.startswith("/") else part for part in command[1:]]
         self._stages[name] = {
             "status": status,
             "seconds": round(seconds, 1),
-            "command": " ".join(["python", *arguments]),
+            "command": _written(command),
             "environment": describe(),
         }
         self._path.write_text(json.dumps({"stages": self._stages}, indent=1) + "\n")
@@ -207,6 +211,21 @@ class State:
             for name, stage in self._stages.items()
             if stage["status"] not in fine
         }
+
+
+def _written(command: list[str]) -> str:
+    """As a person would type it. Paths are reduced to their last part."""
+    arguments = [Path(part).name if part.startswith("/") else part for part in command[1:]]
+    return " ".join(["python", *arguments])
+
+
+def _same_code(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Not with local changes, nor without a commit: nothing says that they are the same."""
+    return bool(
+        before["commit"] == now["commit"]
+        and not now["commit"]["dirty"]
+        and now["commit"]["id"] != NO_COMMIT
+    )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import tomllib
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from benchmarks import gpu
-from benchmarks.environment import ROOT
+from benchmarks.environment import NO_COMMIT, ROOT
 from benchmarks.gpu import Stage
 from benchmarks.workers import describe_checkout
 
@@ -58,6 +59,46 @@ def test_what_succeeded_is_not_run_again(modules: Path) -> None:
     assert (_times(modules, "stage_ok"), _times(modules, "stage_bad")) == (1, 2)
     _run(modules, ok, again=True)
     assert _times(modules, "stage_ok") == 2
+
+
+def test_another_command_is_run(modules: Path) -> None:
+    """What succeeded with another model or other flags is another measurement."""
+    ok = Stage("ok", ("stage_ok", "--model-config", "small"), takes_dry_run=True)
+    _run(modules, ok)
+    for stage, flags in (
+        (dataclasses.replace(ok, arguments=("stage_ok", "--model-config", "large")), []),
+        (ok, ["--attention-backend=flashinfer"]),
+    ):
+        before = _times(modules, "stage_ok")
+        _run(modules, stage, worker_arg=flags)
+        _run(modules, stage, worker_arg=flags)
+        assert _times(modules, "stage_ok") == before + 1
+
+
+def test_a_check_holds_for_the_code_that_it_checked(
+    modules: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit: dict[str, Any] = {"id": "a", "dirty": False}
+    monkeypatch.setattr(gpu, "describe", lambda: {"commit": dict(commit)})
+    check = Stage("check", ("stage_ok",), must_pass=True)
+    measurement = Stage("measurement", ("stage_ok", "1"))
+    for changes, times in (
+        ({}, 1),
+        ({}, 1),
+        ({"id": "b"}, 2),
+        ({"dirty": True}, 3),
+        ({}, 4),
+        ({"id": NO_COMMIT, "dirty": False}, 5),
+        ({}, 6),
+    ):
+        commit.update(changes)
+        _run(modules, check)
+        assert _times(modules, "stage_ok") == times, changes
+    # A measurement says at which commit it was made, and stays.
+    _run(modules, measurement)
+    commit["id"] = "c"
+    _run(modules, measurement)
+    assert _times(modules, "stage_ok") == 7
 
 
 def test_nothing_is_measured_after_a_failed_check(modules: Path) -> None:
