@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.eval.running_eval import GRID, TINY, rows, run_eval
-from tests.gateway.running import run_gateway
+from tests.gateway.running import run_gateway, until
 from tests.gateway.scripted_worker import ScriptedWorker
 from vase_sgl.eval.cells import load
 from vase_sgl.eval.items import Grade, Item
@@ -262,6 +262,40 @@ async def test_through_a_gateway_every_row_can_be_replayed(tmp_path: Path) -> No
 async def test_wrong_options_are_named(arguments: tuple[str, ...], text: str) -> None:
     runner = await asyncio.to_thread(_fails, arguments)
     assert text in " ".join(runner.replace("│", " ").split())
+
+
+async def test_an_answer_of_another_model_stops_the_run(
+    worker: ScriptedWorker, tmp_path: Path
+) -> None:
+    where = ("--policies", "full", "--worker", worker.url, "-o", tmp_path)
+    worker.faults.stamp = "1" * 16
+    _, error = await run_eval(*TINY, *where, status=1)
+    assert f"(stamp {'1' * 16}, then {'0' * 16}); its answer was not kept" in error
+    assert rows(tmp_path) == []
+    worker.faults.stamp = None  # restarted, and nobody has asked it yet: it is asked
+    await run_eval(*TINY, *where)
+    assert len(rows(tmp_path)) == 6
+
+
+async def test_a_gateway_whose_worker_changed_stops_the_run(tmp_path: Path) -> None:
+    async with run_gateway(tmp_path) as running:
+        running.worker.token_seconds = 0.01
+
+        async def update() -> None:
+            await until(lambda: running.worker.bodies)
+            running.worker.fingerprint["weights_digest"] = "another"
+
+        updated = asyncio.create_task(update())
+        _, error = await run_eval(
+            *(*TINY, "--policies", "full,random", "--budgets", 32, "--window", 8),
+            *("--gateway", running.target, "-o", tmp_path / "out"),
+            VASE_API_KEY=running.key,
+            status=1,
+        )
+        await updated
+        assert "became another worker while full was asked passkey?steps=4; the rows of" in error
+        assert "weights_digest: then 0123456789abcdef, now another" in error
+        assert {row["arm"] for row in rows(tmp_path / "out")} == {"full"}
 
 
 async def test_a_worker_that_cannot_run_an_arm_is_refused_before_it_is_asked(

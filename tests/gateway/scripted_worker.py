@@ -45,8 +45,8 @@ class Faults:
     end_after_tokens: int | None = None
     length_ceiling: int | None = None
     retractions: int = 0
-    #: Of the fingerprint with which answers end.
-    stamp: str = "0" * 16
+    #: Of the fingerprint with which answers end; None: as before anybody has asked for it.
+    stamp: str | None = "0" * 16
 
 
 class ScriptedWorker:

@@ -28,6 +28,7 @@ from vase_sgl.eval.targets import (
     RequestAborted,
     Sampling,
     Target,
+    TargetChanged,
     TargetError,
     TargetInfo,
     request_seed,
@@ -126,7 +127,8 @@ class Run:
 
         At most `concurrency` requests at once; a task of an arm begins when what was before has
         ended and, where that is possible, without prompts that it left in the prefix cache: its
-        time is its own. Raises `RunStopped`, `TargetError` and `ConfigurationError`.
+        time is its own. Raises `RunStopped`, `ConfigurationError` and `TargetError`, among them
+        `TargetChanged` if another model than at the connection answers.
         """
         for worker, group in groupby(self.left, lambda sample: sample.arm.worker):
             samples = list(group)
@@ -138,7 +140,9 @@ class Run:
                 try:
                     for _, cell in groupby(samples, lambda s: (s.arm, s.task.name)):
                         emptied &= await target.empty_prefix_cache()
-                        await self._cell(target, list(cell), concurrency, on_row)
+                        asked = list(cell)
+                        await self._cell(target, asked, concurrency, on_row)
+                        await _check_unchanged(target, info, asked[0])
                 finally:
                     await self._note_session(worker, target, started, info, emptied)
 
@@ -193,6 +197,8 @@ class Run:
         started, start = time.time(), time.monotonic()
         try:
             answer = await target.answer(sample.item.messages, sample.arm, self._sampling, seed)
+        except TargetChanged:
+            raise
         except TargetError as error:
             status: Status = "aborted" if isinstance(error, RequestAborted) else "failed"
             return self._row(
@@ -263,6 +269,25 @@ class Run:
 def _measured(answer: Answer) -> dict[str, object]:
     """The fields of a row that an answer has."""
     return {field.name: getattr(answer, field.name) for field in dataclasses.fields(answer)}
+
+
+async def _check_unchanged(target: Target, before: TargetInfo, sample: Sample) -> None:
+    """Raise `TargetChanged` if the target became another one: not every answer tells by itself."""
+    try:
+        now = (await target.info()).fingerprint
+    except TargetError:
+        return  # the next question says it
+    differences = [
+        f"{key}: then {before.fingerprint.get(key)}, now {now.get(key)}"
+        for key in sorted({*before.fingerprint, *now})
+        if before.fingerprint.get(key) != now.get(key)
+    ]
+    if differences:
+        raise TargetChanged(
+            f"{target.name} became another worker while {sample.arm.label} was asked "
+            f"{sample.task.name}; the rows of that may be of either, so remove their lines:\n  "
+            + "\n  ".join(differences)
+        )
 
 
 def _check(worker: str, target: Target, info: TargetInfo, arms: Sequence[Arm]) -> None:

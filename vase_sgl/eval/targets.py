@@ -41,6 +41,10 @@ class RequestAborted(TargetError):
     """The worker gave the request up, for lack of memory for instance."""
 
 
+class TargetChanged(TargetError):
+    """Another model answers than at the connection."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How answers are drawn, and how they begin. top_k -1: all.
@@ -91,7 +95,10 @@ class TargetInfo:
 
 
 class Target(Protocol):
-    """A model that answers. Methods raise `TargetError`, `answer` also `RequestAborted`."""
+    """A model that answers. Methods raise `TargetError`.
+
+    `answer` also raises `RequestAborted`, and `TargetChanged` where answers tell who gave them.
+    """
 
     @property
     def name(self) -> str:
@@ -132,6 +139,8 @@ class WorkerTarget:
     def __init__(self, worker: HttpWorker) -> None:
         self._worker = worker
         self._limits: EvictionLimits | None = None
+        #: Of the fingerprint at the connection; None also for a worker that does not tell.
+        self._stamp: str | None = None
 
     @property
     def name(self) -> str:
@@ -145,6 +154,8 @@ class WorkerTarget:
         except GatewayError as error:
             raise TargetError(str(error)) from error
         counters: dict[str, float] = {"rounds": info.rounds, "evicted_tokens": info.evicted_tokens}
+        if self._limits is None:
+            self._stamp = info.stamp
         self._limits = EvictionLimits(info.max_budget, info.max_window)
         retractions = await _retractions(self._worker.name)
         if retractions is not None:
@@ -191,6 +202,7 @@ class WorkerTarget:
                 if ttft is None and last.token_ids:
                     ttft = time.monotonic() - start
             done = True
+            await self._check_stamp(last.stamp if last else None, request_id)
         except GatewayError as error:
             raise TargetError(str(error), request_id) from error
         finally:
@@ -228,6 +240,20 @@ class WorkerTarget:
 
     async def close(self) -> None:
         await self._worker.close()
+
+    async def _check_stamp(self, stamp: str | None, request_id: str) -> None:
+        """Refuse an answer that bears another stamp than the worker had at the connection."""
+        if self._stamp is None:
+            return
+        if stamp is None:  # of a process that nobody has asked for its fingerprint yet
+            stamp = (await self._worker.info()).stamp
+        if stamp != self._stamp:
+            raise TargetChanged(
+                f"{self.name} has other weights or is another worker than when the run connected "
+                f"(stamp {stamp}, then {self._stamp}); its answer was not kept. Start the worker "
+                "as it was and give the same command, or choose another --output",
+                request_id,
+            )
 
     async def _give_up(self, request_id: str) -> None:
         """Free the request's slots, even while this task is being cancelled."""
