@@ -26,4 +26,8 @@ def test_problems_that_take_steps() -> None:
     assert len(told) == 6
     for arm, percent in told.items():
         assert scores[f"{arm} @ 128"].startswith(f"{percent} [")
+    full = next(c for c in cells if c.arm == "full")
+    slots = tables.plain(full.mean(lambda row: row.slots), 0)
+    assert f"come to\n{slots} tokens on average with the full cache" in text
+    assert f"full ({slots} slots, " in report
     assert f"gets {scores['full'].replace(' [', ' % [')} right" in text

@@ -132,6 +132,22 @@ def test_aborted_samples_are_wrong_and_nothing_else(
     assert "a @ 64 (64 slots (n 2), 0.0 [0.0, 32.4] %, n 8), full (" in text
 
 
+def test_slots_and_rounds_of_a_trace_are_of_completed_ones(
+    stored: Callable[[Iterable[Row]], Path], tmp_path: Path
+) -> None:
+    rows = [
+        row("a", 64, f"{trace}#{turn}", task="trace:f", rounds=turn, reserved_slots=70 + turn)
+        for trace in "xyz"
+        for turn in (1, 2)
+    ]
+    nothing = {"status": "aborted", "correct": False, "rounds": 0, "reserved_slots": 0}
+    rows[-1] = dataclasses.replace(rows[-1], **nothing)  # type: ignore[arg-type]
+    _, markdown = write(load([stored(rows)]), tmp_path, price_per_hour=None)
+    _, _, section = markdown.read_text().partition("### Cost per completed trace")
+    (line,) = (line for line in section.splitlines() if line.startswith("| a |"))
+    assert line.startswith("| a | 64 | 3 | 2 | 72 | 3.0 |")
+
+
 def test_seeds_without_an_answer_take_their_item_with_them(
     stored: Callable[[Iterable[Row]], Path],
 ) -> None:
@@ -155,11 +171,25 @@ def test_the_report_has_every_number_with_n_and_interval(
     assert form.startswith("| a | 64 | 8 | 50.0 [21.5, 78.5] | +50.0 [")
     # 4 s for 8 samples at 900 an hour.
     assert cost == "| a | 64 | 8 | 8 | 10 | 64 | 6 | 0 | 3.0 | 20.0 | - | 0.50 | 256 | 0.125000 |"
-    assert "Pareto front of correct against slots reserved: a @ 64 (64 slots, 50.0" in text
+    assert "Pareto front of correct against slots: a @ 64 (64 slots, 50.0" in text
     # The task's name is text, not markup.
     assert "<h2>t|&lt;b&gt;</h2>" in html and "<b>" not in html
     assert html.count("<svg") == 5 == text.count("![")
     assert "100 %" in html and "no-regression control</td>" not in html
+
+
+def test_a_full_cache_takes_its_final_length(
+    stored: Callable[[Iterable[Row]], Path], tmp_path: Path
+) -> None:
+    """Not the longest answer allowed, for which nobody reserves slots."""
+    rows = [dataclasses.replace(r, reserved_slots=5000) if r.budget is None else r for r in grid(8)]
+    results = load([stored(rows)])
+    (cells,) = results.cells.values()
+    assert cells[0].slot_seconds == 8 * 1000 * 4
+    _, markdown = write(results, tmp_path, price_per_hour=None)
+    text = markdown.read_text()
+    assert "| full | - | 8 | 8 | 10 | 1000 | 100 | 0 | 0.0 | 20.0 | - | 0.50 | 4000 |" in text
+    assert "full (1000 slots, 100.0" in text
 
 
 def test_policies_are_compared_at_the_same_budget_and_prompt_mode(

@@ -90,8 +90,8 @@ class Cell:
 
     @property
     def slot_seconds(self) -> float:
-        """KV slots reserved, times the seconds they were."""
-        return sum(row.reserved_slots * row.total_seconds for row in self.attempts)
+        """KV slots taken, as in the end, times the seconds of the requests."""
+        return sum(row.slots * row.total_seconds for row in self.attempts)
 
     @property
     def tokens_per_second(self) -> float:

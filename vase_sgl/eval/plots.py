@@ -74,7 +74,7 @@ def pareto(
     front: Sequence[Point],
     styles: Styles,
 ) -> str:
-    """Every cell over the slots it reserves; those on the front are joined."""
+    """Every cell over the slots it takes; those on the front are joined."""
 
     def draw(axes: Axes) -> None:
         for arm in dict.fromkeys(point.arm for point in points):
@@ -99,7 +99,7 @@ def pareto(
             linestyle=":",
             label="Pareto front",
         )
-        axes.set_xlabel("KV slots reserved per request (mean)")
+        axes.set_xlabel("KV slots per request (mean)")
         axes.set_ylabel(y_label)
 
     return _svg(title, draw)

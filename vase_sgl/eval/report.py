@@ -28,12 +28,12 @@ as good. *Evicted* is the share of samples in which an eviction happened; under 
 row shows only that nothing broke (a *no-regression control*) and says nothing about the policy.
 A sample that the worker aborted counts as wrong; everything else but the times is of the samples
 with an answer (*completed*), and their n stands by where it differs.
-Slots are KV slots, one token in every layer; *reserved* at the end of the request, when a fixed
-budget has settled. *Machine-seconds* is the time in which at least one request of the arm ran,
-*slot-seconds* are slots reserved times seconds; both divided by the samples that ended with an
-answer. Seconds and rates compare arms of this very run alone, and only where the worker's prefix
-cache was emptied before each of them: else the first alone computes the prompts. A gateway's
-clients cannot empty it; *Events* says where it was not."""
+*Slots* are KV slots, one token in every layer: with a budget those reserved at the end of the
+request, when it has settled, and of a full cache its final length. *Machine-seconds* is the time in
+which at least one request of the arm ran, *slot-seconds* are slots times seconds; both divided by
+the samples that ended with an answer. Seconds and rates compare arms of this very run alone, and
+only where the worker's prefix cache was emptied before each of them: else the first alone computes
+the prompts. A gateway's clients cannot empty it; *Events* says where it was not."""
 
 
 def write(results: Results, folder: Path, price_per_hour: float | None) -> tuple[Path, Path]:
@@ -198,7 +198,7 @@ def _cost(cells: Sequence[Cell], price_per_hour: float | None) -> Iterator[str]:
     yield "### Memory, speed and cost"
     yield table(
         [
-            *("arm", "budget", "n", "completed", "output tokens", "slots reserved"),
+            *("arm", "budget", "n", "completed", "output tokens", "slots"),
             *("% of full", "cached at the end", "rounds", "tokens/s", "median TTFT s"),
             *("machine-seconds", "slot-seconds", *price),
         ],
@@ -222,9 +222,7 @@ def _traces(cells: Sequence[Cell], price_per_hour: float | None) -> Iterator[str
             *_name(c),
             str(len(traces)),
             str(len(completed)),
-            plain(
-                per and sum(max(r.reserved_slots for r in turns) for turns in completed) / per, 0
-            ),
+            plain(per and sum(max(r.slots for r in turns) for turns in completed) / per, 0),
             plain(per and sum(r.rounds for turns in completed for r in turns) / per),
             plain(per and c.machine_seconds / per, 2),
             plain(per and c.slot_seconds / per, 0),
@@ -236,7 +234,7 @@ def _traces(cells: Sequence[Cell], price_per_hour: float | None) -> Iterator[str
     yield "### Cost per completed trace"
     yield table(
         [
-            *("arm", "budget", "traces", "completed", "most slots reserved", "rounds per trace"),
+            *("arm", "budget", "traces", "completed", "most slots", "rounds per trace"),
             *("machine-seconds", "slot-seconds", *price),
         ],
         rows,
@@ -265,7 +263,7 @@ def _drawings(
         return
     title = f"{task}: memory over budget"
     found = [Point(c.arm, c.budget, slots) for c, slots in answered]
-    yield "memory", title, plots.over_budget(title, "KV slots reserved (mean)", found, styles)
+    yield "memory", title, plots.over_budget(title, "KV slots (mean)", found, styles)
     for measure in qualities[:1]:
         title = f"{task}: {measure.title} against memory"
         found, front = (
@@ -284,7 +282,7 @@ def _front(cells: Sequence[Cell]) -> Iterator[str]:
             for slots, _, c in front
         )
         if names:
-            yield f"Pareto front of {measure.title} against slots reserved: {names}."
+            yield f"Pareto front of {measure.title} against slots: {names}."
 
 
 def _events(results: Results) -> Iterator[str]:
@@ -368,7 +366,7 @@ def _evicted(c: Cell) -> str:
 
 
 def _slots(c: Cell) -> float | None:
-    return c.mean(lambda r: r.reserved_slots)
+    return c.mean(lambda r: r.slots)
 
 
 def _estimates(measure: Measure, cells: Sequence[Cell]) -> list[tuple[Cell, Estimate]]:

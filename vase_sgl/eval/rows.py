@@ -83,6 +83,15 @@ class Row:
         return self.item_id, self.seed_index
 
     @property
+    def slots(self) -> int:
+        """KV slots it took: those reserved for it under a budget, else its final length.
+
+        The rule of reservations charges a full cache with the longest answer allowed, which no
+        server reserves.
+        """
+        return self.full_kv_slots if self.budget is None else self.reserved_slots
+
+    @property
     def key(self) -> tuple[str, int | None, str, str, int]:
         """Which sample this is; a later row of the same key replaces an earlier one."""
         return self.arm, self.budget, self.task, self.item_id, self.seed_index
