@@ -85,6 +85,9 @@ async def test_the_same_command_runs_only_what_is_left(
         assert {k: v for k, v in old.items() if k not in unlike} == {
             k: v for k, v in new.items() if k not in unlike
         }
+    run = json.loads((tmp_path / "run.json").read_text())
+    del run["configuration"]["task_digests"]  # as an older version left it
+    (tmp_path / "run.json").write_text(json.dumps(run))
     await run_eval(*TINY, *GRID, *where)
     assert len(worker.bodies) == left
 
