@@ -108,4 +108,6 @@ async def test_a_deadline_frees_the_slots(client: AsyncClient, worker: WorkerPro
 async def test_the_workers_ceiling_reaches_the_client(client: AsyncClient) -> None:
     with pytest.raises(InvalidRequest, match="budget"):
         await client.generate_once(PROMPT, max_new_tokens=5, budget=50000, window=16)
+    with pytest.raises(InvalidRequest, match="stop_token_ids: must be tokens of the model"):
+        await client.generate_once(PROMPT, max_new_tokens=5, stop_token_ids=[10**6])
     assert (await client.generate_once(PROMPT, max_new_tokens=5)).token_ids

@@ -96,6 +96,27 @@ def test_an_empty_prompt_is_a_400(worker: WorkerProcess) -> None:
     assert worker.http.get("/health").status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"sampling_params": {"top_k": 2**40}}, "top_k"),
+        ({"sampling_params": {"min_new_tokens": 1, "stop_token_ids": [10**9]}}, "stop_token_ids"),
+        ({"session_params": {"id": {"a": 1}}}, "session_params"),
+        ({"positional_embed_overrides": {}}, "positional_embed_overrides"),
+        ({"return_logprob": True, "top_logprobs_num": 10**6, "stream": True}, "top_logprobs_num"),
+    ],
+)
+def test_what_would_end_the_scheduler_is_a_400(
+    worker: WorkerProcess, fields: dict[str, Any], named: str
+) -> None:
+    answer = worker.http.post("/generate", json={"text": PROMPT, **fields})
+    streamed = answer.text.removeprefix("data: ").removesuffix("data: [DONE]\n\n")
+    error = json.loads(streamed)["error"] if fields.get("stream") else answer.json()["error"]
+    assert error["message"].startswith(f"{named}: ")
+    assert (error.get("code") if fields.get("stream") else answer.status_code) == 400
+    assert worker.generate(PROMPT, new=2)["output_ids"]
+
+
 def test_openai_client_with_a_budget(worker: WorkerProcess) -> None:
     before = worker.state()
     client = openai.OpenAI(base_url=f"{worker.url}/v1", api_key="none", max_retries=0)

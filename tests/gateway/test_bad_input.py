@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -37,7 +38,7 @@ CASES: list[tuple[Any, dict[str, Any], str]] = [
     ("a", {"top_p": 0.0}, "sampling.top_p: must be above 0 and at most 1, got 0"),
     ("a", {"top_k": 0}, "sampling.top_k: must be -1 (all) or at least 1, got 0"),
     ("a", {"min_p": 1.5}, "sampling.min_p: must be from 0 to 1, got 1.5"),
-    ("a", {"repetition_penalty": 0.0}, "sampling.repetition_penalty: must be above 0"),
+    ("a", {"repetition_penalty": 0.009}, "sampling.repetition_penalty: must be from 0.01 to 2,"),
     ("a", {"frequency_penalty": 3.0}, "sampling.frequency_penalty: must be from -2 to 2, got 3"),
     ("a", {"presence_penalty": -3.0}, "sampling.presence_penalty: must be from -2 to 2, got -3"),
     ("a", {"stop": [""]}, "sampling.stop: send at most 16 strings, none of them empty"),
@@ -78,6 +79,26 @@ async def test_every_bad_request_is_told_its_field_and_cure(running: Running) ->
     assert [r async for r in running.client.list_records()] == []
     running.worker.faults.end_after_tokens = 2
     await running.client.generate_once("a", max_new_tokens=8191)  # which fills the context
+
+
+async def test_min_p_is_refused_where_the_workers_cannot_do_it(running: Running) -> None:
+    """Their own 400 would come after the request has waited for one of them."""
+
+    async def answers_with_min_p() -> bool:
+        try:
+            await running.client.generate_once("a", max_new_tokens=2, min_p=0.1)
+        except InvalidRequest as error:
+            assert "sampling.min_p: cannot be used with workers that run on a" in str(error)
+            return False
+        return True
+
+    assert await answers_with_min_p()
+    for device, expected in (("NVIDIA H100", False), ("cpu x", True)):
+        running.worker.fingerprint |= {"deterministic": "true", "device": device}
+        async with asyncio.timeout(10):
+            while await answers_with_min_p() != expected:  # until the gateway has asked it again
+                await asyncio.sleep(0.02)
+        await running.client.generate_once("a", max_new_tokens=2, min_p=0.0)
 
 
 async def test_a_stream_fails_with_the_same_text(running: Running) -> None:

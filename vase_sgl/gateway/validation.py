@@ -22,6 +22,8 @@ MAX_STOP_STRINGS = 16
 #: With each chunk the end of the text is compared with all that a stop string may begin with.
 MAX_STOP_CHARACTERS = 256
 MAX_STOP_TOKENS = 64
+#: Smaller ones may overflow a logit.
+MIN_REPETITION_PENALTY = 0.01
 
 InputKind = Literal["text", "token_ids", "chat"]
 
@@ -168,14 +170,8 @@ def sampling_of(params: pb.SamplingParams) -> dict[str, Any]:
         )
         return given
 
-    def above_zero(name: str, high: float) -> float:
-        given = value(name, 1.0)
-        require(
-            0 < given <= high,
-            f"sampling.{name}: must be above 0 and at most {high:g}, got {given:g}",
-        )
-        return given
-
+    top_p = value("top_p", 1.0)
+    require(0 < top_p <= 1, f"sampling.top_p: must be above 0 and at most 1, got {top_p:g}")
     top_k = params.top_k if "top_k" in given_fields else -1
     require(
         top_k == -1 or top_k >= 1, f"sampling.top_k: must be -1 (all) or at least 1, got {top_k}"
@@ -195,16 +191,27 @@ def sampling_of(params: pb.SamplingParams) -> dict[str, Any]:
     )
     return {
         "temperature": between("temperature", 1.0, 0, 100),
-        "top_p": above_zero("top_p", 1),
+        "top_p": top_p,
         "top_k": top_k,
         "min_p": between("min_p", 0.0, 0, 1),
-        "repetition_penalty": above_zero("repetition_penalty", 2),
+        "repetition_penalty": between("repetition_penalty", 1.0, MIN_REPETITION_PENALTY, 2),
         "frequency_penalty": between("frequency_penalty", 0.0, -2, 2),
         "presence_penalty": between("presence_penalty", 0.0, -2, 2),
         "stop": list(params.stop),
         "stop_token_ids": list(params.stop_token_ids),
         "ignore_eos": params.ignore_eos,
     }
+
+
+def check_min_p(min_p: float, info: WorkerInfo) -> None:
+    """The worker's sampler knows min_p: SGLang's draw by seed does not, our CPU platform's does."""
+    by_seed = info.fingerprint.get("deterministic") == "true"
+    on_cpu = info.fingerprint.get("device", "").startswith("cpu ")
+    require(
+        min_p == 0 or not by_seed or on_cpu,
+        "sampling.min_p: cannot be used with workers that run on a GPU with "
+        "--enable-deterministic-inference; leave it out, or use top_p",
+    )
 
 
 def check_inspect(

@@ -350,9 +350,11 @@ class SamplingParams(_message.Message):
     top_k: _builtins.int
     """Most likely tokens considered; -1 is all of them. Absent: -1."""
     min_p: _builtins.float
-    """Least probability relative to the most likely token, 0 to 1. Absent: 0."""
+    """Least probability relative to the most likely token, 0 to 1. Absent: 0. Refused by
+    gateways whose workers run with --enable-deterministic-inference on a GPU.
+    """
     repetition_penalty: _builtins.float
-    """Above 0 and at most 2; 1 is none. Absent: 1."""
+    """0.01 to 2; 1 is none. Absent: 1."""
     frequency_penalty: _builtins.float
     """-2 to 2. Absent: 0."""
     presence_penalty: _builtins.float

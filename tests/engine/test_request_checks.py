@@ -1,0 +1,110 @@
+"""What a client may send that would end the scheduler: a 400 that names the field."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.managers.embed_types import PositionalEmbeds
+from sglang.srt.managers.io_struct import GenerateReqInput
+from sglang.srt.managers.tokenizer_manager import TokenizerManager
+from sglang.srt.runtime_context import get_exec
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+from tests.engine.scheduler_harness import SteppedScheduler
+from vase_sgl.engine import platform_cpu
+
+Create = Callable[..., Any]
+
+
+@pytest.fixture
+def create(stepped: SteppedScheduler) -> Create:
+    """SGLang's own step from a request as it came to the object that the scheduler is sent."""
+    manager = TokenizerManager.__new__(TokenizerManager)
+    times = SimpleNamespace(set_tokenize_finish_time=lambda: None)
+    manager.model_config = stepped.scheduler.model_config
+    manager.preferred_sampling_params = None
+    manager.sampling_params_class = SamplingParams
+    manager.tokenizer = object()
+    manager.rid_to_state = {"r": SimpleNamespace(time_stats=times)}
+
+    def create(sampling: dict[str, Any], **fields: Any) -> Any:
+        prompt = {} if "input_embeds" in fields else {"input_ids": [5, 6]}
+        request = GenerateReqInput(rid="r", sampling_params=sampling, **prompt, **fields)
+        request.normalize_batch_and_arguments()
+        ids = array("q", request.input_ids) if prompt else None
+        return manager._create_tokenized_object(request, None, ids, request.input_embeds)
+
+    return create
+
+
+NAN, INF = float("nan"), float("inf")
+ROW = [0.5] * 64
+
+
+@pytest.mark.parametrize(
+    ("sampling", "fields", "text"),
+    [
+        ({"top_k": 2**31}, {}, "top_k: must be at most 2147483647"),
+        ({"min_new_tokens": 2**31, "max_new_tokens": None}, {}, "min_new_tokens: must be at"),
+        ({"repetition_penalty": 1e-38}, {}, "repetition_penalty: must be at least 0.01"),
+        ({"logit_bias": {"1": NAN}}, {}, "logit_bias: values must be from -1e"),
+        ({"logit_bias": {"1": 0.5, "2": INF}}, {}, "logit_bias"),
+        ({"logit_bias": {"1": -INF}}, {}, "logit_bias"),
+        ({"logit_bias": {"1": 1e300}}, {}, "logit_bias"),  # infinite as float32
+        ({"stop_token_ids": [7, 10**9]}, {}, "stop_token_ids: .* from 0 up to 256 exclusive"),
+        ({"stop_token_ids": [-1]}, {}, "stop_token_ids"),
+        ({}, {"top_logprobs_num": 10**6}, "top_logprobs_num: must be from 0 to 256"),
+        ({}, {"top_logprobs_num": -3}, "top_logprobs_num"),
+        ({}, {"logprob_start_len": -5}, "logprob_start_len: must be -1 "),
+        ({}, {"session_params": {"id": {"a": 1}}}, "session_params: id and rid must be strings"),
+        ({}, {"session_params": {"id": "s", "rid": ["a"]}}, "session_params"),
+        ({}, {"session_params": {"id": "s", "offset": "1"}}, "session_params"),
+        ({}, {"positional_embed_overrides": {}}, "positional_embed_overrides: cannot be sent"),
+        ({"max_new_tokens": 0}, {"token_indices_to_pool": [1]}, "token_indices_to_pool: counts"),
+        ({}, {"input_embeds": [ROW, ROW[1:]]}, "input_embeds: every token must have 64 finite"),
+        ({}, {"input_embeds": [[*ROW[1:], NAN]]}, "input_embeds"),
+        # SGLang's own; they must not get lost.
+        ({"logit_bias": {"256": 1.0}}, {}, r"logit_bias must has keys in \[0, 255\]"),
+    ],
+)
+def test_what_would_end_the_scheduler_is_refused(
+    create: Create, sampling: dict[str, Any], fields: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(ValueError, match=text):
+        create(sampling, return_logprob=True, **fields)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "fields"),
+    [
+        ({}, {}),
+        ({"top_k": -1, "min_p": 0.5, "repetition_penalty": 0.01}, {}),
+        ({"temperature": 0, "logit_bias": {"1": -1e30, "255": 1e30}}, {}),
+        ({"min_new_tokens": 1, "stop_token_ids": [0, 255, None]}, {}),
+        ({}, {"top_logprobs_num": 256, "logprob_start_len": 0, "token_ids_logprob": [255]}),
+        ({}, {"session_params": {"id": "s", "rid": None, "offset": 3, "replace": True}}),
+        ({}, {"input_embeds": [ROW, [0] * 64]}),
+        ({}, {"positional_embed_overrides": PositionalEmbeds([torch.ones(64)], [0])}),
+    ],
+)
+def test_what_is_harmless_goes_on(
+    create: Create, sampling: dict[str, Any], fields: dict[str, Any]
+) -> None:
+    assert create(sampling, return_logprob=True, **fields).rid == "r"
+
+
+def test_min_p_with_deterministic_inference_is_refused(
+    create: Create, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang's draw by seed asserts that no request in the batch has one; ours knows it."""
+    with get_exec().deterministic.override(enable_deterministic_inference=True):
+        create({"min_p": 0.1})
+        monkeypatch.setattr(platform_cpu, "is_active", lambda: False)
+        create({"min_p": 0.0})
+        with pytest.raises(ValueError, match="min_p: cannot be used with --enable-deterministic"):
+            create({"min_p": 0.1})

@@ -1,0 +1,134 @@
+"""Requests that would end the scheduler, refused in the tokenizer process.
+
+SGLang's own checks let them through; an exception in its scheduler ends the whole worker.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+from sglang.srt.managers.embed_types import PositionalEmbeds
+from sglang.srt.managers.io_struct import SessionParams, TokenizedGenerateReqInput
+from sglang.srt.runtime_context import get_exec
+
+from vase_sgl.engine import platform_cpu
+
+_MAX_INT32 = 2**31 - 1
+#: Smaller ones, and larger biases, may overflow a logit, and probabilities are then no numbers.
+MIN_REPETITION_PENALTY = 0.01
+_MAX_BIAS = 1e30
+
+#: Field, whether its value is harmless (the request with all defaults, the model), and what it
+#: should be, in words.
+_Check = tuple[str, Callable[[TokenizedGenerateReqInput, Any], bool], str]
+
+
+def refuse_fatal(result: Any, manager: Any, *args: Any, **kwargs: Any) -> None:
+    """AFTER `TokenizerManager._create_tokenized_object`, where defaults are filled in.
+
+    Raises ValueError naming the first wrong field, which the HTTP server answers with a 400.
+    """
+    if not isinstance(result, TokenizedGenerateReqInput):
+        return
+    for field, is_harmless, wanted in _CHECKS:
+        if not is_harmless(result, manager.model_config):
+            raise ValueError(f"{field}: {wanted.format(model=manager.model_config)}")
+
+
+def _has_no_min_p(request: TokenizedGenerateReqInput, model: Any) -> bool:
+    """Upstream's draw by seed, which `--enable-deterministic-inference` turns on, knows none."""
+    by_seed = get_exec().deterministic.enable_deterministic_inference
+    return request.sampling_params.min_p == 0 or not by_seed or platform_cpu.is_active()
+
+
+def _has_typed_session(request: TokenizedGenerateReqInput, model: Any) -> bool:
+    """Upstream takes any JSON for its fields."""
+    session = request.session_params
+    try:
+        msgspec.convert(session and msgspec.structs.astuple(session), SessionParams | None)
+    except msgspec.ValidationError:
+        return False
+    return True
+
+
+def _has_rows_of_embeds(request: TokenizedGenerateReqInput, model: Any) -> bool:
+    return all(
+        len(row) == model.hidden_size and all(map(math.isfinite, row))
+        for row in request.input_embeds or ()
+    )
+
+
+_CHECKS: tuple[_Check, ...] = (
+    (
+        "min_p",
+        _has_no_min_p,
+        "cannot be used with --enable-deterministic-inference; send 0 (a default of the model's "
+        "generation_config.json is left out with --sampling-defaults openai)",
+    ),
+    (
+        "top_k",
+        lambda request, model: request.sampling_params.top_k <= _MAX_INT32,
+        f"must be at most {_MAX_INT32}; send -1 for all tokens",
+    ),
+    (
+        "min_new_tokens",
+        lambda request, model: request.sampling_params.min_new_tokens <= _MAX_INT32,
+        f"must be at most {_MAX_INT32}",
+    ),
+    (
+        "repetition_penalty",
+        lambda request, model: request.sampling_params.repetition_penalty >= MIN_REPETITION_PENALTY,
+        f"must be at least {MIN_REPETITION_PENALTY}",
+    ),
+    (
+        "logit_bias",
+        lambda request, model: all(
+            -_MAX_BIAS <= bias <= _MAX_BIAS  # false for NaN
+            for bias in (request.sampling_params.logit_bias or {}).values()
+        ),
+        f"values must be from -{_MAX_BIAS:g} to {_MAX_BIAS:g}",
+    ),
+    (
+        "stop_token_ids",
+        lambda request, model: all(
+            0 <= token < model.vocab_size for token in request.sampling_params.stop_token_ids or ()
+        ),
+        "must be tokens of the model, from 0 up to {model.vocab_size} exclusive",
+    ),
+    (
+        "top_logprobs_num",
+        lambda request, model: 0 <= request.top_logprobs_num <= model.vocab_size,
+        "must be from 0 to {model.vocab_size}, the size of the vocabulary",
+    ),
+    (
+        "logprob_start_len",
+        lambda request, model: request.logprob_start_len >= -1,
+        "must be -1 (the answer's tokens alone) or a position of the prompt",
+    ),
+    (
+        "session_params",
+        _has_typed_session,
+        "id and rid must be strings, offset an integer, replace and drop_previous_output booleans",
+    ),
+    (
+        "positional_embed_overrides",
+        lambda request, model: isinstance(
+            request.positional_embed_overrides, PositionalEmbeds | None
+        ),
+        "cannot be sent over HTTP; leave it out",
+    ),
+    (
+        "token_indices_to_pool",
+        lambda request, model: request.token_indices_to_pool is None,
+        "counts from the first token that a prefill computes, which with a prefix cache or chunks "
+        "is not the prompt's; leave it out",
+    ),
+    (
+        "input_embeds",
+        _has_rows_of_embeds,
+        "every token must have {model.hidden_size} finite numbers",
+    ),
+)
