@@ -9,9 +9,17 @@ import pytest
 import torch
 from sglang.srt.platforms import current_platform
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+from sglang.srt.utils.async_probe import sanitize_nan_logits
 
 from tests.engine.scheduler_harness import SteppedScheduler
-from vase_sgl.engine import device, linear_cpu, platform_cpu, sampling_cpu, torchvision_cpu
+from vase_sgl.engine import (
+    device,
+    linear_cpu,
+    platform_cpu,
+    sampling_cpu,
+    server,
+    torchvision_cpu,
+)
 
 
 class TestLinear:
@@ -176,6 +184,45 @@ class TestSampling:
     def test_a_token_without_probability_is_never_drawn(self) -> None:
         probs = torch.tensor([0.0, 0.5, 0.0, 0.5])
         assert set(_draw(probs, range(500)).tolist()) == {1, 3}
+
+    def test_a_row_of_no_probabilities_has_a_token(self) -> None:
+        probs = torch.tensor([0.5, float("nan"), 0.5, float("nan")])
+        assert set(_draw(probs, range(9), top_p=0.9, min_p=0.1).tolist()) == {int(probs.argmax())}
+
+    @pytest.mark.parametrize("seed", [None, 7])
+    @pytest.mark.parametrize("top_p", [1.0, 0.9])
+    def test_infinite_logits_end_no_worker(
+        self,
+        stepped: SteppedScheduler,
+        monkeypatch: pytest.MonkeyPatch,
+        top_p: float,
+        seed: int | None,
+    ) -> None:
+        """As a model in half precision may have them; here by a penalty that no client may send."""
+        monkeypatch.setenv(server.SANITIZE_LOGITS, "1")  # as `vase-sgl worker` does
+        stepped.answers.clear()
+        with torch.inference_mode():
+            for rid, penalty in (("bad", 1e-40), ("good", 1.0)):
+                stepped.submit(
+                    rid,
+                    [5, 6, 7],
+                    max_new_tokens=12,
+                    temperature=1.0,
+                    repetition_penalty=penalty,
+                    sampling_seed=seed,
+                    top_p=top_p,
+                )
+            stepped.run()
+        assert [len(stepped.answers[rid].tokens) for rid in ("bad", "good")] == [12, 12]
+
+    def test_finite_logits_keep_their_bits(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv(server.SANITIZE_LOGITS, "1")
+        logits = torch.randn(4, 1000) * torch.logspace(-30, 30, 1000)
+        logits[:, ::7] = -torch.inf  # as a grammar masks
+        sanitized = logits.clone()
+        sanitize_nan_logits(sanitized)
+        assert torch.equal(sanitized[logits.isfinite()], logits[logits.isfinite()])
+        assert torch.equal(sanitized.softmax(-1), logits.softmax(-1))
 
     @pytest.mark.parametrize("top_k", [4, 1 << 30])
     def test_the_mask_is_told_with_the_seeded_token(

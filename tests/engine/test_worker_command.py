@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import socket
 from pathlib import Path
@@ -25,6 +26,19 @@ def test_a_gpu_keeps_sglang_s_defaults() -> None:
     """The overlap scheduler, CUDA graphs and the prefix cache stay on."""
     argv = ["--model-path", "m"]
     assert server.complete_argv(argv, cpu=False) == argv
+
+
+@pytest.mark.parametrize("given", [None, "0"])
+def test_a_cpu_samples_from_finite_logits(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Path, given: str | None
+) -> None:
+    environment = {**os.environ} | ({} if given is None else {server.SANITIZE_LOGITS: given})
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setattr(server.fork_server, "start", lambda _: None)
+    monkeypatch.setattr(server, "end_with_parent", lambda: None)
+    monkeypatch.setattr(server, "_serve", lambda _: 0)
+    assert server.main(["--model-path", str(tiny_model)]) == 0
+    assert environment[server.SANITIZE_LOGITS] == (given or "1")
 
 
 def _fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:

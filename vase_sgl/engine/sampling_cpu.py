@@ -79,7 +79,8 @@ def draw(
     probs [rows, vocab] float32; seeds, positions, top_k, top_p, min_p [rows]. Ties in probability
     keep token order. A token is kept while it is among the first `top_k`, the mass before it is at
     most `top_p`, and it has at least `min_p` of the largest probability (the order of SGLang's
-    torch path). Each row is computed on its own, so neighbours cannot change it.
+    torch path). Of a row with NaN it is the first of these, as by `argmax`. Each row is computed on
+    its own, so neighbours cannot change it.
     """
     tokens = [
         _draw_row(probs[row], uniforms, int(top_k[row]), float(top_p[row]), float(min_p[row]))
@@ -92,6 +93,8 @@ def _draw_row(probs: torch.Tensor, uniform: float, top_k: int, top_p: float, min
     values, order = probs.double().sort(descending=True, stable=True)
     values = values[: min(top_k, len(values))]
     before = values.cumsum(0) - values
+    if values[0].isnan():
+        return int(order[0])
     kept = (before <= top_p) & (values >= min_p * values[0])
     mass = (values * kept).cumsum(0)
     index = torch.searchsorted(mass, uniform * mass[-1], right=True)

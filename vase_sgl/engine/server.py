@@ -47,6 +47,9 @@ _CPU_DEFAULTS = {
     "--max-total-tokens": "32768",
     "--chunked-prefill-size": "2048",
 }
+#: SGLang's switch that makes logits finite: over others a CPU's sampler raises an error, which ends
+#: the worker. Finite ones keep their bits.
+SANITIZE_LOGITS = "SGLANG_SANITIZE_NAN_LOGITS"
 #: The second: an idle scheduler would spin on a core that others need.
 _CPU_SWITCHES = ("--disable-cuda-graph", "--sleep-on-idle")
 
@@ -68,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         end_with_parent()
         if is_plain_cpu():
+            os.environ.setdefault(SANITIZE_LOGITS, "1")
             os.environ.update(served_model.environment_for(model_path))
             fork_server.start(model_path)
         return _serve(complete_argv(sglang_argv, cpu=not has_accelerator()))
