@@ -139,10 +139,12 @@ class SteppedScheduler:
         rid: str,
         prompt: list[int],
         *,
-        max_new_tokens: int,
+        max_new_tokens: int | None,
         vase: dict[str, Any] | None = None,
+        fields: dict[str, Any] | None = None,
         **sampling: Any,
     ) -> None:
+        """`fields`: of the request beside its sampling parameters."""
         params = SamplingParams(
             max_new_tokens=max_new_tokens,
             temperature=sampling.pop("temperature", 0.0),
@@ -166,6 +168,7 @@ class SteppedScheduler:
                     top_logprobs_num=0,
                     token_ids_logprob=None,
                     stream=True,
+                    **(fields or {}),
                 )
             ]
         )

@@ -326,6 +326,19 @@ def test_what_upstream_refuses_waits_for_nobody_either(stepped: SteppedScheduler
     stepped.run()
 
 
+@pytest.mark.parametrize("new", [None, 20])
+def test_what_upstream_refuses_before_it_bounds_the_length(
+    stepped: SteppedScheduler, new: int | None
+) -> None:
+    """`return_sampling_mask` without a top_k: its answer leaves at once."""
+    mask = {"return_sampling_mask": True}
+    stepped.submit("bad", PROMPT, max_new_tokens=new, vase=BUDGET, temperature=1.0, fields=mask)
+    finish = stepped.answers["bad"].finish
+    assert finish is not None and finish["status_code"] == 400
+    assert "return_sampling_mask requires top_k=1" in finish["message"]
+    assert len(_answer(stepped, BUDGET, new=20).tokens) == 20
+
+
 def test_beam_search_beside_a_budget(stepped: SteppedScheduler) -> None:
     """A stock beam request brings rows that belong to no request; a budget leaves them alone."""
     stepped.submit("alone", PROMPT, max_new_tokens=20, beam_width=3)

@@ -36,11 +36,10 @@ class BudgetOutputStreamer(SchedulerOutputStreamer):
 
 def _statistics(req: Req) -> dict[str, Any] | None:
     cache = cache_of(req)
-    if cache is None:
+    limit = req.sampling_params.max_new_tokens
+    if cache is None or limit is None:  # None: refused before upstream gave it one
         return None
-    statistics = cache.statistics(
-        len(req.output_ids_through_stop), req.sampling_params.max_new_tokens
-    )
+    statistics = cache.statistics(len(req.output_ids_through_stop), limit)
     if req.finished():
         statistics["round_digests"] = cache.digests(statistics["rounds"])
         if (metrics := engine_metrics()) is not None:
