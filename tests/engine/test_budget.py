@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
-from sglang.srt.managers import schedule_policy
+from sglang.srt.managers import schedule_batch, schedule_policy
 
 from tests.engine.scheduler_harness import Answer, SteppedScheduler
 from tests.engine.test_schedules import expected_rounds
@@ -350,6 +350,51 @@ def test_beam_search_beside_a_budget(stepped: SteppedScheduler) -> None:
     stepped.run()
     assert stepped.answers["beside"].finish == beams == {"type": "length", "length": 20}
     assert len(stepped.answers["budget"].tokens) == 60
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_beams_are_given_up_before_budgets(stepped: SteppedScheduler, overlap: bool) -> None:
+    """Beams take a slot each in every step, but admission has counted on one request."""
+    stepped.configure(overlap=overlap, prefix_cache=True)
+    for index in range(3):
+        vase = {"budget": 90, "window": 8, "policy": "random", "seed": index}
+        stepped.submit(f"budget{index}", PROMPT, max_new_tokens=150, vase=vase)
+    stepped.submit("beams", PROMPT[5:], max_new_tokens=75, beam_width=5)
+    stepped.run()
+    stepped.configure()
+    finish = stepped.answers["beams"].finish
+    assert finish is not None and "Beam search group aborted" in finish["message"]
+    for index in range(3):
+        answer = stepped.answers[f"budget{index}"]
+        assert answer.finish == {"type": "length", "length": 150}
+
+
+def test_who_is_retracted_first(stepped: SteppedScheduler) -> None:
+    stepped.submit("stock", PROMPT, max_new_tokens=20)
+    stepped.submit("beams", PROMPT, max_new_tokens=20, beam_width=3)
+    stepped.submit("budget", PROMPT, max_new_tokens=60, vase=BUDGET)
+    stepped.submit("other", PROMPT, max_new_tokens=20)
+    for _ in range(3):
+        stepped.step()
+    reqs = stepped.running
+    order = schedule_batch.beam_retraction_order([3, 2, 1, 0], reqs)
+    assert [reqs[index].rid for index in order] == ["budget", "beams", "other", "stock"]
+    stepped.run()
+
+
+def test_slots_that_beams_have_left_are_free_before_others_go(stepped: SteppedScheduler) -> None:
+    stepped.configure(overlap=True)
+    stepped.submit("beams", PROMPT, max_new_tokens=60, beam_width=6)
+    freed = 0
+    for _ in range(40):
+        stepped.step()
+        before = stepped.free_slots
+        admission.free_orphans_of_beams(stepped.scheduler.running_batch)
+        freed += stepped.free_slots - before
+    stepped.run()
+    stepped.configure()
+    assert freed > 20
+    assert stepped.answers["beams"].finish == {"type": "length", "length": 60}
 
 
 def test_beam_search_with_a_budget_is_refused(stepped: SteppedScheduler) -> None:

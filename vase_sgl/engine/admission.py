@@ -6,8 +6,10 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
 from fastapi import HTTPException
 from sglang.srt.beam_search.batch_tail import num_beam_member_rows
+from sglang.srt.beam_search.fork import collect_orphan_slots
 from sglang.srt.managers import schedule_policy
 from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
 from sglang.srt.managers.utils import is_health_check_generate_req
@@ -234,11 +236,29 @@ def decode_slots_needed(
     return needed
 
 
-def retraction_order(result: list[int], reqs: list[Req]) -> list[int]:
-    """AFTER `ScheduleBatch._get_decode_retraction_order`: requests without a budget go first.
+def free_orphans_of_beams(batch: ScheduleBatch) -> None:
+    """BEFORE `ScheduleBatch.retract_decode`: free the slots that no beam refers to any more.
 
-    The list is popped from its end. A budgeted request holds a reservation, so it is never what
-    filled the pool.
+    Upstream frees them a step later, and those of a beam group that is aborted only after it has
+    looked for further requests to retract.
+    """
+    groups = [req.beam_group for req in batch.reqs if req.beam_group is not None]
+    if not any(group.pending_orphans for group in groups):
+        return
+    torch.get_device_module(batch.device).synchronize()  # the forward writes who refers to what
+    for group in groups:
+        staged, group.pending_orphans = group.pending_orphans, []
+        for entry in staged:
+            orphans = collect_orphan_slots(entry.old_mapping, entry.new_mapping)
+            group.slots_freed += len(orphans)
+            batch.token_to_kv_pool_allocator.free(orphans)
+
+
+def retraction_order(result: list[int], order: list[int], reqs: list[Req]) -> list[int]:
+    """AFTER `beam_retraction_order`: requests without a budget go first, then beams.
+
+    The list is popped from its end, and upstream puts beams, which it aborts, in front. A budgeted
+    request holds a reservation, so it is never what filled the pool.
     """
     budgeted = [index for index in result if evicting_cache_of(reqs[index]) is not None]
     return budgeted + [index for index in result if evicting_cache_of(reqs[index]) is None]

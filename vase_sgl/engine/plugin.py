@@ -144,11 +144,18 @@ HOOKS: tuple[Hook, ...] = (
         "a saturated request takes no slot, so a full pool is no reason to retract",
     ),
     Hook(
-        "managers.schedule_batch.ScheduleBatch._get_decode_retraction_order",
-        ("reqs",),
+        "managers.schedule_batch.ScheduleBatch.retract_decode",
+        ("self",),
+        HookType.BEFORE,
+        admission.free_orphans_of_beams,
+        "slots that beams have left are free before anybody is retracted for them",
+    ),
+    Hook(
+        "managers.schedule_batch.beam_retraction_order",
+        ("sorted_indices", "reqs"),
         HookType.AFTER,
         admission.retraction_order,
-        "requests without a budget are retracted first",
+        "requests without a budget are retracted first, beams too",
     ),
     Hook(
         "managers.schedule_batch.release_req",
