@@ -154,6 +154,36 @@ def test_growth_beyond_upstreams_clip_is_reserved_too(
     assert schedule_policy.CLIP_MAX_NEW_TOKENS == 4
 
 
+def test_full_length_neighbours_do_not_wait_for_budgets_to_end(stepped: SteppedScheduler) -> None:
+    """Without a prefix cache SGLang simulates how all grow to their ends, budgets to 1500 here."""
+    stepped.submit("budget", PROMPT, max_new_tokens=1500, vase=BUDGET)
+    stepped.step()
+    for index in range(3):
+        stepped.submit(f"stock{index}", PROMPT, max_new_tokens=60 + index, ignore_eos=True)
+    stepped.submit("later", PROMPT, max_new_tokens=20, vase=BUDGET)
+    for _ in range(4):
+        stepped.step()
+    assert not stepped.scheduler.waiting_queue
+    assert all(req.sampling_params.ignore_eos for req in stepped.running)
+    for _ in range(70):
+        stepped.step()
+    assert [len(stepped.answers[f"stock{index}"].tokens) for index in range(3)] == [60, 61, 62]
+    assert [req.rid for req in stepped.running] == ["budget"]
+    stepped.abort("budget")
+    stepped.run()
+
+
+@pytest.mark.parametrize("new", [367, 368, 500])
+def test_the_largest_request_of_full_length_is_let_in(stepped: SteppedScheduler, new: int) -> None:
+    """SGLang bounds it to 368 tokens, and its simulation then asks for one slot more."""
+    stepped.submit("large", PROMPT, max_new_tokens=new, ignore_eos=True)
+    stepped.submit("behind", PROMPT[:4], max_new_tokens=3, ignore_eos=True)
+    stepped.submit("budget", PROMPT[:4], max_new_tokens=30, vase=BUDGET)
+    stepped.run()
+    lengths = {rid: len(answer.tokens) for rid, answer in stepped.answers.items()}
+    assert lengths == {"large": min(new, 368), "behind": 3, "budget": 30}
+
+
 @pytest.mark.parametrize("budget", [390, 391])
 def test_the_largest_budget_that_the_pool_can_run(stepped: SteppedScheduler, budget: int) -> None:
     """One that upstream would never let in is refused, else it would wait for ever."""

@@ -170,11 +170,31 @@ class ReservingPrefillAdder(PrefillAdder):
         if needs_ring and not ring.has_room():
             return AddReqResult.OTHER  # waits, and with it what came later
         admitted = len(self.can_run_list)
-        with _charged_growth(req):
+        with _charged_growth(req), self._estimated(req):
             result = super().add_one_req(req, *args, **kwargs)
         if needs_ring and len(self.can_run_list) > admitted:
             ring.admit(req)
         return result
+
+    @contextlib.contextmanager
+    def _estimated(self, req: Req) -> Iterator[None]:
+        """Within: `ignore_eos` is no reason to simulate how all requests grow to their ends.
+
+        Upstream does that without a prefix cache. But budgeted requests do not grow to their ends:
+        with one there, nobody who came later would be let in. And the simulation wants a slot more
+        than a request may be bounded to, so the largest would wait for ever, alone too.
+        """
+        sampling = req.sampling_params
+        saved = sampling.ignore_eos
+        sampling.ignore_eos = saved and self._can_simulate()
+        try:
+            yield
+        finally:
+            sampling.ignore_eos = saved
+
+    def _can_simulate(self) -> bool:
+        others = [*(self.running_batch.reqs if self.running_batch else ()), *self.can_run_list]
+        return bool(others) and not any(map(evicting_cache_of, others))
 
     def add_chunked_req(self, req: Req) -> Any:
         with _charged_growth(req):
