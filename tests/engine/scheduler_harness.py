@@ -153,25 +153,23 @@ class SteppedScheduler:
             **sampling,
         )
         params.normalize(None)
-        self.scheduler.process_input_requests(
-            [
-                TokenizedGenerateReqInput(
-                    rid=rid,
-                    input_text=None,
-                    input_ids=array("q", prompt),
-                    input_embeds=None,
-                    mm_inputs=None,
-                    token_type_ids=None,
-                    sampling_params=params,
-                    return_logprob=False,
-                    logprob_start_len=-1,
-                    top_logprobs_num=0,
-                    token_ids_logprob=None,
-                    stream=True,
-                    **(fields or {}),
-                )
-            ]
+        request = TokenizedGenerateReqInput(
+            rid=rid,
+            input_text=None,
+            input_ids=array("q", prompt),
+            input_embeds=None,
+            mm_inputs=None,
+            token_type_ids=None,
+            sampling_params=params,
+            return_logprob=False,
+            logprob_start_len=-1,
+            top_logprobs_num=0,
+            token_ids_logprob=None,
+            stream=True,
         )
+        for name, value in (fields or {}).items():
+            setattr(request, name, value)
+        self.scheduler.process_input_requests([request])
 
     def abort(self, rid: str) -> None:
         self.scheduler.process_input_requests([AbortReq(rid=rid)])

@@ -169,6 +169,8 @@ class ReservingPrefillAdder(PrefillAdder):
         ring = BudgetPool.of(self.tree_cache.req_to_token_pool).query_ring
         if needs_ring and not ring.has_room():
             return AddReqResult.OTHER  # waits, and with it what came later
+        if any((req.input_embeds is None) != (it.input_embeds is None) for it in self.can_run_list):
+            return AddReqResult.OTHER  # upstream's forward takes tokens or embeddings, not both
         admitted = len(self.can_run_list)
         with _charged_growth(req), self._estimated(req):
             result = super().add_one_req(req, *args, **kwargs)
