@@ -248,16 +248,22 @@ def test_10_a_slot_owned_twice_is_noticed(
 
 def test_11_every_unsafe_flag_is_refused_by_name() -> None:
     safe = {name: required for name, (required, _) in limits._REQUIRED.items()}
+    safe |= dict.fromkeys(limits._REFUSED, "other")
 
     class Flags:
         def __init__(self, **change: object) -> None:
             vars(self).update(safe | change)
 
     limits.refuse_unsupported_flags(Flags())
-    for name, (required, cure) in limits._REQUIRED.items():
-        wrong = {True: False, False: True}.get(required, "other")  # type: ignore[call-overload]
+    wrong = [
+        (name, {True: False, False: True}.get(required, "other"), cure)  # type: ignore[call-overload]
+        for name, (required, cure) in limits._REQUIRED.items()
+    ]
+    for name, (values, cure) in limits._REFUSED.items():
+        wrong += [(name, value, cure) for value in values]
+    for name, value, cure in wrong:
         with pytest.raises(limits.UnsupportedConfiguration) as error:
-            limits.refuse_unsupported_flags(Flags(**{name: wrong}))
+            limits.refuse_unsupported_flags(Flags(**{name: value}))
         assert cure in str(error.value) and name in str(error.value)
 
 

@@ -67,6 +67,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"pp_size": 2}, "use --pp-size 1"),
     ({"disaggregation_mode": "decode"}, "leave out --disaggregation-mode"),
     ({"enable_hierarchical_cache": True}, "leave out --enable-hierarchical-cache"),
+    ({"enable_flexkv": True}, "leave out --enable-flexkv"),
+    ({"radix_cache_backend": "flexkv"}, "leave out --radix-cache-backend"),
+    ({"allow_auto_truncate": True}, "leave out --allow-auto-truncate"),
+    ({"schedule_policy": "shortest-prefill-first"}, "use another --schedule-policy"),
 ]
 
 
@@ -284,8 +288,8 @@ def test_the_table_of_refused_flags_is_complete() -> None:
     """docs/engine.md lists exactly what `limits` refuses."""
     text = (Path(__file__).parents[2] / "docs" / "engine.md").read_text()
     section = text.split("## Refused at start-up")[1].split("##")[0]
-    listed = re.findall(r"^\| `(\w+)` \|", section, flags=re.MULTILINE)
-    assert sorted(listed) == sorted(limits._REQUIRED)
+    listed = re.findall(r"^\| `(\w+)` (?:`[\w-]+` )?\|", section, flags=re.MULTILINE)
+    assert sorted(listed) == sorted([*limits._REQUIRED, *limits._REFUSED])
 
 
 def test_the_documented_metrics_are_the_ones_there_are() -> None:

@@ -14,6 +14,8 @@ _REQUIRED: dict[str, tuple[object, str]] = {
     "enable_hierarchical_cache": (False, "leave out --enable-hierarchical-cache"),
     "enable_hisparse": (False, "leave out --enable-hisparse"),
     "enable_lmcache": (False, "leave out --enable-lmcache"),
+    "enable_flexkv": (False, "leave out --enable-flexkv"),
+    "radix_cache_backend": (None, "leave out --radix-cache-backend"),
     "enable_dp_attention": (False, "leave out --enable-dp-attention"),
     "enable_pdmux": (False, "leave out --enable-pdmux"),
     "enable_nvidia_megakernel": (False, "leave out --enable-nvidia-megakernel"),
@@ -28,6 +30,12 @@ _REQUIRED: dict[str, tuple[object, str]] = {
     "pp_size": (1, "use --pp-size 1"),
     "dcp_size": (1, "use --dcp-size 1"),
     "attn_dp_size": (1, "leave out --enable-dp-attention"),
+    "allow_auto_truncate": (False, "leave out --allow-auto-truncate"),
+}
+
+#: flag -> (values that are refused, what to do)
+_REFUSED: dict[str, tuple[Collection[object], str]] = {
+    "schedule_policy": (("shortest-prefill-first",), "use another --schedule-policy"),
 }
 
 
@@ -45,6 +53,10 @@ def refuse_unsupported_flags(server_args: Any) -> None:
     for name, (required, cure) in _REQUIRED.items():
         value = getattr(resolved, name)
         if (value or None) != (required or None):
+            cures.append(f"{cure} ({name} is {value!r})")
+    for name, (refused, cure) in _REFUSED.items():
+        value = getattr(resolved, name)
+        if value in refused:
             cures.append(f"{cure} ({name} is {value!r})")
     if cures:
         raise UnsupportedConfiguration("a static KV budget needs: " + "; ".join(cures))
