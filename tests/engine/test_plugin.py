@@ -6,6 +6,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -209,15 +210,21 @@ def test_what_a_budget_cannot_serve_is_refused(field: str, named: str) -> None:
 def test_prompts_that_are_no_text() -> None:
     """Placeholders of images may lie beyond the vocabulary; a list of no embeddings has no ids."""
 
-    def problem(ids: list[int], **given: object) -> str | None:
-        received = SimpleNamespace(**{"mm_inputs": None, "input_embeds": None, **given})
-        return admission._prompt_problem(SimpleNamespace(origin_input_ids=ids), received, 256)
+    def problem(ids: list[int], *, earlier: Sequence[int] = (), **given: object) -> str | None:
+        received = SimpleNamespace(
+            **{"input_ids": ids, "mm_inputs": None, "input_embeds": None, **given}
+        )
+        req = SimpleNamespace(origin_input_ids=[*earlier, *ids])
+        return admission._prompt_problem(req, received, 256)
 
     assert problem([5, 10**6]) is not None
     assert problem([5, 10**6], mm_inputs=object()) is None
     assert problem([1, 1], input_embeds=[[0.5], [0.5]]) is None
     assert "the prompt is empty" in str(problem([], input_embeds=[]))
     assert problem([0, 255]) is None
+    assert problem([5], earlier=[10**6]) is None  # a session's turn after an image
+    assert problem([], earlier=[5]) is None
+    assert problem([-1], earlier=[5]) is not None
 
 
 def test_a_cpu_names_how_it_multiplies(stepped: SteppedScheduler) -> None:

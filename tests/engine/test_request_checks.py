@@ -68,6 +68,7 @@ ROW = [0.5] * 64
         ({"max_new_tokens": 0}, {"token_indices_to_pool": [1]}, "token_indices_to_pool: counts"),
         ({}, {"input_embeds": [ROW, ROW[1:]]}, "input_embeds: every token must have 64 finite"),
         ({}, {"input_embeds": [[*ROW[1:], NAN]]}, "input_embeds"),
+        ({}, {"input_embeds": [ROW], "session_params": {"id": "s"}}, "input_embeds"),
         # SGLang's own; they must not get lost.
         ({"logit_bias": {"256": 1.0}}, {}, r"logit_bias must has keys in \[0, 255\]"),
     ],

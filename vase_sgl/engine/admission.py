@@ -74,12 +74,13 @@ def create_request(
 
 def _prompt_problem(req: Req, recv_req: Any, vocabulary: int) -> str | None:
     """Why the prompt cannot run; upstream does not check, and its scheduler ends on the error."""
-    ids = req.origin_input_ids
     if recv_req.mm_inputs is not None:
         return None  # placeholders of images lie beyond the vocabulary of some models
-    if not ids:  # embeddings have one placeholder each
+    if not req.origin_input_ids:  # embeddings have one placeholder each
         return "the prompt is empty; send at least one token"
-    for token in (min(ids), max(ids)):
+    # Not those of a session's earlier turns, among which may be images.
+    ids = recv_req.input_ids
+    for token in (min(ids), max(ids)) if ids else ():
         if not 0 <= token < vocabulary:
             return f"input_ids: {token} is no token; ids are from 0 to {vocabulary - 1}"
     return None

@@ -55,9 +55,11 @@ def _has_typed_session(request: TokenizedGenerateReqInput, model: Any) -> bool:
 
 
 def _has_rows_of_embeds(request: TokenizedGenerateReqInput, model: Any) -> bool:
-    return all(
+    if request.input_embeds is None:
+        return True
+    return request.session_params is None and all(
         len(row) == model.hidden_size and all(map(math.isfinite, row))
-        for row in request.input_embeds or ()
+        for row in request.input_embeds
     )
 
 
@@ -129,6 +131,6 @@ _CHECKS: tuple[_Check, ...] = (
     (
         "input_embeds",
         _has_rows_of_embeds,
-        "every token must have {model.hidden_size} finite numbers",
+        "every token must have {model.hidden_size} finite numbers, and sessions take none",
     ),
 )
