@@ -40,7 +40,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stepped(tiny_model: Path) -> Iterator[SteppedScheduler]:
     """One scheduler for the session (SGLang keeps process-wide state): 400 slots, 8 requests.
 
-    VASE_TEST_PAGE_SIZE, VASE_TEST_KV_DTYPE: for a run in a process of its own.
+    VASE_TEST_PAGE_SIZE, VASE_TEST_DTYPE, VASE_TEST_KV_DTYPE: for a run in a process of its own.
     """
     torch.manual_seed(0)
     page_size = int(os.environ.get("VASE_TEST_PAGE_SIZE", "1"))
@@ -49,5 +49,6 @@ def stepped(tiny_model: Path) -> Iterator[SteppedScheduler]:
             tiny_model,
             slots=400,
             page_size=page_size,
+            dtype=os.environ.get("VASE_TEST_DTYPE", "float32"),
             kv_cache_dtype=os.environ.get("VASE_TEST_KV_DTYPE", "auto"),
         )

@@ -1,7 +1,8 @@
-"""Batched decode attention on a CPU: right, and the same bits for a request in any batch."""
+"""Attention on a CPU: right, and the same bits for a request in any batch, cut anywhere."""
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
 from vase_sgl.engine import plugin
-from vase_sgl.engine.attention_cpu import OVERRIDDEN, BatchedDecodeBackend, padded_shape
+from vase_sgl.engine.attention_cpu import OVERRIDDEN, BatchInvariantBackend, padded_shape
 
 LENGTHS = [1, 2, 62, 63, 65, 126, 129, 192, 192, 510, 511, 513, 700]
 
@@ -66,7 +67,7 @@ def test_it_equals_attention_in_float64(
     kv_heads: int, group: int, head_dim: int, dtype: torch.dtype
 ) -> None:
     scene = Scene(kv_heads, group, head_dim, dtype)
-    found = scene.attend(EVERYONE, BatchedDecodeBackend)
+    found = scene.attend(EVERYONE, BatchInvariantBackend)
     for (k, v), q, out in zip(scene.rows, scene.query, found, strict=True):
         k, v = (x.to(dtype).double().repeat_interleave(group, 1) for x in (k, v))
         weights = torch.softmax(torch.einsum("hd,chd->hc", q.double(), k) * 0.1, -1)
@@ -89,25 +90,25 @@ def test_a_request_has_the_same_bits_in_any_batch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     scene = Scene(kv_heads, group, head_dim, dtype)
-    together = scene.attend(EVERYONE, BatchedDecodeBackend)
+    together = scene.attend(EVERYONE, BatchInvariantBackend)
     for batch in (EVERYONE[::-1], EVERYONE[3:9], [8, 7], [7, 8, 6, 12]):
-        assert torch.equal(scene.attend(batch, BatchedDecodeBackend), together[batch])
+        assert torch.equal(scene.attend(batch, BatchInvariantBackend), together[batch])
     for one in EVERYONE:
-        assert torch.equal(scene.attend([one], BatchedDecodeBackend)[0], together[one])
+        assert torch.equal(scene.attend([one], BatchInvariantBackend)[0], together[one])
     assert torch.equal(
-        Scene(kv_heads, group, head_dim, dtype, seed=1).attend(EVERYONE, BatchedDecodeBackend),
+        Scene(kv_heads, group, head_dim, dtype, seed=1).attend(EVERYONE, BatchInvariantBackend),
         together,
     ), "slot numbers"
     monkeypatch.setattr("vase_sgl.engine.attention_cpu._SCRATCH_BYTES", 1)
-    assert torch.equal(scene.attend(EVERYONE, BatchedDecodeBackend), together), "one at a time"
+    assert torch.equal(scene.attend(EVERYONE, BatchInvariantBackend), together), "one at a time"
 
 
 def test_scratch_of_an_earlier_batch_does_not_matter() -> None:
     scene = Scene(2, 2, 64, torch.float32)
-    backend = BatchedDecodeBackend(_RUNNER)
-    first = scene.attend([12], BatchedDecodeBackend)
+    backend = BatchInvariantBackend(_RUNNER)
+    first = scene.attend([12], BatchInvariantBackend)
 
-    def used_before(runner: object) -> BatchedDecodeBackend:
+    def used_before(runner: object) -> BatchInvariantBackend:
         return backend
 
     for members in ([12], [0], [11, 12], [12]):
@@ -117,13 +118,88 @@ def test_scratch_of_an_earlier_batch_does_not_matter() -> None:
     assert torch.equal(scene.attend([12], used_before), first)  # type: ignore[arg-type]
 
 
+class Prefill:
+    """One prompt whose KV is written piece by piece into a pool of NaN; shorter neighbours."""
+
+    tokens = 700
+
+    def __init__(
+        self, kv_heads: int, group: int, head_dim: int, dtype: torch.dtype, *, seed: int = 0
+    ) -> None:
+        generator = torch.Generator().manual_seed(7)
+        self.k, self.v = torch.randn(2, self.tokens, kv_heads, head_dim, generator=generator).to(
+            dtype
+        )
+        self.query = torch.randn(self.tokens, kv_heads * group, head_dim, generator=generator)
+        self.query = self.query.to(dtype)
+        pool = (2, 2 * self.tokens, kv_heads, head_dim)
+        self.k_cache, self.v_cache = torch.full(pool, float("nan"), dtype=dtype)
+        order = torch.Generator().manual_seed(seed)
+        self.req_to_token = torch.zeros(3, 1024, dtype=torch.int32)
+        slots = torch.randperm(2 * self.tokens, generator=order)
+        self.req_to_token[1, : self.tokens] = slots[: self.tokens]
+        self.req_to_token[2, : self.tokens] = slots[self.tokens :]
+
+    def extend(self, *pieces: tuple[int, int, int]) -> torch.Tensor:
+        """One batch of (row of req_to_token, start, end); both rows hold the same prompt."""
+        for row, start, end in pieces:
+            slots = self.req_to_token[row, start:end].long()
+            self.k_cache[slots], self.v_cache[slots] = self.k[start:end], self.v[start:end]
+        backend = BatchInvariantBackend(_RUNNER)
+        backend.init_forward_metadata(SimpleNamespace(out_cache_loc=None))
+        query = torch.cat([self.query[start:end] for _, start, end in pieces])
+        rows, starts, ends = torch.tensor(pieces).T
+        return backend._run_sdpa_forward_extend(
+            query,
+            torch.full_like(query, float("nan")),
+            self.k_cache,
+            self.v_cache,
+            self.req_to_token,
+            rows,
+            ends,
+            starts,
+            ends - starts,
+            scaling=0.1,
+            enable_gqa=query.shape[1] != self.k.shape[1],
+            causal=True,
+        )
+
+    def in_pieces(self, *cuts: int) -> torch.Tensor:
+        """The prompt's outputs, each piece with a neighbour of another length in its batch."""
+        outputs = []
+        for start, end in itertools.pairwise([0, *cuts, self.tokens]):
+            batch = self.extend((2, 0, 1 + start % 5), (1, start, end), (2, 0, 90))
+            outputs.append(batch[1 + start % 5 :][: end - start])
+        return torch.cat(outputs)
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "group", "head_dim"), [(1, 1, 64), (3, 3, 64), (2, 2, 16), (2, 7, 80), (2, 2, 128)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_prompts_bits_do_not_depend_on_its_cuts(
+    kv_heads: int, group: int, head_dim: int, dtype: torch.dtype, threads: int
+) -> None:
+    shape = (kv_heads, group, head_dim, dtype)
+    whole = Prefill(*shape).extend((1, 0, Prefill.tokens))
+    for cuts in ([150], [256, 512], [699], [1, 64, 65, 127, 300, 511, 513], range(50, 700, 50)):
+        assert torch.equal(Prefill(*shape, seed=len(cuts)).in_pieces(*cuts), whole), cuts
+    scene = Prefill(*shape)
+    k, v = (x.double().repeat_interleave(group, 1).transpose(0, 1) for x in (scene.k, scene.v))
+    exact = torch.nn.functional.scaled_dot_product_attention(
+        scene.query.double().transpose(0, 1), k, v, is_causal=True, scale=0.1
+    ).transpose(0, 1)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(whole.double(), exact, rtol=tolerance, atol=tolerance)
+
+
 def test_a_sliding_window_takes_upstreams_loop() -> None:
     scene = Scene(2, 1, 64, torch.float32)
     arguments = (scene.query[:1], torch.empty_like(scene.query[:1]), scene.k, scene.v)
     place = (scene.req_to_token, scene.request_rows[:1], torch.tensor([1]))
     outputs = [
         kind(_RUNNER)._run_sdpa_forward_decode(*arguments, *place, sliding_window_size=4).clone()
-        for kind in (BatchedDecodeBackend, TorchNativeAttnBackend)
+        for kind in (BatchInvariantBackend, TorchNativeAttnBackend)
     ]
     assert torch.equal(*outputs)
 
@@ -141,6 +217,7 @@ def test_padding_is_bounded_holds_the_row_and_aligns_scratch(queries: int, head_
 
 
 def test_upstream_still_has_what_is_overridden() -> None:
-    plugin._check_parameters(*OVERRIDDEN, "this test")
+    for path, parameters in OVERRIDDEN:
+        plugin._check_parameters(path, parameters, "this test")
     with pytest.raises(RuntimeError, match=r"now takes .*upgrading-sglang"):
-        plugin._check_parameters(OVERRIDDEN[0], ("self", "q"), "this test")
+        plugin._check_parameters(OVERRIDDEN[0][0], ("self", "q"), "this test")

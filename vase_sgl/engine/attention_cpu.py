@@ -1,10 +1,14 @@
-"""Decode attention of a whole batch at once, on a CPU.
+"""Attention on a CPU whose bits follow from a request's own tokens.
 
-Upstream's torch_native backend decodes one request after another in Python. Here requests whose
-rows are about equally long go through one call of torch's flash attention. A request's row is
+Decode: upstream's torch_native backend decodes one request after another in Python. Here requests
+whose rows are about equally long go through one call of torch's flash attention. A request's row is
 padded to a length that follows from its own length alone, and flash attention computes every
 (request, KV head) by itself, on any of its threads. So the bits do not depend on the batch, as long
 as all threads' scratch is aligned alike (`padded_shape`).
+
+Prefill: upstream's shape is the whole row's, so a token's bits depend on where its prompt was cut:
+into chunks, by neighbours, at a cached prefix. Here queries go in blocks of fixed height at fixed
+positions, each with the columns up to its end. So a token's shape follows from its position.
 """
 
 from __future__ import annotations
@@ -22,28 +26,27 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 _COLUMNS = 64
 #: Columns that the flash kernel works on at a time, and float32 in 64 bytes.
 _BLOCK, _ALIGN = 512, 16
-#: Gathered K (and V) rows of one call; they should stay in the CPU's cache.
+#: Gathered K (and V) rows of one decode call; they should stay in the CPU's cache.
 _SCRATCH_BYTES = 8 * 2**20
+#: Queries of a prefill's block. Divides _BLOCK, so a query's own column is in its last _BLOCK.
+_QUERIES = 64
 
-#: What `BatchedDecodeBackend` overrides without upstream having promised it: path, parameters.
+_UPSTREAM = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
+_PLACE = ("self", "query", "output", "k_cache", "v_cache", "req_to_token", "req_pool_indices")
+_KIND = (
+    "encoder_lens",
+    "scaling",
+    "enable_gqa",
+    "causal",
+    "is_cross_attn",
+    "sliding_window_size",
+)
+#: What `BatchInvariantBackend` overrides without upstream having promised it: path, parameters.
 OVERRIDDEN = (
-    "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
-    "._run_sdpa_forward_decode",
+    (f"{_UPSTREAM}._run_sdpa_forward_decode", (*_PLACE, "seq_lens", *_KIND)),
     (
-        "self",
-        "query",
-        "output",
-        "k_cache",
-        "v_cache",
-        "req_to_token",
-        "req_pool_indices",
-        "seq_lens",
-        "encoder_lens",
-        "scaling",
-        "enable_gqa",
-        "causal",
-        "is_cross_attn",
-        "sliding_window_size",
+        f"{_UPSTREAM}._run_sdpa_forward_extend",
+        (*_PLACE, "seq_lens", "extend_prefix_lens", "extend_seq_lens", *_KIND),
     ),
 )
 
@@ -80,8 +83,21 @@ class _Group:
     queries: int
 
 
-class BatchedDecodeBackend(TorchNativeAttnBackend):
-    """torch_native with a batched decode for plain causal attention; everything else is upstream's.
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Extend:
+    """The new tokens of one request in a prefill: positions [start, end), batch rows from `row`.
+
+    slots: int64 [columns], up to the end of the last block; a column past `end` repeats the first.
+    """
+
+    row: int
+    start: int
+    end: int
+    slots: torch.Tensor
+
+
+class BatchInvariantBackend(TorchNativeAttnBackend):
+    """torch_native with own shapes for plain causal attention; everything else is upstream's.
 
     Sliding windows, cross attention, and heads of different size for K and V take upstream's loop.
     """
@@ -89,12 +105,15 @@ class BatchedDecodeBackend(TorchNativeAttnBackend):
     def __init__(self, model_runner: Any) -> None:
         super().__init__(model_runner)
         self._groups: list[_Group] | None = None
+        self._extends: list[_Extend] | None = None
+        self._mask = torch.empty(0)
         self._k_rows = torch.empty(0, dtype=torch.uint8)
         self._v_rows = torch.empty(0, dtype=torch.uint8)
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         super().init_forward_metadata(forward_batch)
-        self._groups = None  # made by the first layer of the coming forward, used by all
+        # Made by the first layer of the coming forward, used by all.
+        self._groups = self._extends = None
 
     def _run_sdpa_forward_decode(
         self,
@@ -155,6 +174,92 @@ class BatchedDecodeBackend(TorchNativeAttnBackend):
             output[group.members] = attended[:, :, :grouped].reshape(n, -1, head_dim)
         return output
 
+    def _run_sdpa_forward_extend(
+        self,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        req_to_token: torch.Tensor,
+        req_pool_indices: torch.Tensor,
+        seq_lens: torch.Tensor,
+        extend_prefix_lens: torch.Tensor,
+        extend_seq_lens: torch.Tensor,
+        encoder_lens: torch.Tensor | None = None,
+        scaling: float | None = None,
+        enable_gqa: bool = False,
+        causal: bool = False,
+        is_cross_attn: bool = False,
+        sliding_window_size: int | None = None,
+    ) -> torch.Tensor:
+        special = encoder_lens is not None or is_cross_attn or sliding_window_size is not None
+        if special or not causal or k_cache.shape != v_cache.shape:
+            return super()._run_sdpa_forward_extend(
+                query,
+                output,
+                k_cache,
+                v_cache,
+                req_to_token,
+                req_pool_indices,
+                seq_lens,
+                extend_prefix_lens,
+                extend_seq_lens,
+                encoder_lens,
+                scaling,
+                enable_gqa,
+                causal,
+                is_cross_attn,
+                sliding_window_size,
+            )
+        if self._extends is None:
+            starts, ends = extend_prefix_lens.tolist(), seq_lens.tolist()
+            self._extends = _extends(req_to_token, req_pool_indices, starts, ends)
+            longest = max((len(extend.slots) for extend in self._extends), default=0)
+            self._mask = _causal_mask(longest, query.dtype)
+        for extend in self._extends:
+            k = self._gather(k_cache, extend.slots, "_k_rows").to(query.dtype)
+            v = self._gather(v_cache, extend.slots, "_v_rows").to(query.dtype)
+            k, v = k.view(-1, *k_cache.shape[1:]), v.view(-1, *v_cache.shape[1:])
+            new = slice(extend.row, extend.row + extend.end - extend.start)
+            self._attend_blocks(query[new], output[new], k, v, extend.start, scaling)
+        return output
+
+    def _attend_blocks(
+        self,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        start: int,
+        scaling: float | None,
+    ) -> None:
+        """Attention of queries [tokens, heads, head_dim] at positions from `start` on.
+
+        k, v: [columns, kv_heads, head_dim], whole blocks. Writes `output`.
+        """
+        tokens, heads, head_dim = query.shape
+        columns, kv_heads = k.shape[:2]
+        before = start % _QUERIES  # rows of the first block that are not asked for
+        # Also copies: whatever the batch, blocks are aligned alike.
+        blocks = pad(query, (0, 0, 0, 0, before, columns - start - tokens)).split(_QUERIES)
+        # Query heads of a KV head share its rows, uncopied.
+        k, v = (x.transpose(0, 1)[:, None].expand(-1, heads // kv_heads, -1, -1) for x in (k, v))
+        first = -before  # the block's first row in `output`
+        for block in blocks:
+            end = start + first + _QUERIES
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                attended = scaled_dot_product_attention(
+                    block.view(_QUERIES, kv_heads, -1, head_dim).permute(1, 2, 0, 3),
+                    k[:, :, :end],
+                    v[:, :, :end],
+                    attn_mask=self._mask[:, self._mask.shape[1] - end :][None, None],
+                    scale=scaling,
+                )
+            rows = attended.permute(2, 0, 1, 3).reshape(_QUERIES, heads, head_dim)
+            last = min(first + _QUERIES, tokens)
+            output[max(first, 0) : last] = rows[max(-first, 0) : last - first]
+            first += _QUERIES
+
     def _gather(self, cache: torch.Tensor, slots: torch.Tensor, scratch: str) -> torch.Tensor:
         """Rows [slots, kv_heads * head_dim] in kept memory: fresh pages would cost more."""
         rows = cache.flatten(1).view(torch.int32)  # as words: twice as fast as bfloat16
@@ -190,3 +295,26 @@ def _group(
             mask = torch.zeros(inside.shape, dtype=dtype).masked_fill_(~inside, float("-inf"))
             groups.append(_Group(chosen, slots.flatten(), mask[:, None, None], queries))
     return groups
+
+
+def _extends(
+    req_to_token: torch.Tensor, req_pool_indices: torch.Tensor, starts: list[int], ends: list[int]
+) -> list[_Extend]:
+    """Where the new tokens of a prefill's requests are, in the batch and in the pool."""
+    extends, row = [], 0
+    for index, start, end in zip(req_pool_indices.tolist(), starts, ends, strict=True):
+        missing = -end % _QUERIES
+        slots = req_to_token[index, :end].to(torch.int64)
+        # As in decode: a mask does not stop NaN.
+        slots = torch.cat([slots, slots[:1].expand(missing)])
+        extends.append(_Extend(row, start, end, slots))
+        row += end - start
+    return extends
+
+
+def _causal_mask(columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """[_QUERIES, columns], 0 or -inf, for the block that ends there; earlier ones take its end."""
+    mask = torch.zeros(_QUERIES, columns, dtype=dtype)
+    hidden = torch.ones(_QUERIES, _QUERIES, dtype=torch.bool).triu(1)
+    mask[:, columns - _QUERIES :].masked_fill_(hidden, float("-inf"))
+    return mask

@@ -32,7 +32,8 @@ class EngineConfig:
         many as `--max-running-requests`, or as fit the pool with the default budget (or 2048).
     default: eviction parameters of requests that bring none; None leaves them with full KV.
     kernels: `triton`, `reference` (torch), or `auto`: Triton on CUDA, the reference on a CPU.
-    cpu_decode: attention of a decode step on a CPU: `batched`, or upstream's loop (`stock`).
+    cpu_decode: attention on a CPU: `batched`, the same bits in any batch and however a prompt is
+        cut; or upstream's loop over requests (`stock`), without that promise.
     inspect_dir: where requests with `inspect` leave their files; None refuses them.
     check_integrity: prove slot ownership and positions after every decode step (slow; for tests).
     integrity_log: file that failed checks are appended to, and the next worker counts; or None.

@@ -397,8 +397,9 @@ def _register() -> None:
         ALLOC_FOR_DECODE_FUNCS[device] = lifecycle.alloc_for_decode
     factories = {name: ATTENTION_BACKENDS[name] for name in _BACKENDS}
     if platform_cpu.is_active() and engine_config().cpu_decode == "batched":
-        _check_parameters(*attention_cpu.OVERRIDDEN, "decode attention of a whole batch at once")
-        factories["torch_native"] = attention_cpu.BatchedDecodeBackend
+        for path, parameters in attention_cpu.OVERRIDDEN:
+            _check_parameters(path, parameters, "attention in batch-invariant shapes")
+        factories["torch_native"] = attention_cpu.BatchInvariantBackend
     for name, create in factories.items():
         factory = recording_backend(create, lambda runner: BudgetPool.of_runner(runner).query_ring)
         register_attention_backend(name)(factory)
