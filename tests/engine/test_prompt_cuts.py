@@ -69,3 +69,46 @@ def test_a_cached_prefix_changes_nothing(cold: SteppedScheduler, cached: int) ->
     assert _outcome(cold) == whole
     page_size = cold.scheduler.tree_cache.page_size
     assert cold.answers["target"].cached_tokens == cached // page_size * page_size
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("new", [1, 2, 60])
+def test_a_next_turn_does_not_meet_what_decode_computed(
+    cold: SteppedScheduler, new: int, overlap: bool
+) -> None:
+    """A conversation's next turn answers as on a worker that has not seen the last one."""
+
+    def second_turn(prompt: list[int]) -> tuple[list[int], dict[str, Any], int]:
+        cold.submit("second", prompt, max_new_tokens=40, vase=VASE)
+        cold.run()
+        answer = cold.answers.pop("second")
+        assert answer.statistics is not None
+        return answer.tokens, answer.statistics, answer.cached_tokens
+
+    first = PROMPT[:64]
+    cold.configure(overlap=overlap, prefix_cache=True)
+    cold.submit("first", first, max_new_tokens=new)
+    cold.run()
+    prompt = [*first, *cold.answers["first"].tokens, 5, 9, 77]
+    *live, cached = second_turn(prompt)
+    assert cached == len(first)
+    cold.configure(overlap=overlap, prefix_cache=True)  # nothing cached, as after a restart
+    *replayed, cached = second_turn(prompt)
+    assert cached == 0 and replayed == live
+
+
+def test_an_answer_that_ends_with_its_prefill_leaves_its_prompt(cold: SteppedScheduler) -> None:
+    """The overlap loop has decoded a token more by then."""
+    cold.configure()
+    cold.submit("probe", NEIGHBOUR, max_new_tokens=1)
+    cold.run()
+    (token,) = cold.answers["probe"].tokens
+    cold.configure(overlap=True, prefix_cache=True)
+    stop = {"stop_token_ids": [token], "ignore_eos": False}
+    cold.submit("stopped", NEIGHBOUR, max_new_tokens=9, **stop)
+    cold.run()
+    assert cold.answers["stopped"].tokens == [token]
+    page_size = cold.scheduler.tree_cache.page_size
+    whole_pages = len(NEIGHBOUR) // page_size * page_size
+    assert cold.scheduler.tree_cache.evictable_size() == whole_pages
+    assert cold.free_slots == 400

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.mem_cache.allocation import alloc_for_decode_default, alloc_token_slots
+from sglang.srt.runtime_context import get_exec
 
+from vase_sgl.engine import platform_cpu
 from vase_sgl.engine.pool import BudgetPool
 from vase_sgl.engine.request_cache import RequestCache, cache_of, evicting_cache_of
 from vase_sgl.engine.rounds import PlannedRound
@@ -58,6 +60,19 @@ def alloc_for_decode(batch: ScheduleBatch, token_per_req: int) -> torch.Tensor:
         req.kv.kv_committed_len = req.kv.kv_allocated_len
     rows = batch.req_to_token_pool.req_to_token
     return rows[batch.req_pool_indices, batch.seq_lens].to(torch.int64)
+
+
+def keep_decoded_out(
+    original: Callable[..., None], tree: Any, req: Req, *, up_to: int, **kwargs: Any
+) -> None:
+    """AROUND `UnifiedRadixCache.checkpoint_into_tree`: only rows of a prefill enter the tree.
+
+    Decode rounds differently, so whoever found its rows there would answer differently from one
+    who has to prefill them. The row's other slots are freed as if the tree had not been asked.
+    """
+    if platform_cpu.is_active() or get_exec().deterministic.enable_deterministic_inference:
+        up_to = min(up_to, req.extend_end)
+    original(tree, req, up_to=up_to, **kwargs)
 
 
 def _plan_round(

@@ -180,6 +180,13 @@ HOOKS: tuple[Hook, ...] = (
         "penalties that do not depend on neighbours or on the overlap loop",
     ),
     Hook(
+        "mem_cache.unified_radix_cache.UnifiedRadixCache.checkpoint_into_tree",
+        ("self", "req", "up_to", "kwargs"),
+        HookType.AROUND,
+        lifecycle.keep_decoded_out,
+        "where replays are promised, KV of decode steps never enters the prefix tree",
+    ),
+    Hook(
         "model_executor.forward_batch_info.ForwardBatch.init_new",
         _INIT_NEW,
         HookType.AFTER,
