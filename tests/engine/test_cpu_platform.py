@@ -1,12 +1,15 @@
-"""What the CPU platform adds: batch-invariant linear layers, seeded sampling, two workarounds."""
+"""What the CPU platform adds: batch-invariant layers, seeded sampling, two workarounds."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from typing import ClassVar
 
 import pytest
 import torch
+from sglang.srt.layers import activation
+from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.platforms import current_platform
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.utils.async_probe import sanitize_nan_logits
@@ -142,6 +145,69 @@ class TestLinear:
     def test_an_empty_batch(self) -> None:
         empty = linear_cpu.in_tiles(lambda part: part @ torch.ones(4, 3), torch.ones(0, 4), 16)
         assert empty.shape == (0, 3)
+
+
+class TestActivation:
+    #: Name to a function and to inputs a feature.
+    functions: ClassVar = {
+        "silu and mul": (activation.SiluAndMul, 2),
+        "gelu and mul": (lambda: activation.GeluAndMul("none"), 2),
+        "gelu tanh and mul": (activation.GeluAndMul, 2),
+        "gelu": (lambda: activation.get_act_fn("gelu"), 1),
+        "gelu tanh": (lambda: activation.get_act_fn("gelu_pytorch_tanh"), 1),
+        "new gelu": (lambda: activation.get_act_fn("gelu_new"), 1),
+    }
+
+    @pytest.mark.parametrize("threads", [1, 2, 3, 5, 8], indirect=True)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("name", functions)
+    def test_a_row_is_the_same_in_any_batch(
+        self, name: str, dtype: torch.dtype, threads: int
+    ) -> None:
+        make, inputs = self.functions[name]
+        function = make()
+        generator = torch.Generator().manual_seed(4)
+        for features in (100, 1536, 9728, 14336, 18944):
+            x = torch.randn(100, inputs * features, generator=generator).mul(3).to(dtype)
+            alone = torch.cat([function(row[None]) for row in x])
+            for start, end in ((0, 2), (1, 4), (0, 7), (3, 19), (0, 33), (0, 64), (1, 100)):
+                assert torch.equal(function(x[start:end]), alone[start:end]), features
+
+    def test_shapes_stay(self) -> None:
+        x = torch.randn(3, 40, 600)
+        gate, up = x.chunk(2, -1)
+        expected = torch.nn.functional.silu(gate) * up
+        torch.testing.assert_close(activation.SiluAndMul()(x), expected)
+        assert activation.SiluAndMul()(x[:0]).shape == (0, 40, 300)
+
+    def test_shared_modules_are_wrapped_once(self) -> None:
+        forward = activation.get_act_fn("gelu").forward
+        assert activation.get_act_fn("gelu").forward is forward
+
+
+class TestNothingElseToFix:
+    """Operations that go to torch whole, because they already treat rows alike."""
+
+    @pytest.mark.parametrize("threads", [1, 2, 3, 5, 8], indirect=True)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize(
+        ("width", "name"),
+        [(576, "norm"), (5120, "norm"), (49152, "softmax"), (49152, "log softmax"), (49152, "cap")],
+    )
+    def test_a_row_is_the_same_in_any_batch(
+        self, width: int, name: str, dtype: torch.dtype, threads: int
+    ) -> None:
+        functions = {
+            "norm": RMSNorm(width).to(dtype).forward_native,
+            "softmax": lambda x: torch.softmax(x.float(), -1),
+            "log softmax": lambda x: torch.log_softmax(x.float(), -1),
+            "cap": lambda x: 30 * torch.tanh(x / 30),
+        }
+        function = functions[name]
+        x = torch.randn(40, width, generator=torch.Generator().manual_seed(5)).mul(3).to(dtype)
+        alone = torch.cat([function(row[None]) for row in x])
+        for start, end in ((0, 2), (1, 4), (0, 7), (3, 19), (0, 33), (1, 40)):
+            assert torch.equal(function(x[start:end]), alone[start:end])
 
 
 def _draw(probs: torch.Tensor, seeds: range, **limits: float) -> torch.Tensor:

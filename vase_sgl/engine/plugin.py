@@ -22,6 +22,7 @@ from sglang.srt.mem_cache.allocation import ALLOC_FOR_DECODE_FUNCS
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from vase_sgl.engine import (
+    activation_cpu,
     admission,
     attention_cpu,
     fingerprint,
@@ -304,6 +305,27 @@ _CPU_HOOKS: tuple[Hook, ...] = (
         HookType.AROUND,
         linear_cpu.tiled_linear_apply,
         "batch-invariant linear layers",
+    ),
+    Hook(
+        "layers.activation.SiluAndMul.forward_native",
+        ("self", "x"),
+        HookType.AROUND,
+        activation_cpu.gated,
+        "batch-invariant activations",
+    ),
+    Hook(
+        "layers.activation.GeluAndMul.forward_native",
+        ("self", "x"),
+        HookType.AROUND,
+        activation_cpu.gated,
+        "batch-invariant activations",
+    ),
+    Hook(
+        "layers.activation.get_act_fn",
+        ("act_fn_name", "quant_config", "intermediate_size", "input_is_parallel", "params_dtype"),
+        HookType.AFTER,
+        activation_cpu.ungated,
+        "batch-invariant activations",
     ),
     Hook(
         "layers.logits_processor.LogitsProcessor._compute_lm_head",
