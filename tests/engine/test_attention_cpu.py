@@ -177,6 +177,7 @@ class Prefill:
     ("kv_heads", "group", "head_dim"), [(1, 1, 64), (3, 3, 64), (2, 2, 16), (2, 7, 80), (2, 2, 128)]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("threads", [1, 2, 3, 5], indirect=True)
 def test_a_prompts_bits_do_not_depend_on_its_cuts(
     kv_heads: int, group: int, head_dim: int, dtype: torch.dtype, threads: int
 ) -> None:
