@@ -54,15 +54,15 @@ pytestmark = [
 
 
 def test_demo(model: Path) -> None:
-    demo = Marked("vase_sgl.demo", "--max-new-tokens", "170")
+    demo = Marked("vase_sgl.demo", "--max-new-tokens", "140")
     output, _ = demo.process.communicate(timeout=280)
     assert demo.process.returncode == 0, output
     for expected in (
         r"serving gRPC on 127\.0\.0\.1:\d+",
         r"\[logical \d+ \| physical \d+ \| rounds 1 \| slots reserved 160 \| [0-9a-f]{16}\]",
         r"rounds 2 \|",
-        r"170 tokens in .* 3 eviction rounds",
-        r"MATCH: 170 tokens and 3 eviction rounds compared",
+        r"140 tokens in .* 2 eviction rounds",
+        r"MATCH: 140 tokens and 2 eviction rounds compared",
         r"reserved with the budget +│ 160 ",
     ):
         assert re.search(expected, output), f"{expected}\n{output}"

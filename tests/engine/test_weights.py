@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 from pathlib import Path
@@ -10,11 +11,13 @@ from types import SimpleNamespace
 import huggingface_hub.constants
 import pytest
 import sglang
+import torch
 import triton
 from sglang.srt.server_args import ServerArgs
 
 from tests.engine.scheduler_harness import SteppedScheduler
 from vase_sgl.engine import fingerprint, server_info
+from vase_sgl.engine.config import engine_config
 from vase_sgl.engine.weights import WeightsNotFound, tokenizer_digest, weights_digest
 from vase_sgl.gateway.errors import WorkerUnavailable
 from vase_sgl.gateway.worker_http import worker_info
@@ -174,6 +177,28 @@ def test_variables_that_change_the_numbers_are_entries(
     source = Path(sglang.__file__).parent / "srt"
     text = "".join(path.read_text(encoding="utf-8") for path in source.rglob("*.py"))
     assert not [n for n in fingerprint._VARIABLES if n.startswith("SGLANG_") and n not in text]
+
+
+class FusedMoE(torch.nn.Module):
+    """Named as SGLang's, which needs a GPU to be made."""
+
+
+def test_a_cpu_says_where_it_depends_on_company(
+    stepped: SteppedScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told() -> str:
+        return fingerprint.fingerprint(stepped.scheduler)["deterministic"]
+
+    model = stepped.scheduler.tp_worker.model_runner.model
+    assert told() == "true"
+    model.add_module("experts", FusedMoE())
+    try:
+        assert told() == "false"
+    finally:
+        del model.experts
+    stock = dataclasses.replace(engine_config(), cpu_decode="stock")
+    monkeypatch.setattr(fingerprint, "engine_config", lambda: stock)
+    assert told() == "false"
 
 
 def test_a_watermarks_keys_are_not_told() -> None:

@@ -26,6 +26,7 @@ from vase_kernels import REVISION
 
 from vase_sgl import __version__
 from vase_sgl.engine import linear_cpu, platform_cpu
+from vase_sgl.engine.config import engine_config
 from vase_sgl.engine.pool import BudgetPool
 from vase_sgl.engine.weights import WeightsNotFound, tokenizer_digest, weights_digest
 
@@ -135,7 +136,7 @@ def fingerprint(scheduler: Any) -> dict[str, str]:
         "dtype": str(runner.dtype).removeprefix("torch."),
         "kv_cache_dtype": str(runner.token_to_kv_pool.dtype).removeprefix("torch."),
         "attention_backend": type(runner.attn_backend).__name__,
-        "deterministic": str(_is_deterministic(args)).lower(),
+        "deterministic": str(_is_deterministic(args, runner.model)).lower(),
         "device": _device_name(),
         "tp_size": str(args.tp_size),
         **(_of_cpu(runner.dtype) if platform_cpu.is_active() else _of_accelerators(scheduler)),
@@ -223,9 +224,16 @@ def _digest_of_tokenizer(server_args: Any) -> str:
     return _tokenizer(args.tokenizer_path or args.model_path, args.revision)
 
 
-def _is_deterministic(args: Any) -> bool:
-    # Our CPU platform always brings batch-invariant layers and seeded sampling.
-    return bool(args.enable_deterministic_inference) or platform_cpu.is_active()
+def _is_deterministic(args: Any, model: torch.nn.Module) -> bool:
+    """Whether an answer does not depend on its company.
+
+    On our CPU platform by its own layers and sampling; not with SGLang's attention, nor for a
+    mixture of experts, whose products have as many rows as tokens chose the expert.
+    """
+    if not platform_cpu.is_active():
+        return bool(args.enable_deterministic_inference)
+    has_experts = any("MoE" in type(part).__name__ for part in model.modules())
+    return engine_config().cpu_decode == "batched" and not has_experts
 
 
 @functools.cache
