@@ -132,8 +132,7 @@ class RunFolder:
             return noted
         differences = [
             f"{key}: there {before.get(key)}, now {fingerprint.get(key)}"
-            for key in sorted({*before, *fingerprint})
-            if before.get(key) != fingerprint.get(key)
+            for key in differing(before, fingerprint)
         ]
         if differences:
             raise ConfigurationError(
@@ -153,6 +152,11 @@ class RunFolder:
         partial = self.path.with_suffix(".partial")
         partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         os.replace(partial, self.path)
+
+
+def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Keys whose values differ or that only one of the two has, in order."""
+    return [key for key in sorted({*one, *other}) if one.get(key) != other.get(key)]
 
 
 def items_digest(items: Sequence[DataclassInstance]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from vase_sgl.eval.configuration import RunFolder
+from vase_sgl.eval.configuration import RunFolder, differing
 
 
 def unlike(runs: Sequence[RunFolder]) -> list[str]:
@@ -56,6 +56,5 @@ def _asks_otherwise(here: Mapping[str, Any], there: Mapping[str, Any], task: str
 
 
 def _entries(where: str, here: Mapping[str, Any], there: Mapping[str, Any]) -> Iterator[str]:
-    for key in sorted({*here, *there}):
-        if here.get(key) != there.get(key):
-            yield f"{where}{key} is {here.get(key)}, there {there.get(key)}"
+    for key in differing(here, there):
+        yield f"{where}{key} is {here.get(key)}, there {there.get(key)}"

@@ -20,6 +20,7 @@ from vase_sgl.eval.configuration import (
     SESSIONS_FILE,
     Configuration,
     RunFolder,
+    differing,
 )
 from vase_sgl.eval.items import Grade, Item, Task
 from vase_sgl.eval.rows import Row, RowFile, Status
@@ -279,8 +280,7 @@ async def _check_unchanged(target: Target, before: TargetInfo, sample: Sample) -
         return  # the next question says it
     differences = [
         f"{key}: then {before.fingerprint.get(key)}, now {now.get(key)}"
-        for key in sorted({*before.fingerprint, *now})
-        if before.fingerprint.get(key) != now.get(key)
+        for key in differing(before.fingerprint, now)
     ]
     if differences:
         raise TargetChanged(
