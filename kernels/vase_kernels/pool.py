@@ -29,6 +29,7 @@ class PoolView:
     token_positions : int32 Tensor [layers, num_slots, kv_heads]
     req_to_token : int32 Tensor [rows, context]
         Slot of each column of each request.
+    attention_scale : what the model multiplies q.k by
     buffers : the tensors behind the addresses, kept alive
     """
 
@@ -40,6 +41,7 @@ class PoolView:
     head_dim: int
     first_layer: int
     first_head: int
+    attention_scale: float
     buffers: tuple[Tensor, ...]
 
     @classmethod
@@ -52,6 +54,7 @@ class PoolView:
         *,
         first_layer: int = 0,
         first_head: int = 0,
+        attention_scale: float | None = None,
     ) -> PoolView:
         """View of a pool; `ValueError` names what the kernels cannot address.
 
@@ -62,6 +65,8 @@ class PoolView:
             16 bytes; float32, float16, bfloat16, float8_e4m3fn or float8_e5m2.
         first_layer, first_head : int
             Global index of this rank's first layer and KV head.
+        attention_scale : float or None
+            What the model multiplies q.k by, positive; None for 1/sqrt(head_dim).
         """
         layers, (num_slots, kv_heads, head_dim) = len(k_buffers), k_buffers[0].shape
         dtype = k_buffers[0].dtype
@@ -90,5 +95,6 @@ class PoolView:
             head_dim=head_dim,
             first_layer=first_layer,
             first_head=first_head,
+            attention_scale=head_dim**-0.5 if attention_scale is None else attention_scale,
             buffers=(*k_buffers, *v_buffers),
         )

@@ -177,7 +177,7 @@ def _attention(r: Round) -> None:
     for_lse, for_weights = attention_blocks(pool.head_dim, common)
     addresses = (pool.k_pointers, r.queries, r.requests, pool.req_to_token)
     context = pool.req_to_token.shape[1]
-    ring = (r.queries.shape[1], r.queries.shape[2], pool.head_dim**-0.5)
+    ring = (r.queries.shape[1], r.queries.shape[2], pool.attention_scale)
     constants = {
         **r.rows,
         "ELEMENT": ELEMENTS[pool.dtype],

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from vase_kernels.reference import chain, format_digest, round_sum
 
 from tests.kernels import oracle
 
@@ -27,8 +28,10 @@ class IndependentDecoder:
         vase: dict[str, Any],
         rope_shift: int = 0,
         kv_dtype: torch.dtype = torch.float32,
+        attention_scale: float = DIM**-0.5,
     ) -> None:
         self.kv_dtype = kv_dtype
+        self.attention_scale = attention_scale
         self.weights = weights
         self.vase = vase
         self.forgotten: list[list[list[list[int]]]] = []
@@ -54,6 +57,15 @@ class IndependentDecoder:
                 trigger = self.pinned + budget + window
             tokens.append(int(self._forward(tokens[-1]).argmax()))
         return tokens
+
+    def digest(self) -> str:
+        """The digest of the rounds so far, as the engine reports it."""
+        digest = torch.zeros(1, dtype=torch.int64)
+        for number, victims in enumerate(self.forgotten, 1):
+            places = torch.arange(LAYERS), torch.arange(KV_HEADS)
+            positions = torch.tensor(victims)[None]
+            digest = chain(digest, round_sum(positions, torch.tensor([number]), *places))
+        return format_digest(int(digest))
 
     def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
         return x * torch.rsqrt(x.pow(2).mean() + 1e-5) * self.weights[name]
@@ -85,7 +97,7 @@ class IndependentDecoder:
                 rows = self.rows[layer][head * KV_HEADS // HEADS]
                 keys = torch.stack([row[0] for row in rows])
                 values = torch.stack([row[1] for row in rows])
-                mixed.append((keys @ q[head] / DIM**0.5).softmax(0) @ values)
+                mixed.append((keys @ q[head] * self.attention_scale).softmax(0) @ values)
             x = x + w[name + "self_attn.o_proj.weight"] @ torch.cat(mixed)
             h = self._norm(x, name + "post_attention_layernorm.weight")
             gate, up = (w[name + "mlp.gate_up_proj.weight"] @ h).chunk(2)
@@ -112,6 +124,7 @@ class IndependentDecoder:
                 layer=layer,
                 first_head=0,
                 round=self.round,
+                attention_scale=self.attention_scale,
             )
             count = len(unpinned[0]) - budget
             victims = oracle.victims(key, positions, count)

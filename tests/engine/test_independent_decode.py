@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from sglang.srt.layers.radix_attention import RadixAttention
 
 from tests.engine.independent_decoder import LAYERS, IndependentDecoder, weights_of
 from tests.engine.scheduler_harness import SteppedScheduler
 from tests.engine.tiny_model import CONFIG
+from vase_sgl.engine import limits
+from vase_sgl.engine.pool import BudgetPool
 from vase_sgl.eviction.policies import POLICIES
 
 
@@ -62,6 +65,28 @@ def test_tokens_equal_the_independent_decoder(
     assert (stepped.answers["compared"].cached_tokens > 0) == production
     stepped.configure()
     assert found == expected
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("policy", ["snapkv", "vase-attnv"])
+def test_policies_score_by_the_model_s_own_scale(
+    stepped: SteppedScheduler, monkeypatch: pytest.MonkeyPatch, policy: str
+) -> None:
+    model = stepped.scheduler.tp_worker.model_runner.model
+    for layer in (part for part in model.modules() if isinstance(part, RadixAttention)):
+        monkeypatch.setattr(layer, "scaling", 1 / 16)
+    pool = BudgetPool.of(stepped.scheduler.req_to_token_pool)
+    monkeypatch.setattr(pool, "attention_scale", limits.attention_scale(model))
+    vase = {"budget": 24, "window": 8, "policy": policy, "seed": 7}
+    prompt = [2 + (17 * i) % 250 for i in range(45)]
+    digests = []
+    for scale in (1 / 16, 1 / 4):
+        decoder = IndependentDecoder(weights_of(stepped), vase, attention_scale=scale)
+        decoder.generate(prompt, 70)
+        digests.append(decoder.digest())
+    _engine_tokens(stepped, vase, prompt, 70)
+    statistics = stepped.answers["compared"].statistics
+    assert statistics is not None and statistics["digest"] == digests[0] != digests[1]
 
 
 @torch.inference_mode()

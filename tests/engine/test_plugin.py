@@ -144,7 +144,7 @@ def test_entries_that_are_no_rows_of_slots_are_refused(
         ({"sliding_window_size": 4096}, "has attention over a sliding window"),
         ({"layer.sliding_window_size": 4096}, "has attention over a sliding window"),
         ({"layer.xai_temperature_len": 1024}, "has a temperature of attention that grows"),
-        ({"layer.scaling": 1 / 128}, "has another scale of attention than 1/sqrt"),
+        ({"layer.scaling": 1 / 128}, "has scales of attention that differ by layer"),
         ({"layer.logit_cap": 30.0}, "has a cap on attention's logits"),
         ({"model_config.model_is_mrope": True}, "has multimodal rotary positions"),
         ({"model_config.is_encoder_decoder": True}, "has an encoder"),

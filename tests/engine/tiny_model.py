@@ -33,12 +33,12 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def write_tiny_model(folder: Path) -> Path:
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+def write_tiny_model(folder: Path, **changes: object) -> Path:
+    (folder / "config.json").write_text(json.dumps(CONFIG | changes))
     return folder
 
 
-def write_weights(folder: Path) -> Path:
+def write_weights(folder: Path, **changes: object) -> Path:
     """Random weights as a checkpoint, so that every rank of a tensor-parallel worker cuts its part.
 
     Of ordinary size: with upstream's dummy weights the KV cache hardly matters.
@@ -68,4 +68,4 @@ def write_weights(folder: Path) -> Path:
         for norm in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{name}{norm}.weight"] = torch.ones(hidden)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return write_tiny_model(folder)
+    return write_tiny_model(folder, **changes)

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from vase_kernels.reference import chain, format_digest, round_sum
 
-from tests.engine.independent_decoder import KV_HEADS, LAYERS, IndependentDecoder, weights_in
+from tests.engine.independent_decoder import IndependentDecoder, weights_in
+from tests.eval.tiny_forced import write_tiny_folder
 from vase_sgl.eval.forced import ForcedModel
 from vase_sgl.eviction import POLICIES, EvictionParams
 
@@ -25,16 +25,6 @@ CASES = [
 
 def params(**changes: Any) -> EvictionParams:
     return EvictionParams.parse({"budget": 24, "window": 8, "seed": 2**40 + 7} | changes)
-
-
-def digest_of(forgotten: list[list[list[list[int]]]]) -> str:
-    """Chained digest of the victims' positions [round][layer][head]."""
-    digest = torch.zeros(1, dtype=torch.int64)
-    for number, victims in enumerate(forgotten, 1):
-        positions = torch.tensor(victims)[None]
-        places = torch.arange(LAYERS), torch.arange(KV_HEADS)
-        digest = chain(digest, round_sum(positions, torch.tensor([number]), *places))
-    return format_digest(int(digest))
 
 
 @torch.inference_mode()
@@ -64,10 +54,32 @@ def test_tokens_digests_and_kept_rows_equal_the_independent_decoder(
     assert session.greedy(35)[0].tolist() == expected[35:]
     report = session.report(0)
     assert report.rounds == decoder.round >= 4
-    assert report.digest == digest_of(decoder.forgotten)
+    assert report.digest == decoder.digest()
     assert session.kept_positions(0).tolist() == [
         [sorted(row[2] for row in rows) for rows in heads] for heads in decoder.rows
     ]
+
+
+@torch.inference_mode()
+def test_policies_score_by_the_model_s_own_scale(tmp_path: Path) -> None:
+    """Granite's code, otherwise Llama's numbers."""
+    folder = write_tiny_folder(
+        tmp_path,
+        architectures=["GraniteForCausalLM"],
+        model_type="granite",
+        attention_multiplier=1.0,
+        logits_scaling=1.0,
+    )
+    vase = {"budget": 24, "window": 8, "policy": "snapkv", "seed": 7}
+    weights = weights_in(folder / "model.safetensors")
+    decoder = IndependentDecoder(weights, vase, attention_scale=1.0)
+    expected = decoder.generate(PROMPT, 70)
+    session = ForcedModel(folder, torch.float32).start(PROMPT, [EvictionParams.parse(vase)])
+    assert session.greedy(70)[0].tolist() == expected
+    assert session.report(0).digest == decoder.digest()
+    usual = IndependentDecoder(weights, vase)
+    usual.generate(PROMPT, 70)
+    assert usual.digest() != decoder.digest()
 
 
 def test_arms_of_a_session_are_what_they_are_alone(tiny: ForcedModel) -> None:

@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerFast
 from tests.engine.tiny_model import write_weights
 
 
-def write_tiny_folder(folder: Path) -> Path:
-    write_weights(folder)
+def write_tiny_folder(folder: Path, **changes: object) -> Path:
+    """changes: of the model's configuration."""
+    write_weights(folder, **changes)
     letters = {letter: i for i, letter in enumerate(sorted(ByteLevel.alphabet()))}
     tokenizer = Tokenizer(BPE(letters, []))
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)

@@ -45,14 +45,14 @@ def to_float64(x: torch.Tensor) -> FloatArray:
     return x.to(torch.float64).numpy()
 
 
-def attention_weight(q: FloatArray, k: FloatArray, pool_width: int) -> FloatArray:
+def attention_weight(q: FloatArray, k: FloatArray, pool_width: int, scale: float) -> FloatArray:
     """Weight of each candidate of one KV head; q [group, W, D], k [C, D]."""
-    num_candidates, dim = k.shape
+    num_candidates = len(k)
     group_mean = np.zeros(num_candidates)
     for head in q:
         mean = np.zeros(num_candidates)
         for query in head:
-            logits = k @ query / math.sqrt(dim)
+            logits = k @ query * scale
             e = np.exp(logits - logits.max())
             mean += e / e.sum() / len(head)
         pooled = np.zeros(num_candidates)
@@ -111,10 +111,12 @@ def retention_keys(
     pool_width: int = 5,
     projection_dim: int = 20,
     mix_lambda: float = 0.1,
+    attention_scale: float | None = None,
 ) -> FloatArray:
     """[kv_heads, candidates]; arguments as `vase_kernels.reference.select_victims` takes them."""
     num_heads, num_candidates = positions.shape
     num_sinks = SINKS.get(policy, 4) if num_sinks is None else num_sinks
+    scale = 1 / math.sqrt(keys.shape[-1]) if attention_scale is None else attention_scale
     out = np.empty((num_heads, num_candidates))
     for h in range(num_heads):
         head, place = first_head + h, positions[h].tolist()
@@ -136,7 +138,7 @@ def retention_keys(
             assert queries is not None
             group = queries.shape[0] // num_heads
             q = to_float64(queries[h * group : (h + 1) * group])
-            key = list(attention_weight(q, k, pool_width))
+            key = list(attention_weight(q, k, pool_width, scale))
             if policy == "rkv":
                 spread = redundancy(k)
                 key = [
@@ -146,7 +148,7 @@ def retention_keys(
             assert policy == "vase-attnv" and queries is not None
             group = queries.shape[0] // num_heads
             q = to_float64(queries[h * group : (h + 1) * group])
-            weight = attention_weight(q, k, pool_width)
+            weight = attention_weight(q, k, pool_width, scale)
             key = [math.log(w) + gumbel(x[0]) for w, x in zip(weight, words, strict=True)]
             value_range = v.max(1).astype(np.float32) - v.min(1).astype(np.float32)
             ranking = sorted(

@@ -53,6 +53,7 @@ class Scene:
     ring: Tensor
     first_layer: int = 5
     first_head: int = 6
+    attention_scale: float | None = None
 
     @property
     def buffers(self) -> list[Tensor]:
@@ -75,6 +76,7 @@ class Scene:
             self.req_to_token,
             first_layer=self.first_layer,
             first_head=self.first_head,
+            attention_scale=self.attention_scale,
         )
 
     def clone(self) -> Scene:
@@ -111,6 +113,7 @@ def make_scene(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     spare: int = 7,
+    attention_scale: float | None = None,
 ) -> Scene:
     """Rows are as each request's `row` says; later rounds get stored positions in any order.
 
@@ -153,7 +156,7 @@ def make_scene(
                 for head in range(heads):
                     choice = torch.randperm(older - r.pinned, generator=own)[: r.budget]
                     positions[layer, kept, head] = (choice + r.pinned).to(torch.int32)
-    return Scene(allocations, positions, req_to_token, ring)
+    return Scene(allocations, positions, req_to_token, ring, attention_scale=attention_scale)
 
 
 def query_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -211,6 +214,7 @@ def run_reference(policy: str, scene: Scene, r: DueRequest) -> EvictResult:
         logical_lengths=torch.tensor([r.logical_length]),
         first_layer=scene.first_layer,
         first_head=scene.first_head,
+        attention_scale=scene.attention_scale,
         return_victims=True,
         **fields_of(policy, r),
     )

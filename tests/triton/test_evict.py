@@ -69,9 +69,10 @@ def test_head_dims_of_one_head_and_layer(policy, dim):
     check_against_reference(policy, STEADY, dim=dim, dtype=dtype, **ONE)
 
 
-@pytest.mark.parametrize("group", [1, 3, 16])
-def test_groups(group):
-    check_against_reference("vase-attnv", STEADY, group=group, **ONE)
+@pytest.mark.parametrize(("group", "scale"), [(1, None), (3, 1.0), (16, None)])
+def test_groups(group, scale):
+    """One of them with a scale of the model's own, eight times the usual one."""
+    check_against_reference("vase-attnv", STEADY, group=group, attention_scale=scale, **ONE)
 
 
 @pytest.mark.parametrize("policy", POLICIES)

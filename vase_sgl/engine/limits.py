@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from typing import Any
+
+import torch
 
 #: flag -> (value that is refused unless it equals this, what to do)
 _REQUIRED: dict[str, tuple[object, str]] = {
@@ -82,26 +83,23 @@ def refuse_unsupported_model(model_runner: Any, backends: Collection[str]) -> No
 
     A round moves rows to other columns, so what goes by columns must not mean positions: neither a
     sliding window over them, nor a temperature by their number, nor multimodal positions, nor
-    encoder entries before them. Policies score with logits of q.k / sqrt(head_dim), which must be
+    encoder entries before them. Policies score with plain logits, q.k by one scale, which must be
     the model's own. And the queries of decode steps must be seen, which only `backends` are made to
     show.
     """
-    from sglang.srt.layers.radix_attention import RadixAttention
-
     config = model_runner.model_config
-    layers = [part for part in model_runner.model.modules() if isinstance(part, RadixAttention)]
+    layers = _attention_layers(model_runner.model)
     # Some models have windows that SGLang knows of in their layers alone.
     has_windows = any(layer.sliding_window_size > -1 for layer in layers)
     unsupported = {
+        "attention that transformers' code calls (--model-impl transformers)": not layers,
         "attention over a sliding window": (
             model_runner.sliding_window_size is not None or has_windows
         ),
         "a temperature of attention that grows with the position": any(
             (layer.xai_temperature_len or -1) > 0 for layer in layers
         ),
-        "another scale of attention than 1/sqrt(head_dim)": any(
-            not math.isclose(layer.scaling, layer.head_dim**-0.5, rel_tol=1e-3) for layer in layers
-        ),
+        "scales of attention that differ by layer": len({layer.scaling for layer in layers}) > 1,
         "a cap on attention's logits": any((layer.logit_cap or 0) > 0 for layer in layers),
         "multimodal rotary positions": config.model_is_mrope,
         "an encoder": config.is_encoder_decoder,
@@ -117,6 +115,17 @@ def refuse_unsupported_model(model_runner: Any, backends: Collection[str]) -> No
             f"a static KV budget needs another attention backend for decoding than {backend}: use "
             f"--attention-backend {' or '.join(backends)}"
         )
+
+
+def attention_scale(model: torch.nn.Module) -> float:
+    """What the model multiplies q.k by: 1/sqrt(head_dim), or its own (Granite)."""
+    return float(_attention_layers(model)[0].scaling)
+
+
+def _attention_layers(model: torch.nn.Module) -> list[Any]:
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    return [part for part in model.modules() if isinstance(part, RadixAttention)]
 
 
 def refuse_unsupported_pool(model_runner: Any) -> None:

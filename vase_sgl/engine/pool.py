@@ -30,6 +30,7 @@ class BudgetPool:
         follows from its column, so nothing is written per step.
     first_head: global index of this rank's first KV head; it keys the random draws.
     total_heads: KV heads of a layer, those of other ranks included.
+    attention_scale: what the model multiplies q.k by.
     tp_rank: this rank among those that share the heads.
     """
 
@@ -43,6 +44,7 @@ class BudgetPool:
         device = self.k_buffers[0].device
         rows = model_runner.req_to_token_pool.req_to_token.shape[0]
         model = model_runner.model_config
+        self.attention_scale = limits.attention_scale(model_runner.model)
         parallel = get_parallel()
         total_heads = model.get_total_num_kv_heads()
         self.tp_rank = parallel.attn_tp_rank

@@ -92,6 +92,7 @@ def _run_alike(pool: BudgetPool, due: list[PlannedRound]) -> None:
         rounds=torch.tensor([one.round for one in due], device=device),
         logical_lengths=torch.tensor([one.logical_length for one in due], device=device),
         first_head=pool.first_head,
+        attention_scale=pool.attention_scale,
         **params.policy.fields(),
     )
     _report(due, result.round_sums)
@@ -145,6 +146,7 @@ class TritonRounds:
             pool.token_positions,
             torch.zeros(1, 1, dtype=torch.int32, device=pool.token_positions.device),
             first_head=pool.first_head,
+            attention_scale=pool.attention_scale,
         )
         size = scratch_bytes(
             layers=self._layers,

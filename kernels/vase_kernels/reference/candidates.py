@@ -30,6 +30,8 @@ class Candidates(NamedTuple):
     layers : int64 Tensor [L]
     heads : int64 Tensor [H]
         Global indices, so that a draw does not depend on which rank owns the head.
+    attention_scale : float or None
+        What the model multiplies q.k by; None for 1/sqrt(D).
     """
 
     keys: Layers | None
@@ -40,6 +42,7 @@ class Candidates(NamedTuple):
     round: Tensor
     layers: Tensor
     heads: Tensor
+    attention_scale: float | None = None
 
     def words(self, last: Tensor, round: Tensor | None = None) -> Words:
         """Philox words at counter (layer, head, round, `last`), `last` [..., K] -> [N, L, H, K].

@@ -46,6 +46,7 @@ def evict_reference(
     logical_lengths: Tensor,
     first_layer: int = 0,
     first_head: int = 0,
+    attention_scale: float | None = None,
     return_victims: bool = False,
     **fields: Any,
 ) -> EvictResult:
@@ -86,6 +87,8 @@ def evict_reference(
         they are pinned already.
     first_layer, first_head : int
         Global index of this rank's first layer and KV head.
+    attention_scale : float or None
+        What the model multiplies q.k by; None for 1/sqrt(head_dim).
     return_victims : bool
         Also return the victims' token positions.
     **fields
@@ -132,6 +135,7 @@ def evict_reference(
             round=rounds,
             layers=layers + first_layer,
             heads=heads,
+            attention_scale=attention_scale,
         )
         victims = select_victims_batched(policy, candidates, num_victims, budget=budget, **fields)
         forgotten = positions.gather(-1, victims)

@@ -52,10 +52,11 @@ def attention(c: Candidates, queries: Tensor, keys: Layers) -> Tensor:
     out = torch.empty(c.positions.shape, device=c.positions.device)
     heads, num_candidates = out.shape[2:]
     query_heads, window, dim = queries.shape[2:]
+    scale = dim**-0.5 if c.attention_scale is None else c.attention_scale
     for piece, rows in _pieces(c, keys, query_heads * window * num_candidates):
         # The query heads of a group one after another: [n, l, H, group * W, D].
         q = queries[piece].reshape(*rows.shape[:2], heads, -1, dim)
-        scores = row_products(q, rows).mul_(dim**-0.5)
+        scores = row_products(q, rows).mul_(scale)
         probability = torch.softmax(scores, dim=-1, out=scores)  # fresh pages would cost more
         out[piece] = fold_sum(probability, -2).div_(q.shape[-2])
     return out

@@ -44,9 +44,9 @@ def vase_attnv(
 
     Protected: the `int(budget * protected_share)` candidates of largest value range (max - min
     over head_dim), sinks ranking first. The rest: log(weight) + Gumbel, whose top k is a draw of
-    k without replacement. weight = softmax of q.k / sqrt(D) over the candidates, averaged over
-    the window's queries and the query heads of the group, then average-pooled over `pool_width`
-    columns (zeros outside).
+    k without replacement. weight = softmax of the model's logits (q.k by its scale) over the
+    candidates, averaged over the window's queries and the query heads of the group, then
+    average-pooled over `pool_width` columns (zeros outside).
     """
     assert c.keys is not None and c.values is not None and c.queries is not None
     ranges = value_range(c, c.values).nan_to_num_(nan=-torch.inf, posinf=torch.inf)

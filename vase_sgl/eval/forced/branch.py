@@ -44,6 +44,7 @@ class Branch:
 
     keys, values: [layers, columns, kv_heads, head_dim], post-RoPE keys.
     token_positions: int32 [layers, columns, kv_heads], as `evict_reference` keeps them.
+    attention_scale: what the model multiplies q.k by, in all layers; None before the first tokens.
     queries: [layers, query_heads, tokens, head_dim], the newest post-RoPE queries, at least those
         of the window.
     params: None, or parameters of a policy that never evicts, keeps every token.
@@ -62,6 +63,7 @@ class Branch:
         self.queries = torch.empty(
             shape.layers, shape.query_heads, 0, shape.head_dim, dtype=shape.dtype
         )
+        self.attention_scale: float | None = None
         self.length = 0
         self.logical_length = 0
         self.evicted_tokens = 0
@@ -78,6 +80,7 @@ class Branch:
         for name in ("keys", "values"):
             getattr(branch, name)[:, : self.length] = getattr(self, name)[:, : self.length]
         branch.queries = self.queries[:, :, -params.window :].clone()
+        branch.attention_scale = self.attention_scale
         branch.length = branch.logical_length = self.length
         return branch
 
@@ -109,7 +112,13 @@ class Branch:
 
         q: [query_heads, T, head_dim]; k, v: [kv_heads, T, head_dim]; all post-RoPE.
         Returns [T, query_heads, head_dim]. Columns must be reserved; `commit` makes them count.
+        Raises ValueError where layers differ in `scale`, which policies score by.
         """
+        if self.attention_scale not in (None, scale):
+            raise ValueError(
+                f"layer {layer} scales attention by {scale:g}, others by {self.attention_scale:g}"
+            )
+        self.attention_scale = scale
         heads, tokens, _ = k.shape
         end = self.length + tokens
         self.keys[layer, self.length : end] = k.transpose(0, 1)
@@ -157,6 +166,7 @@ class Branch:
             seeds=torch.tensor([params.seed]),
             rounds=torch.tensor([len(self.round_digests) + 1]),
             logical_lengths=torch.tensor([self.logical_length]),
+            attention_scale=self.attention_scale,
             **params.policy.fields(),
         )
         self._digest = chain(self._digest, result.round_sums)
