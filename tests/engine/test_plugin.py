@@ -145,6 +145,8 @@ def test_entries_that_are_no_rows_of_slots_are_refused(
         ({"layer.sliding_window_size": 4096}, "has attention over a sliding window"),
         ({"layer.xai_temperature_len": 1024}, "has a temperature of attention that grows"),
         ({"layer.scaling": 1 / 128}, "has scales of attention that differ by layer"),
+        # Its layers are no modules there.
+        ({"model": torch.nn.Module()}, "has attention that transformers' code calls"),
         ({"layer.logit_cap": 30.0}, "has a cap on attention's logits"),
         ({"model_config.model_is_mrope": True}, "has multimodal rotary positions"),
         ({"model_config.is_encoder_decoder": True}, "has an encoder"),
