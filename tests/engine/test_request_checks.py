@@ -29,7 +29,7 @@ def create(stepped: SteppedScheduler) -> Create:
     manager.model_config = stepped.scheduler.model_config
     manager.preferred_sampling_params = None
     manager.sampling_params_class = SamplingParams
-    manager.tokenizer = object()
+    manager.tokenizer = SimpleNamespace(encode=lambda text, **_: list(text))
     manager.rid_to_state = {"r": SimpleNamespace(time_stats=times)}
 
     def create(sampling: dict[str, Any], **fields: Any) -> Any:
@@ -52,6 +52,12 @@ ROW = [0.5] * 64
         ({"top_k": 2**31}, {}, "top_k: must be at most 2147483647"),
         ({"min_new_tokens": 2**31, "max_new_tokens": None}, {}, "min_new_tokens: must be at"),
         ({"repetition_penalty": 1e-38}, {}, "repetition_penalty: must be at least 0.01"),
+        # Types, which SGLang checks at one door only.
+        ({"max_new_tokens": 4.5}, {}, r"max_new_tokens: Expected `int \| null`, got `float`"),
+        ({"top_k": 2.5}, {}, "top_k: Expected `int`"),
+        ({"stop": [["a", "b"]]}, {}, "stop: Expected `str`"),
+        ({"ignore_eos": "no"}, {}, "ignore_eos: Expected `bool`"),
+        ({"regex": ["a"]}, {}, "regex: Expected `str"),
         ({"logit_bias": {"1": NAN}}, {}, "logit_bias: values must be from -1e"),
         ({"logit_bias": {"1": 0.5, "2": INF}}, {}, "logit_bias"),
         ({"logit_bias": {"1": -INF}}, {}, "logit_bias"),
@@ -68,6 +74,7 @@ ROW = [0.5] * 64
         ({"max_new_tokens": 0}, {"token_indices_to_pool": [1]}, "token_indices_to_pool: counts"),
         ({}, {"input_embeds": [ROW, ROW[1:]]}, "input_embeds: every token must have 64 finite"),
         ({}, {"input_embeds": [[*ROW[1:], NAN]]}, "input_embeds"),
+        ({}, {"input_embeds": [[*ROW[1:], 1e39]]}, "input_embeds"),  # infinite as float32
         ({}, {"input_embeds": [ROW], "session_params": {"id": "s"}}, "input_embeds"),
         # SGLang's own; they must not get lost.
         ({"logit_bias": {"256": 1.0}}, {}, r"logit_bias must has keys in \[0, 255\]"),
@@ -85,6 +92,8 @@ def test_what_would_end_the_scheduler_is_refused(
     [
         ({}, {}),
         ({"top_k": -1, "min_p": 0.5, "repetition_penalty": 0.01}, {}),
+        ({"temperature": 1, "max_new_tokens": None, "stop": "a", "stop_regex": ["a+"]}, {}),
+        ({"json_schema": "{}", "custom_params": {"a": {"b": {"c": [1]}}}}, {}),
         ({"temperature": 0, "logit_bias": {"1": -1e30, "255": 1e30}}, {}),
         ({"min_new_tokens": 1, "stop_token_ids": [0, 255, None]}, {}),
         ({}, {"top_logprobs_num": 256, "logprob_start_len": 0, "token_ids_logprob": [255]}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import logging
 import threading
 from pathlib import Path
@@ -11,13 +12,12 @@ from types import SimpleNamespace
 import huggingface_hub.constants
 import pytest
 import sglang
-import torch
 import triton
 from sglang.srt.server_args import ServerArgs
 
 from tests.engine.scheduler_harness import SteppedScheduler
 from vase_sgl.engine import fingerprint, server_info
-from vase_sgl.engine.config import engine_config
+from vase_sgl.engine.config import WORKER_TOKEN, engine_config
 from vase_sgl.engine.weights import WeightsNotFound, tokenizer_digest, weights_digest
 from vase_sgl.gateway.errors import WorkerUnavailable
 from vase_sgl.gateway.worker_http import worker_info
@@ -101,14 +101,15 @@ def test_a_folder_without_weights(tmp_path: Path) -> None:
 
 
 def test_unknown_weights_equal_no_other_process(
-    cache: Path, caplog: pytest.LogCaptureFixture
+    cache: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = SimpleNamespace(
         model_path="org/name", revision=None, download_dir=None, load_format="auto"
     )
     names = []
-    for _ in range(2):
+    for worker in ("a", "b"):
         fingerprint._begin_to_read.cache_clear()  # as another process
+        monkeypatch.setenv(WORKER_TOKEN, worker)
         with caplog.at_level(logging.WARNING):
             names += [fingerprint.begin_to_read_weights(args).result() for _ in range(2)]
     assert names[0] == names[1] != names[2] == names[3]
@@ -179,10 +180,6 @@ def test_variables_that_change_the_numbers_are_entries(
     assert not [n for n in fingerprint._VARIABLES if n.startswith("SGLANG_") and n not in text]
 
 
-class FusedMoE(torch.nn.Module):
-    """Named as SGLang's, which needs a GPU to be made."""
-
-
 def test_a_cpu_says_where_it_depends_on_company(
     stepped: SteppedScheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,14 +188,29 @@ def test_a_cpu_says_where_it_depends_on_company(
 
     model = stepped.scheduler.tp_worker.model_runner.model
     assert told() == "true"
-    model.add_module("experts", FusedMoE())
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "__module__", "sglang.srt.models.mixtral")
         assert told() == "false"
-    finally:
-        del model.experts
+    # A file that SGLang gave up would be listed for nothing.
+    assert all(importlib.util.find_spec(name) for name in fingerprint._INVARIANT_ON_CPU)
     stock = dataclasses.replace(engine_config(), cpu_decode="stock")
     monkeypatch.setattr(fingerprint, "engine_config", lambda: stock)
     assert told() == "false"
+
+
+def test_updated_weights_are_a_worker_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its data-parallel schedulers must tell the same, each in a process of its own."""
+
+    def told(worker: str, updates: int) -> str | None:
+        monkeypatch.setenv(WORKER_TOKEN, worker)
+        monkeypatch.setattr(fingerprint, "_updates", 0)
+        for _ in range(updates):
+            fingerprint.note_updated_weights()
+        return fingerprint._updated
+
+    monkeypatch.setattr(fingerprint, "_updated", None)
+    assert told("a", 2) == told("a", 2)
+    assert len({told("a", 1), told("a", 2), told("b", 1)}) == 3
 
 
 def test_a_watermarks_keys_are_not_told() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vase_sgl.engine import server
-from vase_sgl.engine.config import EngineConfig
+from vase_sgl.engine.config import WORKER_TOKEN, EngineConfig
 from vase_sgl.eviction import ParameterError
 from vase_sgl.worker_key import WORKER_KEY, HiddenKey
 
@@ -29,16 +29,19 @@ def test_a_gpu_keeps_sglang_s_defaults() -> None:
 
 
 @pytest.mark.parametrize("given", [None, "0"])
-def test_a_cpu_samples_from_finite_logits(
-    monkeypatch: pytest.MonkeyPatch, tiny_model: Path, given: str | None
+@pytest.mark.parametrize("name", [server.SANITIZE_LOGITS, server.NO_COMPILER])
+def test_a_cpu_makes_logits_finite_and_compiles_nothing(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Path, name: str, given: str | None
 ) -> None:
-    environment = {**os.environ} | ({} if given is None else {server.SANITIZE_LOGITS: given})
+    inherited = os.environ.get(WORKER_TOKEN)
+    environment = {**os.environ} | ({} if given is None else {name: given})
     monkeypatch.setattr(os, "environ", environment)
     monkeypatch.setattr(server.fork_server, "start", lambda _: None)
     monkeypatch.setattr(server, "end_with_parent", lambda: None)
     monkeypatch.setattr(server, "_serve", lambda _: 0)
     assert server.main(["--model-path", str(tiny_model)]) == 0
-    assert environment[server.SANITIZE_LOGITS] == (given or "1")
+    assert environment[name] == (given or "1")
+    assert environment[WORKER_TOKEN] != inherited
 
 
 def _fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:

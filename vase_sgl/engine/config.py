@@ -22,6 +22,8 @@ INTEGRITY_LOG = "VASE_INTEGRITY_LOG"
 KERNELS = "VASE_KERNELS"
 CPU_DECODE = "VASE_CPU_DECODE"
 INSPECT_DIR = "VASE_INSPECT_DIR"
+#: Drawn by a worker's first process for the others.
+WORKER_TOKEN = "VASE_WORKER_TOKEN"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import platform
-import secrets
 import threading
 from concurrent.futures import Future
 from importlib.metadata import PackageNotFoundError, version
@@ -26,7 +25,7 @@ from vase_kernels import REVISION
 
 from vase_sgl import __version__
 from vase_sgl.engine import linear_cpu, platform_cpu
-from vase_sgl.engine.config import engine_config
+from vase_sgl.engine.config import WORKER_TOKEN, engine_config
 from vase_sgl.engine.pool import BudgetPool
 from vase_sgl.engine.weights import WeightsNotFound, tokenizer_digest, weights_digest
 
@@ -88,10 +87,13 @@ _VARIABLES = (
     "NCCL_ALGO",
     "NCCL_PROTO",
     "NVIDIA_TF32_OVERRIDE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
     "MKL_CBWR",
     "MKL_ENABLE_INSTRUCTIONS",
     "ONEDNN_DEFAULT_FPMATH_MODE",
     "ONEDNN_MAX_CPU_ISA",
+    "DNNL_DEFAULT_FPMATH_MODE",
+    "DNNL_MAX_CPU_ISA",
 )
 _DEFAULTS = {field.name: field.default for field in record_fields(ServerArgs)}
 _SGLANG, _TRANSFORMERS = version("sglang"), version("transformers")
@@ -100,11 +102,28 @@ _dummy: Future[str] = Future()
 _dummy.set_result("dummy")
 #: In place of the digest, after weights were updated while serving.
 _updated: str | None = None
+_updates = 0
 
 #: The fingerprint that was told last. Of a process only its weights change.
 _told: dict[str, str] | None = None
 
 _CPU_INFO = Path("/proc/cpuinfo")
+#: SGLang's modules of dense models whose activations are all those of `activation_cpu`.
+_INVARIANT_ON_CPU = frozenset(
+    f"sglang.srt.models.{name}"
+    for name in (
+        "exaone",
+        "gemma",
+        "granite",
+        "internlm2",
+        "llama",
+        "mimo",
+        "mistral",
+        "olmo2",
+        "qwen2",
+        "qwen3",
+    )
+)
 #: What names a CPU there: x86's fields (virtual machines often hide the name), then Arm's.
 _CPU_FACTS = ("model name", "cpu family", "model", "CPU implementer", "CPU part")
 
@@ -216,7 +235,7 @@ def _tokenizer(path: str, revision: str | None) -> str:
         return tokenizer_digest(path, revision=revision)
     except OSError as error:
         logger.warning("%s; replays of this process's answers will be INCOMPARABLE", error)
-        return f"unknown-{secrets.token_hex(8)}"
+        return f"unknown-{_of_this_worker('tokenizer')}"
 
 
 def _digest_of_tokenizer(server_args: Any) -> str:
@@ -227,13 +246,13 @@ def _digest_of_tokenizer(server_args: Any) -> str:
 def _is_deterministic(args: Any, model: torch.nn.Module) -> bool:
     """Whether an answer does not depend on its company.
 
-    On our CPU platform by its own layers and sampling; not with SGLang's attention, nor for a
-    mixture of experts, whose products have as many rows as tokens chose the expert.
+    On our CPU platform by its own layers and sampling; not with SGLang's attention, nor for models
+    with other layers, such as mixtures of experts, whose products have as many rows as tokens chose
+    the expert.
     """
     if not platform_cpu.is_active():
         return bool(args.enable_deterministic_inference)
-    has_experts = any("MoE" in type(part).__name__ for part in model.modules())
-    return engine_config().cpu_decode == "batched" and not has_experts
+    return engine_config().cpu_decode == "batched" and type(model).__module__ in _INVARIANT_ON_CPU
 
 
 @functools.cache
@@ -267,8 +286,14 @@ def note_updated_weights(*_: Any, **__: Any) -> None:
 
     Nor those of an update that failed, which may have got half-way.
     """
-    global _updated
-    _updated = f"updated-{secrets.token_hex(8)}"
+    global _updated, _updates
+    _updates += 1
+    _updated = f"updated-{_of_this_worker(f'update {_updates}')}"
+
+
+def _of_this_worker(what: str) -> str:
+    """16 hex digits that no other worker has; its data-parallel schedulers all have them."""
+    return hashlib.sha256(f"{os.environ[WORKER_TOKEN]} {what}".encode()).hexdigest()[:16]
 
 
 @functools.cache
@@ -289,4 +314,4 @@ def _weights(model_path: str, revision: str | None, download_dir: str | None) ->
         return weights_digest(model_path, revision=revision, download_dir=download_dir)
     except (WeightsNotFound, OSError) as error:
         logger.warning("%s; replays of this process's answers will be INCOMPARABLE", error)
-        return f"unknown-{secrets.token_hex(8)}"
+        return f"unknown-{_of_this_worker('weights')}"

@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
+import os
 import pkgutil
+import secrets
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
@@ -43,7 +45,7 @@ from vase_sgl.engine import (
     sizing,
     tokenizer_cache,
 )
-from vase_sgl.engine.config import engine_config
+from vase_sgl.engine.config import WORKER_TOKEN, engine_config
 from vase_sgl.engine.pool import BudgetPool
 from vase_sgl.engine.query_ring import recording_backend
 
@@ -413,6 +415,7 @@ def register() -> None:
 
 
 def _register() -> None:
+    os.environ.setdefault(WORKER_TOKEN, secrets.token_hex(8))  # the first process is ours or not
     installed = version("sglang")
     if installed != SGLANG_VERSION:
         raise RuntimeError(

@@ -5,14 +5,15 @@ SGLang's own checks let them through; an exception in its scheduler ends the who
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
+import torch
 from sglang.srt.managers.embed_types import PositionalEmbeds
 from sglang.srt.managers.io_struct import SessionParams, TokenizedGenerateReqInput
 from sglang.srt.runtime_context import get_exec
+from sglang.srt.sampling.sampling_params import SamplingParams
 
 from vase_sgl.engine import platform_cpu
 
@@ -20,6 +21,9 @@ _MAX_INT32 = 2**31 - 1
 #: Smaller ones, and larger biases, may overflow a logit, and probabilities are then no numbers.
 MIN_REPETITION_PENALTY = 0.01
 _MAX_BIAS = 1e30
+_MAX_FLOAT32 = torch.finfo(torch.float32).max
+#: Their declared types are narrower than what upstream itself makes of them.
+_TYPED_ELSEWHERE = ("custom_params", "watermark", "logit_bias")
 
 #: Field, whether its value is harmless (the request with all defaults, the model), and what it
 #: should be, in words.
@@ -33,9 +37,21 @@ def refuse_fatal(result: Any, manager: Any, *args: Any, **kwargs: Any) -> None:
     """
     if not isinstance(result, TokenizedGenerateReqInput):
         return
+    _refuse_other_types(result.sampling_params)
     for field, is_harmless, wanted in _CHECKS:
         if not is_harmless(result, manager.model_config):
             raise ValueError(f"{field}: {wanted.format(model=manager.model_config)}")
+
+
+def _refuse_other_types(params: SamplingParams) -> None:
+    """Upstream checks types at `/generate` alone; Ollama's doors take any JSON."""
+    for field in msgspec.structs.fields(params):
+        if field.name in _TYPED_ELSEWHERE:
+            continue
+        try:
+            msgspec.convert(getattr(params, field.name), field.type)
+        except msgspec.ValidationError as error:
+            raise ValueError(f"{field.name.removesuffix('_strs')}: {error}") from None
 
 
 def _has_no_min_p(request: TokenizedGenerateReqInput, model: Any) -> bool:
@@ -58,7 +74,7 @@ def _has_rows_of_embeds(request: TokenizedGenerateReqInput, model: Any) -> bool:
     if request.input_embeds is None:
         return True
     return request.session_params is None and all(
-        len(row) == model.hidden_size and all(map(math.isfinite, row))
+        len(row) == model.hidden_size and all(-_MAX_FLOAT32 <= x <= _MAX_FLOAT32 for x in row)
         for row in request.input_embeds
     )
 

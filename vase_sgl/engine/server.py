@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import secrets
 import socket
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from vase_sgl.engine.config import (
     MAX_BUDGET,
     MAX_REQUESTS,
     MAX_WINDOW,
+    WORKER_TOKEN,
     EngineConfig,
 )
 from vase_sgl.engine.device import has_accelerator, is_plain_cpu
@@ -50,6 +52,9 @@ _CPU_DEFAULTS = {
 #: SGLang's switch that makes logits finite: over others a CPU's sampler raises an error, which ends
 #: the worker. Finite ones keep their bits.
 SANITIZE_LOGITS = "SGLANG_SANITIZE_NAN_LOGITS"
+#: torch's switch against compiling. SGLang has the repetition penalty compiled when it is first
+#: asked for: in the scheduler, which stands still for it, and ends where there is no C++ compiler.
+NO_COMPILER = "TORCHDYNAMO_DISABLE"
 #: The second: an idle scheduler would spin on a core that others need.
 _CPU_SWITCHES = ("--disable-cuda-graph", "--sleep-on-idle")
 
@@ -70,8 +75,11 @@ def main(argv: list[str] | None = None) -> int:
             int(value_of(sglang_argv, "--port") or DEFAULT_PORT),
         )
         end_with_parent()
+        os.environ[WORKER_TOKEN] = secrets.token_hex(8)
         if is_plain_cpu():
             os.environ.setdefault(SANITIZE_LOGITS, "1")
+            if "--enable-torch-compile" not in sglang_argv:
+                os.environ.setdefault(NO_COMPILER, "1")
             os.environ.update(served_model.environment_for(model_path))
             fork_server.start(model_path)
         return _serve(complete_argv(sglang_argv, cpu=not has_accelerator()))
