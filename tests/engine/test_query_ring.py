@@ -161,6 +161,20 @@ class TestSizes:
         with pytest.raises(UnsupportedConfiguration, match="lower --vase-max-requests"):
             sizing.leave_room_for_buffers(note, configurator, 2**10)
 
+    def test_buffers_that_are_there_are_not_counted_again(self, stepped: SteppedScheduler) -> None:
+        """SGLang may size the pool a second time, after the graphs, by the memory then free."""
+        configurator = stepped.scheduler.tp_worker.model_runner.kv_cache_configurator
+        given: list[tuple[int, int | None]] = []
+
+        def note(_: object, budget_bytes: int, *, cap_tokens: int | None = None) -> None:
+            given.append((budget_bytes, cap_tokens))
+
+        sizing.leave_room_for_buffers(note, configurator, 2**30)
+        sizing.leave_room_for_buffers(note, configurator, 2**30, cap_tokens=1000)
+        sizing.leave_room_for_buffers(note, configurator, 2**10, cap_tokens=1000)
+        assert given[0][0] < 2**30 and given[0][1] is None
+        assert given[1:] == [(2**30, 1000), (2**10, 1000)]
+
 
 def test_the_engine_sizes_its_ring_to_the_running_requests(stepped: SteppedScheduler) -> None:
     pool = BudgetPool.of(stepped.scheduler.req_to_token_pool)

@@ -93,12 +93,20 @@ class BufferSizes:
 
 
 def leave_room_for_buffers(
-    original: Callable[..., Any], configurator: Any, budget_bytes: int, **kwargs: Any
+    original: Callable[..., Any],
+    configurator: Any,
+    budget_bytes: int,
+    *,
+    cap_tokens: int | None = None,
 ) -> Any:
     """AROUND `KVCacheConfigurator.config_from_budget`: the pool gets what our buffers leave.
 
     Raises `UnsupportedConfiguration` if that is nothing: SGLang would blame the weights.
     """
+    if cap_tokens is not None:
+        # SGLANG_ENABLE_POST_CAPTURE_KV_SIZING: the pool, so far an address range, gets its memory
+        # after the graphs. Our buffers are there already, for `cap_tokens`, and not in the budget.
+        return original(configurator, budget_bytes, cap_tokens=cap_tokens)
     sizes = BufferSizes.of(
         configurator.model_config,
         engine_config(),
@@ -117,4 +125,4 @@ def leave_room_for_buffers(
             "default --max-running-requests), --vase-max-window or --context-length, or raise "
             "--mem-fraction-static"
         )
-    return original(configurator, left, **kwargs)
+    return original(configurator, left)
