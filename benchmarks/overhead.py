@@ -100,8 +100,8 @@ def _spec(chosen: argparse.Namespace) -> WorkerSpec:
     )
     if chosen.gpu:
         # SGLang sets 1.5 MB aside for every token of a prefill: with one so long, hardly a slot is
-        # left on an H100. Graphs of that prefill would take memory and minutes for nothing.
-        flags += ("--mem-fraction-static", "0.6", "--disable-prefill-cuda-graph")
+        # left on an H100.
+        flags += ("--mem-fraction-static", "0.6")
     flags += tuple(chosen.worker_arg)
     return WorkerSpec("timed", flags, (("VASE_CPU_DECODE", "batched"),))
 

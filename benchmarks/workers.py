@@ -44,6 +44,10 @@ class WorkerSpec:
         shared += ["--decode-log-interval", "10" if gpu else "1", "--log-level", "warning"]
         if dummy:
             shared += ["--load-format", "dummy"]
+        if gpu:
+            # SGLang captures prefills of some fifty sizes: minutes and memory of every arm, for a
+            # prefill or two in what is measured.
+            shared += ["--disable-prefill-cuda-graph"]
         return [sys.executable, "-m", _MODULES[self.kind], *shared, *self.flags]
 
 

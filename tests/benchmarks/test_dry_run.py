@@ -61,6 +61,7 @@ def test_a_gpu_stage_is_ready(
         assert value_of(command, "--model-path") in SHAPES
         assert not any(part.startswith("/") for part in command)  # no paths of this machine
         assert "--disable-cuda-graph" not in command
+        assert "--disable-prefill-cuda-graph" in command
         assert "--stream-interval=7" in command
         _, unknown = sglang_flags.parse_known_args(command[2:])
         flags = [part for part in unknown if part.startswith("--")]
@@ -83,7 +84,6 @@ def test_the_pool_of_overhead_is_not_left_to_sglang_on_a_gpu(tmp_path: Path) -> 
     (stage,) = (stage for stage in STAGES if stage.name == "overhead")
     (command,) = _dry_run(stage, tmp_path)["commands"].values()
     assert value_of(command, "--mem-fraction-static") == "0.6"
-    assert "--disable-prefill-cuda-graph" in command
     given = ["--worker-arg=--mem-fraction-static=0.5", "--output", str(tmp_path), "--dry-run"]
     assert overhead.main(["--gpu", *given]) == 0
     (command,) = json.loads((tmp_path / "overhead.json").read_text())["commands"].values()
