@@ -1,4 +1,7 @@
-"""Where and on what a benchmark ran: the same record in every result."""
+"""Where and on what a benchmark ran: the same record in every result.
+
+python -m benchmarks.environment      # the commit, as VASE_COMMIT tells it where there is no git
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,17 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-#: Id of the commit where there is no git.
+#: Id of the commit where there is no git and nobody told it.
 NO_COMMIT = "no git"
+#: Tells the commit of a copy without git: its id, with "-dirty" behind it if there were changes.
+COMMIT = "VASE_COMMIT"
 _PACKAGES = (
     *("sglang", "torch", "triton", "transformers", "sglang-kernel", "flashinfer-python"),
     *("vase-sgl", "grpcio", "numpy"),
@@ -121,7 +127,15 @@ def _commit() -> dict[str, Any]:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *_WRITTEN)
         return {"id": git("rev-parse", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.CalledProcessError):
-        return {"id": NO_COMMIT, "dirty": False}
+        told = os.environ.get(COMMIT)
+        return _read_commit(told) if told else {"id": NO_COMMIT, "dirty": False}
+
+
+def _read_commit(told: str) -> dict[str, Any]:
+    found = re.fullmatch("([0-9a-f]{40})(-dirty)?", told)
+    if not found:
+        raise SystemExit(f"{COMMIT}: {told!r} is not what python -m benchmarks.environment prints")
+    return {"id": found[1], "dirty": bool(found[2])}
 
 
 def _processor() -> str:
@@ -139,3 +153,8 @@ def _last_part(text: str) -> str:
     if equals and value.startswith(("/", "~")):
         return f"{flag}={Path(value).name}"
     return Path(text).name if text.startswith(("/", "~")) else text
+
+
+if __name__ == "__main__":
+    found = _commit()
+    print(found["id"] + ("-dirty" if found["dirty"] else ""))
