@@ -22,10 +22,10 @@ MAINS = {
     "benchmarks.determinism": determinism.main,
 }
 STAGES = [stage for stage in gpu.stages("qwen3-14b") if stage.takes_dry_run]
-SERVING = [
+CUT = [
     stage
     for stage in STAGES
-    if stage.arguments[0] in ("benchmarks.serving", "benchmarks.saturation")
+    if stage.arguments[0] in ("benchmarks.serving", "benchmarks.saturation", "benchmarks.paper")
 ]
 
 
@@ -68,15 +68,34 @@ def test_a_gpu_stage_is_ready(
         assert all(flag.startswith("--vase-") for flag in flags), flags
 
 
-@pytest.mark.parametrize("stage", SERVING, ids=lambda stage: stage.name)
+@pytest.mark.parametrize("stage", CUT, ids=lambda stage: stage.name)
 def test_a_gpu_run_of_whole_answers_is_cut(stage: gpu.Stage, tmp_path: Path) -> None:
     """To their end they take longer than a stage may, and an arm without an end has no sample."""
     report = _dry_run(stage, tmp_path)
-    chosen = report["settings"]
-    assert chosen["cut"] is True
-    runs = len(report["commands"]) * len(chosen["cells"]) * chosen["rounds"]
-    # The rest of a stage's time is for workers that start.
-    assert runs * chosen["seconds"] <= 0.7 * 60 * gpu._MINUTES
+    chosen, commands = report["settings"], report["commands"].values()
+    runs = len(commands) * chosen.get("rounds", 1)
+    if stage.arguments[0] == "benchmarks.paper":
+        assert not chosen["whole"]
+    else:
+        assert chosen["cut"] is True
+        runs *= len(chosen["cells"])
+    # A minute for every worker that starts.
+    workers = len({tuple(command) for command in commands})
+    assert runs * chosen["seconds"] + 60 * workers <= 60 * stage.minutes
+
+
+def test_the_cost_of_determinism_starts_few_workers_on_a_gpu(tmp_path: Path) -> None:
+    """One for each arm in each turn, beside that of the replays."""
+    (stage,) = (stage for stage in STAGES if stage.name == "determinism")
+    report = _dry_run(stage, tmp_path)
+    arms = len(report["commands"]) - 1
+    assert 60 * (1 + arms * report["settings"]["rounds"]) <= 60 * stage.minutes / 2
+
+
+def test_every_gpu_stage_has_its_time() -> None:
+    """With what is left of the limit for a machine that is a little slower."""
+    for stage in gpu.stages("qwen3-14b"):
+        assert 0 < stage.minutes <= gpu._MINUTES - 0.5, stage.name
 
 
 def test_the_pool_of_overhead_is_not_left_to_sglang_on_a_gpu(tmp_path: Path) -> None:
@@ -95,7 +114,7 @@ def test_what_the_stages_run_is_installed_with_the_documented_extras() -> None:
     extra = [text.partition(">")[0] for text in project["optional-dependencies"]["bench"]]
     modules = {stage.arguments[0].partition(".")[0] for stage in gpu.stages("qwen3-14b")}
     assert modules == {"benchmarks", "pytest"}
-    assert {"matplotlib", "psutil", "pytest"} <= set(extra)
+    assert {"matplotlib", "psutil", "pytest", "pytest-xdist"} <= set(extra)
     assert "pip install -e '.[gpu,bench]'" in (gpu.__doc__ or "")
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
+import tarfile
+import time
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -13,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gpu
-from benchmarks.environment import NO_COMMIT, ROOT
+from benchmarks import attention_backend, environment, gpu
+from benchmarks.environment import COMMIT, NO_COMMIT, ROOT
 from benchmarks.gpu import Stage
 from benchmarks.workers import describe_checkout
 
@@ -35,12 +38,14 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def _run(folder: Path, *stages: Stage, **options: Any) -> tuple[int, dict[str, Any]]:
+def _run(
+    folder: Path, *stages: Stage, deadline: float = math.inf, **options: Any
+) -> tuple[int, dict[str, Any]]:
     chosen = argparse.Namespace(
-        output=folder, again=False, dry_run=False, minutes=1.0, worker_arg=[]
+        output=folder, again=False, dry_run=False, minutes=1.0, worker_arg=[], archive=None
     )
     vars(chosen).update(options)
-    status = gpu.run(list(stages), chosen)
+    status = gpu.run(list(stages), chosen, deadline)
     state: dict[str, Any] = json.loads((folder / "state.json").read_text())["stages"]
     return status, state
 
@@ -112,6 +117,135 @@ def test_a_stage_is_cut_at_its_time(modules: Path) -> None:
     status, state = _run(modules, Stage("slow", ("stage_slow",)), minutes=0.01)
     assert status == 1
     assert state["slow"]["status"] == "cut after 0.01 minutes"
+
+
+def test_the_processes_of_a_cut_stage_end_with_it(modules: Path) -> None:
+    """As those of tests on several cores, which do not hear of SIGTERM."""
+    child = "import time, pathlib; time.sleep(3); pathlib.Path('late').touch()"
+    (modules / "modules" / "stage_parent.py").write_text(
+        f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {child!r}], "
+        f"cwd={str(modules)!r})\n"
+    )
+    _run(modules, Stage("parent", ("stage_parent",)), minutes=0.02)
+    time.sleep(3)
+    assert not (modules / "late").exists()
+
+
+def test_a_call_ends_in_its_time(modules: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What runs is cut, and what would be cut is not begun."""
+    ok, slow = Stage("ok", ("stage_ok",), minutes=2), Stage("slow", ("stage_slow",))
+    long = Stage("long", ("stage_ok", "1"), minutes=2)
+    _run(modules, ok)
+    now = time.monotonic()
+    # What is done before takes no time.
+    status, state = _run(modules, ok, long, slow, deadline=now)
+    assert status == 1 and list(state) == ["ok"]
+    assert "[2/3] long: takes about 2 minutes, 0.0 are left; call again" in capsys.readouterr().err
+    _, state = _run(modules, slow, deadline=now + 2)
+    assert time.monotonic() - now < 20
+    assert state["slow"]["status"].startswith("cut after 0.0")
+    # A stage that its own limit would cut earlier needs no more than that.
+    _, state = _run(modules, long, deadline=time.monotonic() + 80)
+    assert state["long"]["status"] == "ok"
+
+
+def test_the_end_of_a_call_leaves_time_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    deadlines: list[float] = []
+    monkeypatch.setattr(gpu, "on_gpu", lambda: True)
+    monkeypatch.setattr(gpu, "run", lambda picked, chosen, deadline: deadlines.append(deadline))
+    gpu.main(["--only", "kernels"])
+    gpu.main(["--only", "kernels", "--within", "9"])
+    assert deadlines[0] == math.inf
+    assert deadlines[1] - time.monotonic() == pytest.approx(9 * 60 - 90, abs=5)
+
+
+def test_results_are_packed_after_every_stage(modules: Path) -> None:
+    """So that those of stages before one in which the machine goes are there."""
+    archive, output = modules / "gpu.tar.gz", modules / "results" / "gpu"
+    listing = f"import tarfile\nopen({str(modules / 'seen')!r}, 'w').write("
+    listing += f"' '.join(tarfile.open({str(archive)!r}).getnames()))\n"
+    (modules / "modules" / "stage_list.py").write_text(listing)
+    stages = (Stage("ok", ("stage_ok",)), Stage("list", ("stage_list",)))
+    _run(output, *stages, Stage("bad", ("stage_bad",), must_pass=True), archive=archive)
+    assert sorted((modules / "seen").read_text().split()) == ["gpu", "gpu/ok.log", "gpu/state.json"]
+    with tarfile.open(archive) as packed:
+        assert "gpu/bad.log" in packed.getnames()
+        packed.extractall(modules / "back", filter="data")
+    back = (modules / "back" / "gpu" / "state.json").read_text()
+    assert back == (output / "state.json").read_text()
+
+
+def test_a_copy_without_git_is_told_its_commit(
+    modules: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = environment._commit()
+    monkeypatch.setattr(environment, "ROOT", modules)  # no repository
+    monkeypatch.delenv(COMMIT, raising=False)
+    assert environment._commit() == {"id": NO_COMMIT, "dirty": False}
+    for told, dirty in ((found["id"], False), (f"{found['id']}-dirty", True)):
+        monkeypatch.setenv(COMMIT, told)
+        assert environment._commit() == {"id": found["id"], "dirty": dirty}
+    monkeypatch.setenv(COMMIT, "main")
+    with pytest.raises(SystemExit, match="VASE_COMMIT: 'main' is not what python -m"):
+        environment._commit()
+
+
+def test_git_is_believed_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = environment._commit()
+    monkeypatch.setenv(COMMIT, "0" * 40)
+    assert environment._commit() == found
+
+
+@pytest.mark.parametrize(
+    ("capability", "flags", "missing"),
+    [
+        (9, [], "fa3"),
+        (9, ["--attention-backend=triton"], None),
+        (9, ["--attention-backend", "flashinfer"], "flashinfer"),
+        (9, ["--decode-attention-backend=triton"], "fa3"),
+        (12, [], None),
+    ],
+)
+def test_a_missing_attention_backend_ends_the_run_before_its_first_stage(
+    capability: int,
+    flags: list[str],
+    missing: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun: list[str] = []
+    monkeypatch.setattr(gpu, "on_gpu", lambda: True)
+    monkeypatch.setattr(gpu, "run", lambda picked, *_: begun.extend(one.name for one in picked))
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (capability, 0))
+    monkeypatch.setattr(
+        attention_backend, "_MODULES", {"fa3": "nowhere_fa3", "flashinfer": "nowhere_flashinfer"}
+    )
+    given = [f"--worker-arg={flag}" for flag in flags]
+    # Kernels alone need none.
+    gpu.main(["--only", "kernels", *given])
+    assert begun == ["kernels"]
+    begun.clear()
+    if missing is None:
+        gpu.main(["--only", "replays", *given])
+        assert begun == ["replays"]
+        return
+    said = (
+        rf"attention backend {missing} cannot be imported here \(ModuleNotFoundError: No module "
+        rf"named 'nowhere_{missing}'\): .* use --worker-arg=--attention-backend=triton"
+    )
+    with pytest.raises(SystemExit, match=said):
+        gpu.main(["--only", "kernels", "replays", *given])
+    assert not begun
+
+
+def test_kernels_are_tested_on_several_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    def arguments(cores: int) -> tuple[str, ...]:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+        return gpu.stages("qwen3-14b")[0].arguments
+
+    assert arguments(2) == ("pytest", "-q", "-n", "2", "tests/triton")
+    assert arguments(64) == ("pytest", "-q", "-n", "8", "tests/triton")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert arguments(64) == ("pytest", "-q", "tests/triton")
 
 
 def test_an_unknown_stage_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
