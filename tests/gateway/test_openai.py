@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import httpx
 import openai
 import pytest
 from openai import AsyncOpenAI
@@ -101,6 +102,27 @@ async def test_a_chat_streams(door: Running) -> None:
     assert len(chunks) > 10
     record = await door.client.get_record(chunks[0].id.removeprefix("chatcmpl-"))
     assert record.status == "completed" and record.text == text
+
+
+async def test_parts_of_a_message_are_joined_as_sglang_does(door: Running) -> None:
+    parts = [{"type": "text", "text": "tell"}, {"type": "text", "text": "me"}]
+    messages: Any = [{"role": "user", "content": parts}]
+    async with client(door) as api:
+        for said in (CHAT, messages):
+            await api.chat.completions.create(model="scripted", messages=said, max_tokens=1)
+    assert door.worker.bodies[0]["input_ids"] == door.worker.bodies[1]["input_ids"]
+
+
+async def test_an_event_is_one_line_to_every_client(door: Running) -> None:
+    """httpx and others end lines at these characters too."""
+    door.worker.opening = "a\u2028b\x85c\u2029d"
+    body = {"model": "scripted", "prompt": "a", "max_tokens": 1, "stream": True}
+    headers, url = {"Authorization": f"Bearer {door.key}"}, f"{door.http_url}/v1/completions"
+    async with httpx.AsyncClient(headers=headers) as http:
+        async with http.stream("POST", url, json=body) as answer:
+            events = [line.removeprefix("data: ") async for line in answer.aiter_lines() if line]
+    text = "".join(json.loads(event)["choices"][0]["text"] for event in events[:-1])
+    assert text.startswith(door.worker.opening) and events[-1] == "[DONE]"
 
 
 async def test_completions(door: Running) -> None:

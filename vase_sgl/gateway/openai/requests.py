@@ -66,7 +66,7 @@ class _Message(_Strict):
     def text(self) -> str:
         if isinstance(self.content, str):
             return self.content
-        return "".join(part.text for part in self.content)
+        return " ".join(part.text for part in self.content)  # as SGLang joins them
 
 
 class _StreamOptions(_Strict):
