@@ -51,6 +51,17 @@ async def test_prompt_mode_keep_reaches_the_worker(door: Running) -> None:
     assert record.eviction is not None and record.eviction.prompt_mode == "keep"
 
 
+async def test_null_in_vase_is_left_out(door: Running) -> None:
+    nulls = {"prompt": None, "num_sinks": None, "inspect": None, "unheard_of": None}
+    async with client(door) as api:
+        for vase in (VASE, {"vase": VASE["vase"] | nulls}):
+            await api.completions.create(
+                model="scripted", prompt="a", max_tokens=1, seed=1, extra_body=vase
+            )
+    first, second = (body["sampling_params"]["custom_params"] for body in door.worker.bodies)
+    assert first == second
+
+
 async def test_a_chat_is_recorded_and_replayed_like_any_other(door: Running) -> None:
     async with client(door) as api:
         answer = await api.chat.completions.create(
@@ -118,9 +129,11 @@ async def test_an_event_is_one_line_to_every_client(door: Running) -> None:
     door.worker.opening = "a\u2028b\x85c\u2029d"
     body = {"model": "scripted", "prompt": "a", "max_tokens": 1, "stream": True}
     headers, url = {"Authorization": f"Bearer {door.key}"}, f"{door.http_url}/v1/completions"
-    async with httpx.AsyncClient(headers=headers) as http:
-        async with http.stream("POST", url, json=body) as answer:
-            events = [line.removeprefix("data: ") async for line in answer.aiter_lines() if line]
+    async with (
+        httpx.AsyncClient(headers=headers) as http,
+        http.stream("POST", url, json=body) as answer,
+    ):
+        events = [line.removeprefix("data: ") async for line in answer.aiter_lines() if line]
     text = "".join(json.loads(event)["choices"][0]["text"] for event in events[:-1])
     assert text.startswith(door.worker.opening) and events[-1] == "[DONE]"
 
@@ -205,10 +218,19 @@ async def test_an_answer_goes_on_as_the_client_holds_it(door: Running) -> None:
         ({"temperature": 101}, "sampling.temperature: must be from 0 to 100"),
         ({"seed": -1}, "seed: must be from 0 to 2^63 - 1, got -1"),
         ({"stream_options": {"include_usage": True}}, "only with stream: true"),
-        ({"extra_body": {"vase": {"bugdet": 1}}}, "vase: "),
+        ({"extra_body": {"vase": {"bugdet": 1}}}, "vase: bugdet: not known; known are budget, wi"),
         ({"extra_body": {"vase": {"budget": "x"}}}, "vase: "),
         ({"extra_body": {"vase": {"budget": 5, "window": 8}}}, "budget 5 must be greater"),
-        ({"extra_body": {"vase": {"prompt": "forget"}}}, "vase: "),
+        ({"extra_body": {"vase": {"prompt": "forget"}}}, "vase.prompt: must be evict or keep"),
+        ({"extra_body": {"vase": {"prompt": 2}}}, "vase.prompt: must be evict or keep"),
+        ({"extra_body": {"vase": {"prompt": ["keep"]}}}, "vase.prompt: must be evict or keep"),
+        ({"extra_body": {"vase": {"prompt_mode": 2}}}, "vase: prompt_mode: not known"),
+        (
+            {"extra_body": {"vase": {"prompt": "keep", "prompt_mode": "PROMPT_MODE_EVICT"}}},
+            "vase: prompt_mode: not known",
+        ),
+        ({"extra_body": {"vase": {"promptMode": "PROMPT_MODE_KEEP"}}}, "vase: promptMode: not kn"),
+        ({"extra_body": {"vase": {"inspect": 1}}}, "vase.inspect: must be true or false"),
         ({"messages": []}, "messages: List should have at least 1 item"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},

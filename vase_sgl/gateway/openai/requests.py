@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from vase_sgl.gateway.errors import InvalidRequest
 from vase_sgl.gateway.validation import check_messages
+from vase_sgl.gateway.wire import PROMPT_MODES
 from vase_sgl.rpc.v1 import gateway_pb2 as pb
 
 #: Samples of one request.
@@ -23,6 +24,11 @@ COMPLETION_MAX_TOKENS = 16
 _MAX_VASE_KEYS = 64
 #: Unknown names that a refusal lists.
 _NAMES_LISTED = 8
+#: Keys of `vase`: those of `EvictionParams`, whose prompt mode is `prompt` here, and `inspect`.
+_VASE_KEYS = (
+    *("prompt" if n == "prompt_mode" else n for n in pb.EvictionParams.DESCRIPTOR.fields_by_name),
+    "inspect",
+)
 
 T = TypeVar("T")
 Int32 = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
@@ -179,14 +185,25 @@ def _call(body: _Common, request: pb.GenerateRequest, max_tokens: int) -> Call:
         sampling["stop"] = [body.stop]
     request.sampling.CopyFrom(pb.SamplingParams(**sampling))
     if body.vase is not None:
-        eviction = {key: value for key, value in body.vase.items() if key != "inspect"}
-        if eviction or "inspect" not in body.vase:
+        vase = _known_vase(body.vase)
+        eviction = {key: value for key, value in vase.items() if key != "inspect"}
+        if eviction or "inspect" not in vase:
             request.eviction.CopyFrom(_eviction(eviction))
-        request.inspect = _inspect(body.vase)
+        request.inspect = _inspect(vase)
     options = body.stream_options
     return Call(
         body.model, request, body.n, body.stream, options is not None and options.include_usage
     )
+
+
+def _known_vase(vase: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What `vase` sets, all of it by names that are known. null is the same as left out."""
+    unknown = _unknown(vase, _VASE_KEYS, _NAMES_LISTED)
+    if unknown:
+        raise InvalidRequest(
+            f"vase: {', '.join(unknown)}: not known; known are {', '.join(_VASE_KEYS)}"
+        )
+    return {key: value for key, value in vase.items() if value is not None}
 
 
 def _inspect(fields: Mapping[str, Any]) -> bool:
@@ -199,15 +216,17 @@ def _inspect(fields: Mapping[str, Any]) -> bool:
 
 def _eviction(fields: Mapping[str, Any]) -> pb.EvictionParams:
     """The fields of `vase`, named as in `EvictionParams`; the prompt mode is `prompt`."""
-    named = {key: value for key, value in fields.items() if key != "prompt"}
-    if "prompt" in fields:
-        named["prompt_mode"] = f"PROMPT_MODE_{fields['prompt']}".upper()
+    named = dict(fields)
+    if "prompt" in named:
+        prompt = named.pop("prompt")
+        mode = PROMPT_MODES.get(prompt) if isinstance(prompt, str) else None
+        if mode is None:
+            raise InvalidRequest(f"vase.prompt: must be {' or '.join(PROMPT_MODES)}")
+        named["prompt_mode"] = mode
     try:
         return json_format.ParseDict(named, pb.EvictionParams())
     except json_format.ParseError as error:
-        known = list(pb.EvictionParams.DESCRIPTOR.fields_by_name)
-        known[known.index("prompt_mode")] = "prompt"
-        raise InvalidRequest(f"vase: {error}; known are {', '.join(known)}, inspect") from error
+        raise InvalidRequest(f"vase: {error}") from error
 
 
 B = TypeVar("B", bound=_Common)
