@@ -124,6 +124,15 @@ async def test_parts_of_a_message_are_joined_as_sglang_does(door: Running) -> No
     assert door.worker.bodies[0]["input_ids"] == door.worker.bodies[1]["input_ids"]
 
 
+async def test_a_developer_is_the_system(door: Running) -> None:
+    """To templates that do not know the role, what it says would be lost."""
+    async with client(door) as api:
+        for role in ("system", "developer"):
+            messages: Any = [{"role": role, "content": "be brief"}, *CHAT]
+            await api.chat.completions.create(model="scripted", messages=messages, max_tokens=1)
+    assert door.worker.bodies[0]["input_ids"] == door.worker.bodies[1]["input_ids"]
+
+
 async def test_an_event_is_one_line_to_every_client(door: Running) -> None:
     """httpx and others end lines at these characters too."""
     door.worker.opening = "a\u2028b\x85c\u2029d"
@@ -231,6 +240,10 @@ async def test_an_answer_goes_on_as_the_client_holds_it(door: Running) -> None:
         ),
         ({"extra_body": {"vase": {"promptMode": "PROMPT_MODE_KEEP"}}}, "vase: promptMode: not kn"),
         ({"extra_body": {"vase": {"inspect": 1}}}, "vase.inspect: must be true or false"),
+        (
+            {"messages": [*CHAT, {"role": "tool", "content": "1"}]},
+            "messages[1].role: must be system, user or assistant",
+        ),
         ({"messages": []}, "messages: List should have at least 1 item"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},

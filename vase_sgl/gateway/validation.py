@@ -18,6 +18,8 @@ from vase_sgl.rpc.v1 import gateway_pb2 as pb
 #: Messages of a chat, and over HTTP parts of messages with them: a small one takes many times its
 #: bytes, and long to look at.
 MAX_CHAT_MESSAGES = 8192
+#: Who may speak in a chat.
+ROLES = ("system", "user", "assistant")
 MAX_STOP_STRINGS = 16
 #: With each chunk the end of the text is compared with all that a stop string may begin with.
 MAX_STOP_CHARACTERS = 256
@@ -62,9 +64,10 @@ def prompt_of(request: pb.GenerateRequest, tenant: Tenant) -> Prompt:
             check_messages("chat.messages", len(messages))
             require(len(messages) > 0, "chat: the conversation is empty; send a message")
             for index, message in enumerate(messages):
-                if message.role == "":
+                # Templates leave out what another one says, and do not tell.
+                if message.role not in ROLES:
                     raise InvalidRequest(
-                        f"chat.messages[{index}].role: is empty; use system, user or assistant"
+                        f"chat.messages[{index}].role: must be system, user or assistant"
                     )
             chat = tuple({"role": m.role, "content": m.content} for m in messages)
             return Prompt("chat", chat=chat)

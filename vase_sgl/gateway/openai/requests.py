@@ -20,6 +20,8 @@ MAX_SAMPLES = 16
 #: OpenAI's own default for /v1/completions.
 COMPLETION_MAX_TOKENS = 16
 
+#: What OpenAI calls a role of ours: to models that do not know it, it is the same.
+_ROLES = {"developer": "system"}
 #: More than any policy takes; which ones it takes is checked later, one by one.
 _MAX_VASE_KEYS = 64
 #: Unknown names that a refusal lists.
@@ -137,7 +139,9 @@ def chat_call(body: object, default_max_tokens: int) -> Call:
         raise InvalidRequest("max_tokens: is the old name of max_completion_tokens; send one")
     wanted = chat.max_completion_tokens if chat.max_tokens is None else chat.max_tokens
     conversation = pb.Conversation(
-        messages=[pb.ChatMessage(role=m.role, content=m.text) for m in chat.messages]
+        messages=[
+            pb.ChatMessage(role=_ROLES.get(m.role, m.role), content=m.text) for m in chat.messages
+        ]
     )
     request = pb.GenerateRequest(chat=conversation)
     return _call(chat, request, default_max_tokens if wanted is None else wanted)

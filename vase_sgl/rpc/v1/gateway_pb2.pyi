@@ -308,7 +308,7 @@ class ChatMessage(_message.Message):
     ROLE_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
     role: _builtins.str
-    """Who speaks, as the chat template knows it: `system`, `user` or `assistant`."""
+    """Who speaks: `system`, `user` or `assistant`."""
     content: _builtins.str
     """What is said."""
     def __init__(
