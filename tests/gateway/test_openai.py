@@ -18,9 +18,10 @@ from openai import AsyncOpenAI
 from pydantic import ValidationError
 
 from tests.gateway.running import Running, run_gateway, until
+from tests.gateway.scripted_worker import VOCAB
 from tests.gateway.test_abort import record_of
 from tests.gateway.test_transport import certificate
-from vase_sgl.client import Tls
+from vase_sgl.client import AsyncClient, Tls
 from vase_sgl.gateway.errors import InvalidRequest
 from vase_sgl.gateway.openai.requests import chat_call, completion_call
 
@@ -220,26 +221,27 @@ async def test_an_answer_goes_on_as_the_client_holds_it(door: Running) -> None:
         ({"tools": []}, "tools: not supported here"),
         ({"user": "me"}, "user: not supported here"),
         ({"n": 17}, "n: Input should be less than or equal to 16"),
-        ({"max_tokens": 0}, "max_new_tokens: must be at least 1, got 0"),
+        ({"max_tokens": 0}, "max_tokens: must be at least 1, got 0"),
+        ({"max_tokens": 8192}, "max_tokens: prompt (3) and output (8192) exceed the model's"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens: must be at least 1, got 0"),
         ({"max_tokens": 1, "max_completion_tokens": 1}, "max_tokens: is the old name"),
         ({"max_tokens": 2**40}, "max_tokens: Input should be less than"),
         ({"temperature": "hot"}, "temperature: Input should be a valid number"),
-        ({"temperature": 101}, "sampling.temperature: must be from 0 to 100"),
+        ({"temperature": 101}, "temperature: must be from 0 to 100, got 101"),
+        ({"stop": [""]}, "stop: send at most 16 strings, none of them empty"),
+        (
+            {"messages": [{"role": "user", "content": "a " * 8192}]},
+            "messages: the prompt has 81",
+        ),
         ({"seed": -1}, "seed: must be from 0 to 2^63 - 1, got -1"),
-        ({"stream_options": {"include_usage": True}}, "only with stream: true"),
+        ({"stream_options": {"include_usage": True}}, "stream_options: has a meaning only"),
         ({"extra_body": {"vase": {"bugdet": 1}}}, "vase: bugdet: not known; known are budget, wi"),
         ({"extra_body": {"vase": {"budget": "x"}}}, "vase: "),
-        ({"extra_body": {"vase": {"budget": 5, "window": 8}}}, "budget 5 must be greater"),
-        ({"extra_body": {"vase": {"prompt": "forget"}}}, "vase.prompt: must be evict or keep"),
-        ({"extra_body": {"vase": {"prompt": 2}}}, "vase.prompt: must be evict or keep"),
-        ({"extra_body": {"vase": {"prompt": ["keep"]}}}, "vase.prompt: must be evict or keep"),
-        ({"extra_body": {"vase": {"prompt_mode": 2}}}, "vase: prompt_mode: not known"),
+        ({"extra_body": {"vase": {"budget": 5, "window": 8}}}, "vase: budget 5 must be greater"),
         (
-            {"extra_body": {"vase": {"prompt": "keep", "prompt_mode": "PROMPT_MODE_EVICT"}}},
-            "vase: prompt_mode: not known",
+            {"extra_body": {"vase": {"budget": 4097}}},
+            "vase.budget: 4097 is above the ceiling",
         ),
-        ({"extra_body": {"vase": {"promptMode": "PROMPT_MODE_KEEP"}}}, "vase: promptMode: not kn"),
-        ({"extra_body": {"vase": {"inspect": 1}}}, "vase.inspect: must be true or false"),
         (
             {"messages": [*CHAT, {"role": "tool", "content": "1"}]},
             "messages[1].role: must be system, user or assistant",
@@ -258,8 +260,72 @@ async def test_what_is_wrong_is_named_and_nothing_is_dropped(
         with pytest.raises(openai.BadRequestError) as error:
             await api.chat.completions.create(**{"model": "scripted", "messages": CHAT, **options})
     body: Any = error.value.body
-    assert text in body["message"] and body["type"] == "invalid_request_error"
+    assert body["message"].startswith(text) and body["type"] == "invalid_request_error"
     assert door.worker.bodies == []
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ("", "prompt: the prompt is empty"),
+        (" ", "prompt: the prompt has no tokens"),
+        ([VOCAB], f"prompt: {VOCAB} is no token of this model"),
+    ],
+)
+async def test_a_prompt_that_is_wrong_is_called_by_its_name(
+    door: Running, prompt: Any, text: str
+) -> None:
+    async with client(door) as api:
+        with pytest.raises(openai.BadRequestError, match=text) as error:
+            await api.completions.create(model="scripted", prompt=prompt)
+    assert error.value.param == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("ceiling", "words", "length"), [(512, 1, 512), (2000, 1, 1024), (2000, 7300, 891)]
+)
+async def test_the_default_length_gives_way(
+    door: Running, ceiling: int, words: int, length: int
+) -> None:
+    """Nobody is refused for what they did not ask for."""
+    bob = door.add_tenant("bob", limits={"max_new_tokens": ceiling})
+    messages: Any = [{"role": "user", "content": "a " * words}]
+    async with client(door, bob) as api:
+        answer = await api.chat.completions.create(model="scripted", messages=messages)
+        assert answer.usage is not None and answer.usage.completion_tokens == length
+        with pytest.raises(openai.BadRequestError) as error:
+            await api.chat.completions.create(
+                model="scripted", messages=messages, max_completion_tokens=max(length, ceiling) + 1
+            )
+        assert error.value.param == "max_completion_tokens"
+    async with AsyncClient(door.target, bob) as bobs:
+        record_id = answer.id.removeprefix("chatcmpl-")
+        assert (await bobs.get_record(record_id)).max_new_tokens == length
+
+
+async def test_the_default_length_of_a_completion_gives_way_too(door: Running) -> None:
+    async with client(door) as api:
+        answer = await api.completions.create(model="scripted", prompt=[1] * 8190)
+        assert answer.usage is not None and answer.usage.completion_tokens == 2
+        with pytest.raises(openai.BadRequestError, match="no room for an answer"):
+            await api.completions.create(model="scripted", prompt=[1] * 8192)
+
+
+@pytest.mark.parametrize(
+    ("vase", "text"),
+    [
+        ({"prompt": "forget"}, "vase.prompt: must be evict or keep"),
+        ({"prompt": 2}, "vase.prompt: must be evict or keep"),
+        ({"prompt": ["keep"]}, "vase.prompt: must be evict or keep"),
+        ({"prompt_mode": 2}, "vase: prompt_mode: not known; known are budget, window"),
+        ({"prompt": "keep", "prompt_mode": "PROMPT_MODE_EVICT"}, "vase: prompt_mode: not known"),
+        ({"promptMode": "PROMPT_MODE_KEEP"}, "vase: promptMode: not known"),
+        ({"inspect": 1}, "vase.inspect: must be true or false"),
+    ],
+)
+def test_vase_has_one_spelling(vase: dict[str, Any], text: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"^{text}"):
+        completion_call({"model": "scripted", "prompt": "a", "vase": vase})
 
 
 MANY = {f"k{number}": 0 for number in range(1000)}

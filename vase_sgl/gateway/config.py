@@ -70,7 +70,7 @@ class Http(_Section):
 
     #: TCP port; 0 takes a free one. None: the door stays shut.
     port: int | None = Field(default=None, ge=0, le=65535)
-    #: Output tokens of a chat that does not say how many. A completion has OpenAI's own 16.
+    #: Output tokens, at most, of a chat that does not say how many. A completion has OpenAI's 16.
     default_max_tokens: int = Field(default=1024, ge=1)
 
 

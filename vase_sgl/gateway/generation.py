@@ -122,16 +122,25 @@ class Generations:
         self._metrics = metrics
         self._allow_inspect = allow_inspect
 
-    async def run(self, passage: Passage, request: pb.GenerateRequest, send: Send) -> Record:
+    async def run(
+        self,
+        passage: Passage,
+        request: pb.GenerateRequest,
+        send: Send,
+        *,
+        clip: bool = False,
+    ) -> Record:
         """Generate, sending every message but the result; returns when the record is durable.
 
         `send` is awaited before more is read from the worker, so a slow client slows the worker
-        and nothing piles up here. Raises `GatewayError`. Failed and cancelled generations are
-        recorded too, unless they failed before they reached a worker.
+        and nothing piles up here. `clip`: max_new_tokens is a default, which gives way to the
+        tenant's ceiling and to the context; a client's own that is above them is refused. Raises
+        `GatewayError`. Failed and cancelled generations are recorded too, unless they failed
+        before they reached a worker.
         """
         run = _Run(_Clock())
         with telemetry.span("vase.generate", tenant=passage.tenant.name) as span:
-            plan = await self._plan(passage.tenant, request)
+            plan = await self._plan(passage.tenant, request, clip)
             telemetry.describe_eviction(span, plan.request.eviction)
             with logs.fields(request_id=plan.request.request_id):
                 try:
@@ -147,11 +156,11 @@ class Generations:
                 await asyncio.shield(self._background.spawn(self._store.append(record)))
                 return record
 
-    async def _plan(self, tenant: Tenant, request: pb.GenerateRequest) -> _Plan:
+    async def _plan(self, tenant: Tenant, request: pb.GenerateRequest, clip: bool) -> _Plan:
         self._store.check()
         request_id = uuid.uuid4().hex
         prompt = validation.prompt_of(request, tenant)
-        max_new_tokens = validation.max_new_tokens_of(request, tenant)
+        max_new_tokens = validation.max_new_tokens_of(request, tenant, clip=clip)
         sampling = validation.sampling_of(request.sampling)
         validation.check_seed(request)
         seeds = seeds_for(
@@ -175,7 +184,8 @@ class Generations:
                 eviction, tenant=tenant, info=info, allowed=self._allow_inspect
             )
         token_ids = await self._tokenize(prompt)
-        validation.check_prompt_tokens(prompt.kind, token_ids, max_new_tokens, tenant, info)
+        validation.check_prompt_tokens(prompt.kind, token_ids, tenant, info)
+        max_new_tokens = validation.within_context(max_new_tokens, len(token_ids), info, clip=clip)
         return _Plan(
             tenant=tenant,
             request=WorkerRequest(

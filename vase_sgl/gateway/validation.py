@@ -85,30 +85,37 @@ def check_messages(field: str, count: int) -> None:
 
 
 def check_prompt_tokens(
-    kind: InputKind,
-    token_ids: tuple[int, ...],
-    max_new_tokens: int,
-    tenant: Tenant,
-    info: WorkerInfo,
+    kind: InputKind, token_ids: tuple[int, ...], tenant: Tenant, info: WorkerInfo
 ) -> None:
-    """The tokenized prompt fits the tenant's limit, the vocabulary and the context."""
+    """The tokenized prompt fits the tenant's limit, the vocabulary and, with an answer of at least
+    one token, the context."""
     count = len(token_ids)
     require(count > 0, "input: the prompt has no tokens; send a longer one")
     _check_count(count, tenant)
     if kind == "token_ids":
         _check_vocabulary(token_ids, info.vocab_size)
-    room = info.context_length - count
     require(
-        room > 0,
+        count < info.context_length,
         f"input: the prompt has {count} tokens, which leaves no room for an answer in the model's "
         f"context length of {info.context_length} tokens; shorten it",
     )
+
+
+def within_context(max_new_tokens: int, prompt_tokens: int, info: WorkerInfo, *, clip: bool) -> int:
+    """max_new_tokens, within the room that a prompt which fits leaves in the context.
+
+    clip: more than that is brought down to it, not refused.
+    """
+    room = info.context_length - prompt_tokens
+    if clip:
+        return min(max_new_tokens, room)
     require(
         max_new_tokens <= room,
-        f"max_new_tokens: prompt ({count}) and output ({max_new_tokens}) exceed the model's "
-        f"context length of {info.context_length} tokens; ask for at most {room} or shorten the "
-        "prompt",
+        f"max_new_tokens: prompt ({prompt_tokens}) and output ({max_new_tokens}) exceed the "
+        f"model's context length of {info.context_length} tokens; ask for at most {room} or "
+        "shorten the prompt",
     )
+    return max_new_tokens
 
 
 def _check_count(count: int, tenant: Tenant) -> None:
@@ -143,9 +150,11 @@ def check_seed(request: pb.GenerateRequest) -> None:
     )
 
 
-def max_new_tokens_of(request: pb.GenerateRequest, tenant: Tenant) -> int:
-    """max_new_tokens, within the tenant's ceiling."""
+def max_new_tokens_of(request: pb.GenerateRequest, tenant: Tenant, *, clip: bool) -> int:
+    """max_new_tokens, within the tenant's ceiling; `clip` as for `within_context`."""
     value = request.max_new_tokens
+    if clip:
+        value = min(value, tenant.limits.max_new_tokens)
     require(value >= 1, f"max_new_tokens: must be at least 1, got {value}")
     require(
         value <= tenant.limits.max_new_tokens,
@@ -268,8 +277,8 @@ def eviction_of(
     if fields is None:
         require(
             "full" in allowed,
-            f"eviction: tenant {tenant.name} may not use a full cache; set eviction with a budget "
-            f"and a policy of {', '.join(allowed)}",
+            f"eviction: tenant {tenant.name} may not use a full cache; set a budget and a "
+            f"policy of {', '.join(allowed)}",
         )
         return None
     ceiling, owner = min(

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from vase_sgl.gateway.audit import Record
 from vase_sgl.gateway.errors import GatewayError
+from vase_sgl.gateway.openai.names import in_http_names
+from vase_sgl.gateway.openai.requests import Call
 
 Kind = Literal["chat", "completion"]
 
@@ -105,8 +107,10 @@ def usage(records: Sequence[Record]) -> dict[str, int]:
     }
 
 
-def error(problem: GatewayError) -> tuple[int, dict[str, str], dict[str, Any]]:
-    """HTTP status, headers and body of a failure."""
+def error(
+    problem: GatewayError, call: Call | None = None
+) -> tuple[int, dict[str, str], dict[str, Any]]:
+    """HTTP status, headers and body of a failure. `call`: what was asked for, once it is known."""
     status, kind = _ERRORS.get(problem.code.name, (500, "api_error"))
     headers = {}
     if problem.retry_seconds is not None:
@@ -115,7 +119,8 @@ def error(problem: GatewayError) -> tuple[int, dict[str, str], dict[str, Any]]:
             # Read first by OpenAI's own clients.
             "retry-after-ms": str(int(problem.retry_seconds * 1000)),
         }
-    return status, headers, error_body(str(problem), kind, problem.code.name)
+    text = str(problem) if call is None else in_http_names(str(problem), call)
+    return status, headers, error_body(text, kind, problem.code.name)
 
 
 def error_body(message: str, kind: str, code: str) -> dict[str, Any]:

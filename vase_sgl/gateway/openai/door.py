@@ -38,6 +38,8 @@ from vase_sgl.rpc.v1 import gateway_pb2 as pb
 logger = logging.getLogger(__name__)
 
 _TENANT = web.RequestKey("tenant", Tenant)
+#: What is asked for, once the body was read.
+_CALL = web.RequestKey("call", Call)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -151,6 +153,7 @@ class OpenAIDoor:
             raise InvalidRequest("the body is not encoded as its headers say") from error
 
     async def _generate(self, request: web.Request, kind: Kind, call: Call) -> web.StreamResponse:
+        request[_CALL] = call
         self._known(call.model)
         _check_samples(call.samples, request[_TENANT])
         run = _Samples(self, request, kind, call)
@@ -176,7 +179,7 @@ class OpenAIDoor:
             with telemetry.caller(request.headers.items()):
                 return await handler(request)
         except GatewayError as error:
-            status, headers, body = answers.error(error)
+            status, headers, body = answers.error(error, request.get(_CALL))
             return _failure(status, body, headers)
         except UnicodeEncodeError as error:
             # JSON can name half of a surrogate pair, which is no text.
@@ -243,7 +246,7 @@ class _Samples:
             if self._response is None:
                 raise
             # The status has gone out; OpenAI's clients raise for an error among the events.
-            await self._write(answers.error(error)[2])
+            await self._write(answers.error(error, self._call)[2])
             return self._response
         except (ClientGone, ConnectionError):
             raise
@@ -268,7 +271,10 @@ class _Samples:
         async def one(index: int) -> Record:
             async with door._admissions.admit(tenant, "generate") as passage:
                 record = await door._generations.run(
-                    passage, self._call.sample(index), lambda message: send(index, message)
+                    passage,
+                    self._call.sample(index),
+                    lambda message: send(index, message),
+                    clip=self._call.max_tokens_field is None,
                 )
             if finish is not None:
                 await finish(index, record)

@@ -115,10 +115,15 @@ class _Completion(_Common):
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A checked request: what to generate, how often, and how to answer."""
+    """A checked request: what to generate, how often, and how to answer.
+
+    max_tokens_field: the field that names the longest answer; None: there was none, so that
+    max_new_tokens is the gateway's own default.
+    """
 
     model: str
     request: pb.GenerateRequest
+    max_tokens_field: str | None
     samples: int
     stream: bool
     include_usage: bool
@@ -135,16 +140,12 @@ def chat_call(body: object, default_max_tokens: int) -> Call:
     """A body of /v1/chat/completions. Raises `InvalidRequest`."""
     _check_messages(body)
     chat = _parse(_Chat, body)
-    if chat.max_tokens is not None and chat.max_completion_tokens is not None:
-        raise InvalidRequest("max_tokens: is the old name of max_completion_tokens; send one")
-    wanted = chat.max_completion_tokens if chat.max_tokens is None else chat.max_tokens
     conversation = pb.Conversation(
         messages=[
             pb.ChatMessage(role=_ROLES.get(m.role, m.role), content=m.text) for m in chat.messages
         ]
     )
-    request = pb.GenerateRequest(chat=conversation)
-    return _call(chat, request, default_max_tokens if wanted is None else wanted)
+    return _call(chat, pb.GenerateRequest(chat=conversation), default_max_tokens)
 
 
 def _check_messages(body: object) -> None:
@@ -170,14 +171,20 @@ def completion_call(body: object) -> Call:
         request.text = str(prompt[0])
     else:
         raise InvalidRequest("prompt: several prompts in one request are not supported; send one")
-    wanted = completion.max_tokens
-    return _call(completion, request, COMPLETION_MAX_TOKENS if wanted is None else wanted)
+    return _call(completion, request, COMPLETION_MAX_TOKENS)
 
 
-def _call(body: _Common, request: pb.GenerateRequest, max_tokens: int) -> Call:
+def _call(body: _Common, request: pb.GenerateRequest, default_max_tokens: int) -> Call:
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options: has a meaning only with stream: true")
-    request.max_new_tokens = max_tokens
+    given = {
+        name: value
+        for name in ("max_tokens", "max_completion_tokens")
+        if (value := getattr(body, name, None)) is not None
+    }
+    if len(given) > 1:
+        raise InvalidRequest("max_tokens: is the old name of max_completion_tokens; send one")
+    max_tokens_field, request.max_new_tokens = next(iter(given.items()), (None, default_max_tokens))
     if body.seed is not None:
         request.seed = body.seed
     sampling = {
@@ -196,7 +203,12 @@ def _call(body: _Common, request: pb.GenerateRequest, max_tokens: int) -> Call:
         request.inspect = _inspect(vase)
     options = body.stream_options
     return Call(
-        body.model, request, body.n, body.stream, options is not None and options.include_usage
+        model=body.model,
+        request=request,
+        max_tokens_field=max_tokens_field,
+        samples=body.n,
+        stream=body.stream,
+        include_usage=options is not None and options.include_usage,
     )
 
 
