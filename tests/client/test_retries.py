@@ -404,6 +404,38 @@ async def test_a_propagator_may_name_its_keys_as_it_likes(
     assert server.flaky.metadata["x-amzn-trace-id"] == "Root=1"
 
 
+@pytest.mark.parametrize("kind", ["async", "sync"])
+async def test_a_whole_answer_is_generated_once(running: Running, kind: str) -> None:
+    """The gateway does not try again after output, and the client does not do it in its place."""
+    running.worker.faults.cut_after_tokens = 5
+
+    def body() -> str | None:
+        with Client(running.target, running.key, retry=FAST) as client:
+            with pytest.raises(Unavailable, match="was lost while it answered") as error:
+                client.generate_once("tell me", max_new_tokens=10)
+            assert error.value.final
+            return error.value.request_id
+
+    if kind == "sync":
+        request_id = await asyncio.to_thread(body)
+    else:
+        async with AsyncClient(running.target, running.key, retry=FAST) as client:
+            with pytest.raises(Unavailable, match="was lost while it answered") as error:
+                await client.generate_once("tell me", max_new_tokens=10)
+        assert error.value.final
+        request_id = error.value.request_id
+    (record,) = [r async for r in running.client.list_records()]
+    assert record.record_id == request_id and len(running.worker.bodies) == 1
+
+
+async def test_before_output_a_whole_answer_is_tried_again(running: Running) -> None:
+    running.worker.faults.cut_after_tokens = 0
+    async with AsyncClient(running.target, running.key, retry=FAST) as client:
+        with pytest.raises(Unavailable) as error:
+            await client.generate_once("tell me", max_new_tokens=10)
+    assert not error.value.final and len(running.worker.bodies) == 3
+
+
 async def test_against_the_real_gateway(running: Running) -> None:
     key = running.add_tenant("bob", limits={"requests_per_second": 2})
     async with AsyncClient(running.target, key) as bob:

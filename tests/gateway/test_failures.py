@@ -16,8 +16,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.gateway.running import Running, run_gateway, until
 from tests.gateway.scripted_worker import ScriptedWorker
 from vase_sgl.client import NEVER, AsyncClient, Client, InvalidRequest, Unavailable, VaseError
-from vase_sgl.gateway import worker_http
+from vase_sgl.gateway import logs, worker_http
 from vase_sgl.gateway.config import load_config
+from vase_sgl.gateway.errors import LimitExceeded
 from vase_sgl.gateway.server import Gateway, PortInUse
 
 
@@ -196,9 +197,23 @@ async def test_a_worker_that_hangs_does_not_hold_up_the_end(
             assert worker.aborted
 
 
+def test_one_failure_of_several_generations_is_an_error_of_each() -> None:
+    """A batch of records that cannot be written fails all its generations with one exception."""
+    shared = LimitExceeded("too many", reason="queue_total", retry_seconds=2.0)
+    first, second = (shared.of_generation(name, final=name == "b") for name in "ab")
+    assert isinstance(first, LimitExceeded) and str(first) == "too many"
+    assert (first.reason, first.retry_seconds) == ("queue_total", 2.0)
+    assert (first.request_id, first.final) == ("a", False)
+    assert (second.request_id, second.final) == ("b", True)
+    assert shared.request_id is None
+
+
 async def test_a_generation_without_a_record_has_no_result(
-    running: Running, monkeypatch: pytest.MonkeyPatch
+    running: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """And can be found in the log, line by line."""
+    caplog.handler.setFormatter(logs.JsonFormatter())
+
     async def full(record: object) -> None:
         raise OSError("disk full at /secret/place")
 
@@ -207,7 +222,15 @@ async def test_a_generation_without_a_record_has_no_result(
     with pytest.raises(VaseError) as error:
         _ = [chunk async for chunk in stream]
     assert error.value.code == "INTERNAL"
-    assert str(error.value) == "Generate failed inside the gateway; its log has the reason"
+    assert str(error.value) == (
+        "the generation failed inside the gateway; its log has the reason under the request id "
+        f"{stream.request_id}"
+    )
+    assert error.value.request_id == stream.request_id and error.value.final
+    lines = [json.loads(line) for line in caplog.text.splitlines()]
+    (line,) = [line for line in lines if line["message"].startswith("a defect in generation")]
+    assert line["request_id"] == stream.request_id and line["tenant"] == "alice"
+    assert "disk full" in line["error"]
 
 
 async def test_a_worker_that_falls_silent_is_given_up(tmp_path: Path) -> None:

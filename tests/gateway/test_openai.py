@@ -22,7 +22,7 @@ from tests.gateway.scripted_worker import VOCAB
 from tests.gateway.test_abort import record_of
 from tests.gateway.test_transport import certificate
 from vase_sgl.client import AsyncClient, Tls
-from vase_sgl.gateway.errors import InvalidRequest
+from vase_sgl.gateway.errors import InvalidRequest, WorkerUnavailable
 from vase_sgl.gateway.openai.requests import chat_call, completion_call
 
 CHAT: Any = [{"role": "user", "content": "tell me"}]
@@ -460,6 +460,64 @@ async def test_a_worker_lost_mid_stream_ends_the_stream_with_an_error(door: Runn
     assert record.status == "failed"
 
 
+async def test_what_had_output_is_not_asked_for_again(
+    door: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenAI's clients try every 5xx again, which would generate and charge again."""
+    api = AsyncOpenAI(base_url=f"{door.http_url}/v1", api_key=door.key, max_retries=2)
+
+    async def failure() -> openai.APIStatusError:
+        count = len(door.worker.bodies)
+        async with asyncio.timeout(20):
+            with pytest.raises(openai.APIStatusError) as error:
+                await api.completions.create(model="scripted", prompt="a", max_tokens=10)
+        assert len(door.worker.bodies) - count == 1
+        return error.value
+
+    for fault in ("cut_after_tokens", "abort_after_tokens"):
+        setattr(door.worker.faults, fault, 5)
+        error = await failure()
+        assert error.status_code in (502, 503) and error.request_id is not None
+        assert (await record_of(door, error.request_id)).status == "failed"
+        setattr(door.worker.faults, fault, None)
+
+    async def full(record: object) -> None:
+        raise OSError("disk full at /secret/place")
+
+    monkeypatch.setattr(door.gateway._store, "append", full)
+    error = await failure()
+    assert error.status_code == 500 and error.request_id is not None
+    assert error.request_id in str(error)
+    await api.close()
+
+
+async def test_the_output_of_one_sample_is_enough(
+    door: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one's worker is lost before its first token."""
+    begun = asyncio.Event()
+    run = door.gateway._generations.run
+
+    async def second_fails(passage: Any, request: Any, send: Any, **options: Any) -> Any:
+        async def told(message: Any) -> None:
+            await send(message)
+            if message.HasField("chunk"):
+                begun.set()
+
+        if request.sample_index == 1:
+            await begun.wait()
+            raise WorkerUnavailable("no worker is ready")
+        return await run(passage, request, told, **options)
+
+    monkeypatch.setattr(door.gateway._generations, "run", second_fails)
+    door.worker.token_seconds = 0.01
+    async with client(door) as api:
+        with pytest.raises(openai.InternalServerError) as error:
+            await api.completions.create(model="scripted", prompt="a", max_tokens=500, n=2)
+    assert error.value.response.headers["x-should-retry"] == "false"
+    await door.worker.wait_for_abort()
+
+
 async def test_a_defect_mid_stream_ends_the_stream_with_an_error(
     door: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -473,7 +531,8 @@ async def test_a_defect_mid_stream_ends_the_stream_with_an_error(
         )
         with pytest.raises(openai.APIError) as error:
             assert [chunk async for chunk in stream]
-    assert str(error.value) == ("/v1/completions failed inside the gateway; its log has the reason")
+    assert str(error.value).startswith("the generation failed inside the gateway; its log has the")
+    assert stream.response.headers["x-request-id"] in str(error.value)
     assert "disk full" in caplog.text
 
 

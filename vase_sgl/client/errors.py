@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,10 @@ class VaseError(Exception):
     """A call failed. `code` is the gRPC status name, such as `INVALID_ARGUMENT`.
 
     retry_seconds: when the gateway says that it is worth coming back; None: it does not say.
+    request_id: of the generation that failed, for the gateway's log and, if it reached a worker,
+    its record; None: the gateway does not say.
+    final: the gateway says not to try again, for output had come: another try would be another
+    generation, charged like this one.
     """
 
     def __init__(
@@ -24,6 +28,8 @@ class VaseError(Exception):
         super().__init__(message)
         self.code = code
         self.retry_seconds = retry_seconds
+        self.request_id: str | None = None
+        self.final = False
 
 
 class AuthenticationError(VaseError):
@@ -48,7 +54,7 @@ class RateLimited(VaseError):
 
 
 class Unavailable(VaseError):
-    """The gateway cannot be reached or has no worker; safe to try again."""
+    """The gateway cannot be reached, has no worker or lost it; safe to try again unless `final`."""
 
 
 class DeadlineExceeded(VaseError):
@@ -121,14 +127,27 @@ def client_closed() -> VaseError:
     return VaseError("this client was closed; make another one")
 
 
-def _retry_seconds(trailing: Iterable[Any] | None) -> float | None:
+def _of_call(
+    code: grpc.StatusCode, details: str | None, trailing_metadata: Iterable[Any] | None
+) -> VaseError:
+    """The exception of a call that failed, with what its trailing metadata says."""
+    trailing: dict[str, str | bytes] = dict(trailing_metadata or ())
+    found = from_status(code, details, _retry_seconds(trailing))
+    request_id = trailing.get("x-request-id")
+    found.request_id = request_id if isinstance(request_id, str) else None
+    pushback = trailing.get("grpc-retry-pushback-ms")
+    found.final = isinstance(pushback, str) and pushback.startswith("-")
+    return found
+
+
+def _retry_seconds(trailing: Mapping[str, str | bytes]) -> float | None:
     """The delay of the `google.rpc.RetryInfo` in trailing metadata."""
-    for name, value in trailing or ():
-        if name == "grpc-status-details-bin" and isinstance(value, bytes):
-            for detail in Status.FromString(value).details:
-                if detail.type_url.endswith("/google.rpc.RetryInfo"):
-                    delay = RetryInfo.FromString(detail.value).retry_delay
-                    return delay.seconds + delay.nanos / 1e9
+    status = trailing.get("grpc-status-details-bin")
+    if isinstance(status, bytes):
+        for detail in Status.FromString(status).details:
+            if detail.type_url.endswith("/google.rpc.RetryInfo"):
+                delay = RetryInfo.FromString(detail.value).retry_delay
+                return delay.seconds + delay.nanos / 1e9
     return None
 
 
@@ -144,10 +163,8 @@ def translated() -> Iterator[None]:
             raise
         raise cancelled_here() from None
     except grpc.aio.AioRpcError as error:
-        seconds = _retry_seconds(error.trailing_metadata())
-        raise from_status(error.code(), error.details(), seconds) from None
+        raise _of_call(error.code(), error.details(), error.trailing_metadata()) from None
     except grpc.RpcError as error:
         if not isinstance(error, grpc.Call):
             raise
-        seconds = _retry_seconds(error.trailing_metadata())
-        raise from_status(error.code(), error.details(), seconds) from None
+        raise _of_call(error.code(), error.details(), error.trailing_metadata()) from None

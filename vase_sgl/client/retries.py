@@ -59,7 +59,8 @@ class Attempts:
 
     def wait_after(self, error: VaseError) -> float:
         """Seconds to wait before the next attempt. Raises `error` if there is none."""
-        if not isinstance(error, (Unavailable, RateLimited)) or self._made >= self._policy.attempts:
+        again = isinstance(error, (Unavailable, RateLimited)) and not error.final
+        if not again or self._made >= self._policy.attempts:
             raise error
         if error.retry_seconds is None:
             backoff = self._policy.first_seconds * 2.0 ** (self._made - 1)

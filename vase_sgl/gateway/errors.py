@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -19,6 +19,10 @@ logger = logging.getLogger(__name__)
 
 #: Trailing metadata that carries a `google.rpc.Status`, as every gRPC library knows it.
 STATUS_DETAILS = "grpc-status-details-bin"
+#: Trailing metadata, and HTTP header, that carries the id of the request.
+REQUEST_ID = "x-request-id"
+#: Trailing metadata with which gRPC's own clients, below zero, do not try again.
+RETRY_PUSHBACK = "grpc-retry-pushback-ms"
 #: Bytes of a text, in UTF-8. It travels twice, up to three times as long, and gRPC's clients take
 #: 8 KiB of metadata: with more they see RESOURCE_EXHAUSTED instead of the status.
 _MAX_TEXT_BYTES = 1500
@@ -28,6 +32,8 @@ class GatewayError(Exception):
     """A failure with a text for the client. `str(error)` is that text, cut where it is too long.
 
     retry_seconds: when the client may come back; None: nothing is known about that.
+    request_id: of the generation that it ended; None: it ended none.
+    final: output had come, so that another try would be another generation, charged like this one.
     """
 
     code: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
@@ -38,6 +44,18 @@ class GatewayError(Exception):
         cut = text[:_MAX_TEXT_BYTES].decode(errors="ignore")
         super().__init__(cut if len(text) <= _MAX_TEXT_BYTES else f"{cut} …")
         self.retry_seconds = retry_seconds
+        self.request_id: str | None = None
+        self.final = False
+
+    def of_generation(self, request_id: str, *, final: bool) -> Self:
+        """The same error of this generation. This instance may be that of others too."""
+        error = type(self).__new__(type(self), *self.args)
+        error.__dict__.update(self.__dict__, request_id=request_id, final=final)
+        return error
+
+
+class Defect(GatewayError):
+    """Something unforeseen, which was logged with its stack."""
 
 
 class InvalidRequest(GatewayError):
@@ -123,16 +141,26 @@ class ClientGone(Exception):
     """A message could not be written: the client has cancelled or is no longer there."""
 
 
-def rich_status(error: GatewayError) -> tuple[tuple[str, bytes], ...]:
-    """Trailing metadata with `google.rpc.RetryInfo`; none where nothing is known about a retry."""
-    if error.retry_seconds is None:
-        return ()
+def trailing_metadata(error: GatewayError) -> tuple[tuple[str, str | bytes], ...]:
+    """What a client is told beside status and text, as far as it is known."""
+    metadata: list[tuple[str, str | bytes]] = []
+    if error.request_id is not None:
+        metadata.append((REQUEST_ID, error.request_id))
+    if error.final:
+        metadata.append((RETRY_PUSHBACK, "-1"))
+    if error.retry_seconds is not None:
+        metadata.append((STATUS_DETAILS, _retry_info(error, error.retry_seconds)))
+    return tuple(metadata)
+
+
+def _retry_info(error: GatewayError, seconds: float) -> bytes:
+    """A `google.rpc.Status` with `google.rpc.RetryInfo`."""
     delay = duration_pb2.Duration()
-    delay.FromNanoseconds(int(error.retry_seconds * 1e9))
+    delay.FromNanoseconds(int(seconds * 1e9))
     detail = any_pb2.Any()
     detail.Pack(error_details_pb2.RetryInfo(retry_delay=delay))
     status = status_pb2.Status(code=error.code.value[0], message=str(error), details=[detail])
-    return ((STATUS_DETAILS, status.SerializeToString()),)
+    return bytes(status.SerializeToString())
 
 
 @asynccontextmanager
@@ -144,7 +172,7 @@ async def as_status(context: grpc.aio.ServicerContext[Any, Any], call: str) -> A
     try:
         yield
     except GatewayError as error:
-        await context.abort(error.code, str(error), rich_status(error))
+        await context.abort(error.code, str(error), trailing_metadata(error))
     except grpc.aio.AbortError:
         raise
     except ClientGone:

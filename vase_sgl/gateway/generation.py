@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vase_sgl.gateway import logs, telemetry, validation, wire
@@ -16,7 +16,9 @@ from vase_sgl.gateway.admission import Passage
 from vase_sgl.gateway.audit import AuditStore, Record, RecordStatus, Timings
 from vase_sgl.gateway.deltas import OutputDeltas
 from vase_sgl.gateway.errors import (
+    ClientGone,
     ClientStalled,
+    Defect,
     GatewayError,
     InvalidRequest,
     WorkerAborted,
@@ -86,13 +88,38 @@ class _Plan:
 class _Run:
     """How a generation goes: what came so far, from which worker, and when."""
 
-    def __init__(self, clock: _Clock) -> None:
-        self.clock = clock
+    def __init__(self) -> None:
+        self.request_id = uuid.uuid4().hex
+        self.clock = _Clock()
         self.latest = WorkerChunk(text="", token_ids=())
         #: The worker it runs on. None: it has not reached one.
         self.info: WorkerInfo | None = None
         #: Names of workers that failed before their first token.
         self.failed: set[str] = set()
+
+    @contextlib.contextmanager
+    def errors(self) -> Iterator[None]:
+        """Errors of the body, and its log lines, name the request.
+
+        What was not foreseen is logged and becomes a `Defect`.
+        """
+        with logs.fields(request_id=self.request_id):
+            try:
+                yield
+            except ClientGone:
+                raise
+            except GatewayError as error:
+                raise self._error(error) from error
+            except Exception as error:
+                logger.exception("a defect in generation %s", self.request_id)
+                defect = Defect(
+                    "the generation failed inside the gateway; its log has the reason under the "
+                    f"request id {self.request_id}"
+                )
+                raise self._error(defect) from error
+
+    def _error(self, error: GatewayError) -> GatewayError:
+        return error.of_generation(self.request_id, final=bool(self.latest.token_ids))
 
 
 class Generations:
@@ -138,27 +165,27 @@ class Generations:
         `GatewayError`. Failed and cancelled generations are recorded too, unless they failed
         before they reached a worker.
         """
-        run = _Run(_Clock())
-        with telemetry.span("vase.generate", tenant=passage.tenant.name) as span:
-            plan = await self._plan(passage.tenant, request, clip)
+        run = _Run()
+        with telemetry.span("vase.generate", tenant=passage.tenant.name) as span, run.errors():
+            plan = await self._plan(passage.tenant, request, run.request_id, clip)
             telemetry.describe_eviction(span, plan.request.eviction)
-            with logs.fields(request_id=plan.request.request_id):
-                try:
-                    async with Outbox(send) as outbox:
-                        await self._stream(passage, plan, run, outbox)
-                except BaseException as error:
-                    await self._store_unfinished(plan, run, error)
-                    raise
-                record = _record(plan, run, RecordStatus.COMPLETED)
-                span.set_attribute("vase.rounds", record.cache.rounds if record.cache else 0)
-                self._tell(record, None)
-                # Shielded: a client that leaves now does not undo a generation that completed.
-                await asyncio.shield(self._background.spawn(self._store.append(record)))
-                return record
+            try:
+                async with Outbox(send) as outbox:
+                    await self._stream(passage, plan, run, outbox)
+            except BaseException as error:
+                await self._store_unfinished(plan, run, error)
+                raise
+            record = _record(plan, run, RecordStatus.COMPLETED)
+            span.set_attribute("vase.rounds", record.cache.rounds if record.cache else 0)
+            self._tell(record, None)
+            # Shielded: a client that leaves now does not undo a generation that completed.
+            await asyncio.shield(self._background.spawn(self._store.append(record)))
+            return record
 
-    async def _plan(self, tenant: Tenant, request: pb.GenerateRequest, clip: bool) -> _Plan:
+    async def _plan(
+        self, tenant: Tenant, request: pb.GenerateRequest, request_id: str, clip: bool
+    ) -> _Plan:
         self._store.check()
-        request_id = uuid.uuid4().hex
         prompt = validation.prompt_of(request, tenant)
         max_new_tokens = validation.max_new_tokens_of(request, tenant, clip=clip)
         sampling = validation.sampling_of(request.sampling)

@@ -20,7 +20,7 @@ from vase_sgl.gateway.errors import (
     InvalidRequest,
     LimitExceeded,
     as_status,
-    rich_status,
+    trailing_metadata,
 )
 from vase_sgl.gateway.patience import Patience
 
@@ -143,7 +143,7 @@ class _Calls:
                 reason="calls",
                 retry_seconds=1.0,
             )
-            await context.abort(error.code, str(error), rich_status(error))
+            await context.abort(error.code, str(error), trailing_metadata(error))
         self._open += 1
         try:
             yield

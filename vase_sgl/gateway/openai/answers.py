@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from vase_sgl.gateway.audit import Record
-from vase_sgl.gateway.errors import GatewayError
+from vase_sgl.gateway.errors import REQUEST_ID, GatewayError
 from vase_sgl.gateway.openai.names import in_http_names
 from vase_sgl.gateway.openai.requests import Call
 
@@ -112,13 +112,13 @@ def error(
 ) -> tuple[int, dict[str, str], dict[str, Any]]:
     """HTTP status, headers and body of a failure. `call`: what was asked for, once it is known."""
     status, kind = _ERRORS.get(problem.code.name, (500, "api_error"))
-    headers = {}
+    headers = {} if problem.request_id is None else {REQUEST_ID: problem.request_id}
+    if problem.final:
+        headers["x-should-retry"] = "false"  # OpenAI's own clients try every 5xx again
     if problem.retry_seconds is not None:
-        headers = {
-            "Retry-After": str(max(int(-(-problem.retry_seconds // 1)), 1)),
-            # Read first by OpenAI's own clients.
-            "retry-after-ms": str(int(problem.retry_seconds * 1000)),
-        }
+        headers["Retry-After"] = str(max(int(-(-problem.retry_seconds // 1)), 1))
+        # Read first by OpenAI's own clients.
+        headers["retry-after-ms"] = str(int(problem.retry_seconds * 1000))
     text = str(problem) if call is None else in_http_names(str(problem), call)
     return status, headers, error_body(text, kind, problem.code.name)
 

@@ -18,6 +18,7 @@ from vase_sgl.gateway.admission import Admissions
 from vase_sgl.gateway.audit import Record
 from vase_sgl.gateway.auth import Authenticator, Credential, bearer, require_role
 from vase_sgl.gateway.errors import (
+    REQUEST_ID,
     ClientGone,
     ClientStalled,
     GatewayError,
@@ -230,6 +231,8 @@ class _Samples:
         self._response: web.StreamResponse | None = None
         self._answer: Answer | None = None
         self._opening = asyncio.Lock()
+        #: Output of any sample has come.
+        self._began = False
 
     async def whole(self) -> web.Response:
         async def ignore(index: int, message: pb.GenerateResponse) -> None:
@@ -237,7 +240,7 @@ class _Samples:
 
         records = await self._run(ignore)
         answer = self._answer_for(records[0].record_id)
-        return web.json_response(answer.whole(records), headers=_id_header(records[0].record_id))
+        return web.json_response(answer.whole(records), headers={REQUEST_ID: answer.request_id})
 
     async def streamed(self) -> web.StreamResponse:
         try:
@@ -269,11 +272,15 @@ class _Samples:
         door, tenant = self._door, self._request[_TENANT]
 
         async def one(index: int) -> Record:
+            async def forward(message: pb.GenerateResponse) -> None:
+                self._began |= message.HasField("chunk")
+                await send(index, message)
+
             async with door._admissions.admit(tenant, "generate") as passage:
                 record = await door._generations.run(
                     passage,
                     self._call.sample(index),
-                    lambda message: send(index, message),
+                    forward,
                     clip=self._call.max_tokens_field is None,
                 )
             if finish is not None:
@@ -286,7 +293,10 @@ class _Samples:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(one(index)) for index in range(self._call.samples)]
         except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from None
+            error = errors.exceptions[0]
+            if isinstance(error, GatewayError):
+                error.final |= self._began
+            raise error from None
         return [task.result() for task in tasks]
 
     async def _send(self, index: int, message: pb.GenerateResponse) -> None:
@@ -310,11 +320,14 @@ class _Samples:
                 headers = {
                     "Content-Type": "text/event-stream",
                     "Cache-Control": "no-cache",
-                    **_id_header(request_id),
+                    REQUEST_ID: request_id,
                 }
                 self._answer = self._answer_for(request_id)
                 response = web.StreamResponse(headers=headers)
-                await response.prepare(self._request)
+                try:
+                    await response.prepare(self._request)
+                except ConnectionError as error:
+                    raise ClientGone from error
                 self._response = response
 
     def _answer_for(self, request_id: str) -> Answer:
@@ -380,7 +393,3 @@ def _failure(
 
 def _model(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 0, "owned_by": "vase_sgl"}
-
-
-def _id_header(request_id: str) -> dict[str, str]:
-    return {"x-request-id": request_id}

@@ -16,9 +16,13 @@ Status codes, the same for every call:
   RESOURCE_EXHAUSTED   a limit of the tenant or the length or time of the queue is exceeded;
                        google.rpc.RetryInfo says when to come back
   UNAVAILABLE          no worker is ready, the worker was lost, or the audit store cannot be
-                       used; safe to retry, and an answer without a result was not recorded
+                       used; safe to retry, unless the trailing metadata holds
+                       `grpc-retry-pushback-ms: -1`: output had come, and another try would be
+                       another generation; an answer without a result was not recorded
   ABORTED              the worker gave the request up, or the client did not read its stream
-  INTERNAL             a defect; the gateway's log has the details under the request id
+  INTERNAL             a defect; the gateway's log has the details, of a generation under the
+                       request id
+Errors of a generation carry its request id in the trailing metadata `x-request-id`.
 """
 
 from collections import abc as _abc
