@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import ipaddress
 import ssl
 from pathlib import Path
+from typing import Any, Self
 
 import pytest
 from cryptography import x509
@@ -23,8 +25,9 @@ from vase_sgl.client import (
     RateLimited,
     Tls,
     Unavailable,
+    channels,
 )
-from vase_sgl.gateway.config import ConfigError
+from vase_sgl.gateway.config import ConfigError, load_config
 
 
 def certificate(folder: Path, *subject: tuple[x509.ObjectIdentifier, str]) -> tuple[Path, Path]:
@@ -168,6 +171,77 @@ async def test_an_authority_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"worker.ca_file: .*none\.pem cannot be used"):
         async with run_gateway(tmp_path, worker=worker):
             pass
+
+
+class Hole:
+    """A TCP proxy in front of a port, which on order swallows all that comes: as a host does that
+    vanished, or a firewall that forgot the connection."""
+
+    def __init__(self, port: int) -> None:
+        self.port = 0
+        self.open = True
+        self._behind = port
+        self._pipes: set[asyncio.Task[None]] = set()
+        self._writers: list[asyncio.StreamWriter] = []
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        self._server.close()
+        for pipe in self._pipes:
+            pipe.cancel()
+        for writer in self._writers:
+            writer.close()
+        await asyncio.gather(*self._pipes, return_exceptions=True)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        behind, ahead = await asyncio.open_connection("127.0.0.1", self._behind)
+        self._writers += [writer, ahead]  # none is closed when its other side is
+        for ends in ((reader, ahead), (behind, writer)):
+            self._pipes.add(asyncio.create_task(self._pipe(*ends)))
+
+    async def _pipe(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(2**16):
+            if self.open:
+                writer.write(data)
+
+
+def with_keepalive_of_a_second(options: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """The client's options, its pings and their timeout apart."""
+    return [(name, {30_000: 1000, 10_000: 1000}.get(value, value)) for name, value in options]
+
+
+async def test_both_sides_notice_that_the_other_vanished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = with_keepalive_of_a_second(channels.OPTIONS)
+    monkeypatch.setattr(channels, "OPTIONS", options)
+    section = {
+        "keepalive_seconds": 1,
+        "keepalive_timeout_seconds": 1,
+        "min_ping_interval_seconds": 0.5,
+    }
+    async with run_gateway(tmp_path, grpc=section) as running, Hole(running.gateway.port) as hole:
+        running.worker.token_seconds = 0.1
+        async with AsyncClient(f"127.0.0.1:{hole.port}", running.key, retry=NEVER) as client:
+            answer = asyncio.create_task(client.generate_once("tell me", max_new_tokens=4000))
+            # Longer than the pings that gRPC sends without data, unless it is told otherwise.
+            await asyncio.sleep(3.5)
+            assert not answer.done()
+            hole.open = False
+            async with asyncio.timeout(10):
+                with pytest.raises(Unavailable, match="the connection to the gateway was lost"):
+                    await answer
+                await running.worker.wait_for_abort(10)
+
+
+def test_the_gateway_takes_as_many_pings_as_the_client_sends() -> None:
+    allowed = load_config(overrides={"worker": {"urls": ["http://a"]}}).grpc
+    sent = dict(channels.OPTIONS)["grpc.keepalive_time_ms"]
+    assert isinstance(sent, int) and sent >= 2 * 1000 * allowed.min_ping_interval_seconds
 
 
 async def test_calls_above_the_ceiling_are_refused(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import grpc
 
 from vase_sgl.client.errors import InvalidRequest
+from vase_sgl.rpc.keepalive import keepalive
 
 try:
     from opentelemetry import propagate
@@ -20,8 +21,7 @@ OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     # Finds out about a gateway that vanished while an answer is awaited.
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
+    *keepalive(30, 10),
 ]
 
 

@@ -34,6 +34,7 @@ from vase_sgl.gateway.runs import Background
 from vase_sgl.gateway.service import GatewayService
 from vase_sgl.gateway.worker_embedded import EmbeddedWorker, Progress, worker_command
 from vase_sgl.gateway.worker_http import HttpWorker
+from vase_sgl.rpc.keepalive import keepalive
 from vase_sgl.rpc.v1 import gateway_pb2, gateway_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -342,8 +343,7 @@ def _options(config: GatewayConfig) -> list[tuple[str, int]]:
     return [
         ("grpc.max_receive_message_length", settings.max_receive_bytes),
         ("grpc.max_send_message_length", settings.max_send_bytes),
-        ("grpc.keepalive_time_ms", int(settings.keepalive_seconds * 1000)),
-        ("grpc.keepalive_timeout_ms", int(settings.keepalive_timeout_seconds * 1000)),
+        *keepalive(settings.keepalive_seconds, settings.keepalive_timeout_seconds),
         ("grpc.keepalive_permit_without_calls", 1),
         # Clients may ping as well; gRPC's own default would cut them off after a few. One that
         # pings faster than this is cut off after `max_ping_strikes`.
