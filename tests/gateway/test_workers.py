@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,11 @@ from vase_sgl.client import Unavailable
 from vase_sgl.gateway.breaker import BreakerState, CircuitBreaker
 from vase_sgl.gateway.config import BreakerSection, WorkerSection
 from vase_sgl.gateway.discovery import discover, resolve
-from vase_sgl.gateway.router import WorkerRouter
+from vase_sgl.gateway.errors import WorkerUnavailable
+from vase_sgl.gateway.need import Need
+from vase_sgl.gateway.router import Lease, WorkerRouter
 from vase_sgl.gateway.worker_http import HttpWorker
+from vase_sgl.gateway.workers import CacheStats, WorkerChunk, WorkerInfo
 from vase_sgl.worker_key import WORKER_KEY
 
 
@@ -211,6 +214,173 @@ def test_old_failures_and_results_of_older_requests_do_not_count() -> None:
     assert breaker.allows
     breaker.leave(breaker.enter(), True)
     assert breaker.state is BreakerState.CLOSED
+
+
+def test_a_breaker_that_closed_begins_anew() -> None:
+    """What it counted before is forgotten; what fails late prolongs nothing."""
+    now = 0.0
+    settings = BreakerSection(failures=2, window_seconds=100, open_seconds=5, successes=2)
+    breaker = CircuitBreaker(settings, lambda: now)
+
+    def request(succeeds: bool) -> BreakerState:
+        breaker.leave(breaker.enter(), succeeds)
+        return breaker.state
+
+    for _ in range(2):
+        late = breaker.enter()
+        assert [request(False), request(False)] == [BreakerState.CLOSED, BreakerState.OPEN]
+        now += 1
+        breaker.leave(late, False)
+        now += 4
+        assert [request(True), request(True)] == [BreakerState.HALF_OPEN, BreakerState.CLOSED]
+
+
+class Told:
+    """A worker that says what it is told to. 1000 slots."""
+
+    def __init__(self, name: str = "told", **info: Any) -> None:
+        self.name = name
+        self.answer = WorkerInfo(
+            **{
+                "fingerprint": {},
+                "default_eviction": None,
+                "max_budget": 32,
+                "max_window": 8,
+                "context_length": 100,
+                "vocab_size": None,
+                "total_slots": 1000,
+                "available_slots": 1000,
+                "reserved_slots": 0,
+                "running_requests": 0,
+                "rounds": 0,
+                "evicted_tokens": 0,
+                **info,
+            }
+        )
+        self.healthy, self.closed, self.checks = True, False, 0
+
+    async def check_health(self) -> None:
+        self.checks += 1
+        if not self.healthy:
+            raise WorkerUnavailable("as it was told")
+
+    async def info(self) -> WorkerInfo:
+        return self.answer
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+#: 50 slots, 40 after the first round. The most that `Told` allows.
+EVICTION = {"policy": "random", "budget": 32, "window": 8, "prompt": "evict"}
+NEED = Need(tuple(range(10)), max_new_tokens=90, eviction=EVICTION, reads_queries=False)
+
+
+@asynccontextmanager
+async def routed(
+    *workers: Told, on_room: Callable[[], None] = lambda: None, **settings: Any
+) -> AsyncIterator[WorkerRouter]:
+    """A router that has looked at each of its workers once."""
+
+    async def ignore(ready: bool) -> None:
+        """Nobody asks."""
+
+    section = WorkerSection(urls=("http://x:1",), **settings)
+    router = WorkerRouter(workers, section, on_change=ignore, on_room=on_room)  # type: ignore[arg-type]
+    await router.check_all()
+    yield router
+    await router.close()
+
+
+def taken(router: WorkerRouter, **options: Any) -> Lease:
+    lease = router.take(NEED, **options)
+    assert lease is not None
+    return lease
+
+
+@pytest.mark.parametrize("less", [{"max_budget": 31}, {"max_window": 7}, {"context_length": 99}])
+async def test_a_worker_that_allows_less_gets_nothing(less: dict[str, int]) -> None:
+    async with routed(Told("less", **less), Told("more")) as router:
+        assert {taken(router).worker.name for _ in range(4)} == {"more"}
+        with pytest.raises(WorkerUnavailable, match="allow less than this request needs"):
+            router.take(NEED, exclude=["more"])
+
+
+async def test_an_idle_worker_always_has_room() -> None:
+    """What others reserve of it is no reason to wait: nothing of this gateway would ever end."""
+    async with routed(Told(reserved_slots=1000)) as router:
+        for _ in range(2):
+            lease = taken(router)
+            assert router.take(NEED) is None
+            lease.release()
+
+
+async def test_room_that_a_first_round_makes_is_told_at_once() -> None:
+    """Not only with the next check, which may be seconds away."""
+    told: list[None] = []
+    async with routed(Told(), on_room=lambda: told.append(None)) as router:
+        lease = taken(router)
+        told.clear()
+        for slots, times in ((50, 0), (40, 1), (40, 1)):
+            cache = CacheStats(50, 50, 0, 0, reserved_slots=slots, digest="")
+            lease.answered(WorkerChunk("a", [1], cache))
+            assert len(told) == times
+        assert router.statuses()[0].reserved_slots == 40
+        lease.release()
+
+
+async def test_a_worker_that_failed_is_looked_at_once_and_soon() -> None:
+    worker = Told()
+    async with routed(worker, health_interval_seconds=60) as router:
+        router.start()
+        await until(lambda: worker.checks == 2)
+        worker.healthy = False
+        lease = taken(router)
+        lease.failed()
+        lease.release()
+        await until(lambda: not router.statuses()[0].ready)
+        await asyncio.sleep(0.3)
+        assert worker.checks == 3
+
+
+async def test_a_worker_that_left_is_closed_after_its_last_request() -> None:
+    looks: asyncio.Queue[list[Told]] = asyncio.Queue()
+
+    async def discovered() -> AsyncIterator[Sequence[Any]]:
+        while True:
+            yield await looks.get()
+
+    worker = Told()
+    async with routed(health_interval_seconds=0.02) as router:
+        router.start(discovered())
+        looks.put_nowait([worker])
+        await until(lambda: worker.checks > 1)
+        leases = [taken(router), taken(router)]
+        looks.put_nowait([])
+        await until(lambda: not router.statuses())
+        for lease in leases:
+            await asyncio.sleep(0.01)
+            assert not worker.closed
+            lease.release()
+        await until(lambda: worker.closed)
+        checks = worker.checks
+        await asyncio.sleep(0.1)
+        assert worker.checks == checks
+
+
+async def test_the_client_may_come_back_when_the_first_breaker_lets_it_through() -> None:
+    breaker = {"failures": 1, "open_seconds": 20}
+    async with routed(Told("one"), Told("two"), breaker=breaker) as router:
+        for name in ("one", "two"):
+            lease = taken(router, only=name)
+            lease.failed()
+            lease.release()
+        opened = router._entries["two"].breaker
+        assert opened._opened is not None
+        opened._opened -= 15
+        with pytest.raises(WorkerUnavailable, match="in 5 s") as error:
+            router.take(NEED)
+        assert error.value.retry_seconds == pytest.approx(5, abs=0.5)
 
 
 async def test_the_least_reserved_worker_comes_first(tmp_path: Path) -> None:
