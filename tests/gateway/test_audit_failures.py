@@ -244,6 +244,7 @@ async def test_an_append_that_gets_no_connection_is_a_failed_write(audit_url: st
         with pytest.raises(AuditUnavailable, match="so nothing is generated"):
             store.check()
     assert (await store.append(numbered(6))).sequence == 1
+    store.check()
     await store.close()
 
 

@@ -114,6 +114,35 @@ async def test_a_worker_that_gave_nothing_costs_nothing(running: Running) -> Non
         await bob.generate_once("tell me", max_new_tokens=1)
 
 
+async def test_what_came_from_a_worker_that_was_lost_is_charged(running: Running) -> None:
+    key = running.add_tenant("bob", limits={"tokens_per_minute": 30})
+    running.worker.token_seconds = 0.005
+    running.worker.faults.cut_after_tokens = 3
+    async with AsyncClient(running.target, key, retry=NEVER) as bob:
+        with pytest.raises(Unavailable):
+            await bob.generate_once(list(range(40)), max_new_tokens=9)
+        with pytest.raises(RateLimited, match="30 tokens per minute"):
+            await bob.generate_once("tell me", max_new_tokens=1)
+
+
+async def test_one_request_after_the_other_is_one_at_once(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer has not ended before its place is free, though Redis takes its time."""
+    usage = running.gateway._admissions._usage
+    leave = usage.leave
+
+    async def slow(*arguments: Any) -> None:
+        await asyncio.sleep(0.1)
+        await leave(*arguments)
+
+    monkeypatch.setattr(usage, "leave", slow)
+    key = running.add_tenant("bob", limits={"max_concurrent_requests": 1})
+    async with AsyncClient(running.target, key, retry=NEVER) as bob:
+        for _ in range(2):
+            await bob.generate_once("tell me", max_new_tokens=1)
+
+
 async def test_concurrent_requests(running: Running) -> None:
     running.worker.token_seconds = 0.01
     key = running.add_tenant("bob", limits={"max_concurrent_requests": 2})
@@ -205,6 +234,9 @@ async def test_a_full_bucket_holds_what_a_second_or_a_minute_allows() -> None:
     assert await refused() == pytest.approx(1 + 38)
     now += 39
     await usage.enter("t", limits, "c")
+    now = 2000.0  # what would have come back meanwhile found the bucket full
+    await usage.leave("t", limits, "c", 80)
+    assert await refused() == pytest.approx(1 + 20)
 
 
 @pytest.fixture(scope="module")
@@ -270,6 +302,21 @@ async def test_all_at_once_are_counted(usage: Usage) -> None:
     with pytest.raises(LimitExceeded) as error:
         await usage.enter("t", limits, "later")
     assert error.value.retry_seconds == pytest.approx(12, abs=1)  # all of them are charged
+
+
+async def test_redis_forgets_a_tenant_when_it_owes_nothing(redis_url: str) -> None:
+    """Neither earlier, which would be a gift, nor never."""
+    limits = UsageLimits(requests_per_second=50, tokens_per_minute=60, concurrent=2)
+    prefix = uuid.uuid4().hex
+    usage = await SharedUsage.connect(redis_url, prefix=prefix, on_failure="refuse")
+    async with redis.asyncio.from_url(redis_url) as client:
+        await usage.enter("t", limits, "a")
+        await usage.enter("t", limits, "b")
+        assert 30 < await client.ttl(f"{prefix}:{{t}}:leases") <= 90
+        await usage.leave("t", limits, "a", 6000)
+        await usage.leave("t", limits, "b", 0)
+        assert 6000 < await client.ttl(f"{prefix}:{{t}}:levels") <= 6060
+    await usage.close()
 
 
 async def test_gateways_share_what_redis_counts(tmp_path: Path, redis_url: str) -> None:
