@@ -135,9 +135,19 @@ class OtherShape(ScriptedWorker):
         await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
 
 
+class EndsEarly(ScriptedWorker):
+    """A worker that ends its stream in good order, and says no reason why."""
+
+    async def _stream(self, body: dict[str, Any], response: web.StreamResponse) -> None:
+        meta = {"completion_tokens": 1, "finish_reason": None}
+        event = {"text": "a", "output_ids": [1], "meta_info": meta}
+        await response.write(b"data: " + json.dumps(event).encode() + b"\n\ndata: [DONE]\n\n")
+
+
 @pytest.mark.parametrize(
     ("kind", "error", "text"),
     [
+        (EndsEarly, Unavailable, "ended the answer early; it may be restarting"),
         (EndlessError, Unavailable, "gave an answer that cannot be understood"),
         (LongError, InvalidRequest, "the worker refused the request: no: 語語語"),
         (OtherShape, Unavailable, "gave an answer that cannot be understood"),

@@ -18,6 +18,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tests.gateway.running import Running, run_gateway, until
 from tests.gateway.test_abort import record_of
 from vase_sgl.client import NEVER, AsyncClient, RateLimited, Unavailable, VaseError, channels
+from vase_sgl.gateway.health import GatewayHealth
 from vase_sgl.gateway.patience import Patience
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -69,6 +70,17 @@ async def test_liveness_is_not_readiness(tmp_path: Path) -> None:
                 await late.generate_once("tell me")
         assert sum([len(chunk.token_ids) async for chunk in stream]) == 50
         await stopping
+
+
+async def test_a_gateway_that_stops_is_not_ready_again() -> None:
+    """Though a worker gets ready while it drains."""
+    state = GatewayHealth("name")
+    await state.announce(True)
+    request = health_pb2.HealthCheckRequest(service="readiness")
+    assert (await state.Check(request, None)).status == SERVING
+    await state.shut_down()
+    await state.announce(True)
+    assert (await state.Check(request, None)).status == NOT_SERVING
 
 
 @pytest.mark.parametrize(("calls", "most"), [(1000, 64), (8, 2)])

@@ -182,7 +182,8 @@ async def test_samples_differ_and_are_replayable_each(door: Running) -> None:
     for index, request_id in enumerate(extra["vase"]["request_ids"]):
         record = await door.client.get_record(request_id)
         assert record.sample_index == index and record.text == texts[index]
-        assert (await door.client.replay(request_id).verdict()).outcome == "MATCH"
+        verdict = await door.client.replay(request_id).verdict()
+        assert (verdict.outcome, verdict.seed_check) == ("MATCH", "VERIFIED")
 
 
 async def test_models(door: Running) -> None:

@@ -87,3 +87,20 @@ async def test_a_cancelled_caller_takes_the_announcement_back() -> None:
     client.gate.set()
     await asyncio.sleep(0.01)
     assert client.taken == []
+
+
+async def test_who_is_cancelled_while_it_leaves_takes_the_announcement_back() -> None:
+    client = Client()
+
+    async def run() -> None:
+        async with Outbox(client.send) as outbox:
+            outbox.announce(STARTED)
+
+    leaving = asyncio.create_task(run())
+    await asyncio.sleep(0.01)
+    leaving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+    client.gate.set()
+    await asyncio.sleep(0.01)
+    assert client.taken == []

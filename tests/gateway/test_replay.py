@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 
 from tests.gateway.running import Running
-from vase_sgl.client import AsyncClient, Completion, InvalidRequest, NotFound, Verdict
+from vase_sgl.client import (
+    AsyncClient,
+    Completion,
+    InvalidRequest,
+    NotFound,
+    VaseError,
+    Verdict,
+)
 from vase_sgl.gateway import tenants
 
 OPTIONS: dict[str, Any] = {
@@ -233,6 +240,13 @@ async def test_another_worker_is_incomparable_and_nothing_is_run(running: Runnin
         ("sglang", "0", "1"),
     ]
     assert len(running.worker.bodies) == 1
+
+
+async def test_a_replay_that_its_worker_gives_up_has_no_verdict(running: Running) -> None:
+    answer = await generate(running)
+    running.worker.faults.abort_after_tokens = 3
+    with pytest.raises(VaseError, match="the worker gave the request up: out of luck"):
+        await replay(running, answer)
 
 
 async def test_only_a_completed_generation_can_be_replayed(running: Running) -> None:

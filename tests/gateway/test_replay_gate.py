@@ -100,6 +100,7 @@ async def test_so_many_wait_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None
         with pytest.raises(LimitExceeded, match=text) as error:
             await watch.replay(one, tenant=tenant)
         assert error.value.reason == reason and error.value.retry_seconds
+    assert not any(task.done() for task in (*waiting, *running))
     for task in (*waiting, *running):
         task.cancel()
     await asyncio.gather(*waiting, *running, return_exceptions=True)
@@ -124,6 +125,18 @@ async def test_a_wait_ends_with_a_reason_and_frees_the_turn() -> None:
         await watch.replay(one)
     await holding
     await watch.replay(one)
+
+
+async def test_the_longest_wait_is_for_a_turn_and_a_worker_together() -> None:
+    watch, one = Watch(IDLE), gate(1, wait=0.6)
+    holding = asyncio.create_task(watch.replay(one, 0.5))
+    await asyncio.sleep(0.01)
+    watch.info = busy(0)
+    begun = time.monotonic()
+    with pytest.raises(WorkerUnavailable, match="busy with generations"):
+        await watch.replay(one)
+    assert time.monotonic() - begun < 1.0
+    await holding
 
 
 @pytest.mark.parametrize(

@@ -30,3 +30,10 @@ async def test_an_endless_event_is_an_error(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(sse, "MAX_EVENT_BYTES", 100)
     with pytest.raises(ValueError, match="longer than 100 bytes"):
         _ = [event async for event in sse.events(blocks(b"data: " + b"x" * 200, [50] * 4))]
+
+
+async def test_many_events_may_be_longer_than_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sse, "MAX_EVENT_BYTES", 100)
+    body = b"data: " + b"x" * 20 + b"\n\n"
+    found = [event async for events in sse.events(blocks(body * 30, [7] * 120)) for event in events]
+    assert found == [b"x" * 20] * 30
