@@ -63,10 +63,11 @@ ROW = [0.5] * 64
         ({"logit_bias": {"1": -INF}}, {}, "logit_bias"),
         ({"logit_bias": {"1": 1e300}}, {}, "logit_bias"),  # infinite as float32
         ({"stop_token_ids": [7, 10**9]}, {}, "stop_token_ids: .* from 0 up to 256 exclusive"),
+        ({"stop_token_ids": [256]}, {}, "stop_token_ids"),
         ({"stop_token_ids": [-1]}, {}, "stop_token_ids"),
         ({}, {"top_logprobs_num": 10**6}, "top_logprobs_num: must be from 0 to 256"),
         ({}, {"top_logprobs_num": -3}, "top_logprobs_num"),
-        ({}, {"logprob_start_len": -5}, "logprob_start_len: must be -1 "),
+        ({}, {"logprob_start_len": -2}, "logprob_start_len: must be -1 "),
         ({}, {"session_params": {"id": {"a": 1}}}, "session_params: id and rid must be strings"),
         ({}, {"session_params": {"id": "s", "rid": ["a"]}}, "session_params"),
         ({}, {"session_params": {"id": "s", "offset": "1"}}, "session_params"),

@@ -12,11 +12,15 @@ from types import SimpleNamespace
 import huggingface_hub.constants
 import pytest
 import sglang
+import torch
+import transformers
 import triton
 from sglang.srt.server_args import ServerArgs
+from vase_kernels import REVISION
 
+import vase_sgl
 from tests.engine.scheduler_harness import SteppedScheduler
-from vase_sgl.engine import fingerprint, server_info
+from vase_sgl.engine import fingerprint, platform_cpu, server_info
 from vase_sgl.engine.config import WORKER_TOKEN, engine_config
 from vase_sgl.engine.weights import WeightsNotFound, tokenizer_digest, weights_digest
 from vase_sgl.gateway.errors import WorkerUnavailable
@@ -256,7 +260,42 @@ def test_an_accelerator_names_the_packages_of_its_kernels() -> None:
         chunked_prefill_size=8192, tree_cache=SimpleNamespace(page_size=1, disable=True)
     )
     found = fingerprint._of_accelerators(scheduler)
-    assert found["triton"] == triton.__version__ and found["prefix_cache"] == "off"
+    assert found["triton"] == triton.__version__
+    layout = {"chunked_prefill_size": "8192", "page_size": "1", "prefix_cache": "off"}
+    assert layout.items() <= found.items()
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_an_accelerator_is_deterministic_if_it_was_asked_to_be(
+    monkeypatch: pytest.MonkeyPatch, flag: bool
+) -> None:
+    monkeypatch.setattr(platform_cpu, "is_active", lambda: False)
+    args = SimpleNamespace(enable_deterministic_inference=flag)
+    assert fingerprint._is_deterministic(args, torch.nn.Linear(1, 1)) == flag
+
+
+def test_what_decides_the_tokens_is_told(stepped: SteppedScheduler) -> None:
+    """A part that is left out would let replays of other workers be called divergences."""
+    found = fingerprint.fingerprint(stepped.scheduler)
+    expected = {
+        "model": Path(stepped.scheduler.server_args.model_path).name,
+        "weights_digest": "dummy",
+        "tokenizer_digest": tokenizer_digest(stepped.scheduler.server_args.model_path),
+        "vase_sgl": vase_sgl.__version__,
+        "sglang": sglang.__version__,
+        "kernels": f"reference-{REVISION}",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "dtype": "float32",
+        "kv_cache_dtype": "float32",
+        "attention_backend": "BatchInvariantBackend",
+        "tp_size": "1",
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(torch.get_num_threads()),
+        "sampling_backend": "pytorch",
+    }
+    assert expected.items() <= found.items()
+    assert found["device"].startswith("cpu ")
 
 
 _X86 = """processor\t: 0
