@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -143,6 +144,15 @@ def test_penalties_count_every_token_once(
         assert any(sorted(set(tokens[:n])) == counted[-1] for n in range(25, 31))
         for overlap, arrivals in ((True, (4, 9, 14, 19, 24)), (False, ()), (False, (5, 6))):
             assert run(overlap, arrivals)[0] == tokens
+
+
+@pytest.mark.parametrize(
+    ("step", "retractions", "token"), [(0, 0, None), (1, 0, 5), (3, 0, 7), (4, 0, 7), (1, 1, 7)]
+)
+def test_the_token_that_a_step_counts(step: int, retractions: int, token: int | None) -> None:
+    """Of a retracted request the newest: its steps are counted anew, what it has said is not."""
+    req = SimpleNamespace(decode_batch_idx=step, output_ids=[5, 6, 7], retraction_count=retractions)
+    assert penalties._last_but_one(req) == token
 
 
 def _counted(stepped: SteppedScheduler, row: int) -> list[int]:

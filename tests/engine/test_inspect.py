@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,22 @@ def test_memory_is_bounded_and_the_file_says_what_is_missing(
     assert found.evicted_in_round.max() == 3
     with pytest.raises(ValueError, match="round 4 is not one of the 3 recorded"):
         found.kept(4)
+
+
+def test_recordings_share_the_memory_and_have_no_gaps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inspector, "_recordings", weakref.WeakSet())
+    monkeypatch.setattr(inspector, "MAX_BYTES", 10 * 2)
+    first, second = inspector.Recording(tmp_path), inspector.Recording(tmp_path)
+    kept = torch.zeros(1, 1, 1, dtype=torch.int32)
+    first.note(1, 6, kept)
+    second.note(1, 4, kept)
+    second.note(2, 5, kept)  # one position too many
+    del first
+    second.note(3, 6, kept)  # fits, but round 2 is not there
+    second.fold(3)
+    assert second.recorded_rounds == 1
 
 
 @torch.inference_mode()

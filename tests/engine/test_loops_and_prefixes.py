@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from sglang.srt.runtime_context import get_exec
 
 from tests.engine.scheduler_harness import Answer, SteppedScheduler
+from vase_sgl.engine import lifecycle, platform_cpu
 
 POOL = 400
 
@@ -140,6 +143,28 @@ def test_the_tree_keeps_the_prompt_and_nothing_compacted(
     assert production.free_slots == POOL
 
 
+@pytest.mark.parametrize(
+    ("cpu", "deterministic", "kept"), [(True, False, 6), (False, True, 6), (False, False, 10)]
+)
+def test_where_replays_are_promised_the_tree_gets_rows_of_a_prefill_only(
+    stepped: SteppedScheduler,
+    monkeypatch: pytest.MonkeyPatch,
+    cpu: bool,
+    deterministic: bool,
+    kept: int,
+) -> None:
+    monkeypatch.setattr(platform_cpu, "is_active", lambda: cpu)
+    rows: list[int] = []
+
+    def insert(tree: None, req: object, *, up_to: int) -> None:
+        rows.append(up_to)
+
+    with get_exec().deterministic.override(enable_deterministic_inference=deterministic):
+        for up_to in (5, 10):
+            lifecycle.keep_decoded_out(insert, None, SimpleNamespace(extend_end=6), up_to=up_to)
+    assert rows == [5, kept]
+
+
 def test_keep_holds_on_to_the_shared_slots(production: SteppedScheduler) -> None:
     """Eight requests with one prompt of 60 hold it once: 60 + 8 x 32 slots, not 8 x 92."""
     _run(production, "first", SHARED, max_new_tokens=2, vase=None)
@@ -218,3 +243,26 @@ def test_the_copy_of_a_first_round_is_reserved(production: SteppedScheduler) -> 
     for rid in ("copies", *(f"keep{index}" for index in range(5))):
         finish = production.answers[rid].finish
         assert finish is not None and finish["type"] == "length", (rid, finish)
+
+
+def test_full_kv_neighbours_make_way_for_the_copy_of_a_first_round(
+    production: SteppedScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes 32 slots at once; without room for them the scheduler would end."""
+    ratio = production.scheduler.new_token_ratio_tracker
+    monkeypatch.setattr(ratio, "current", 0.0)
+    monkeypatch.setattr(ratio, "min", 0.0)
+    production.submit("copies", _prompt(1, 110), max_new_tokens=60, vase=EVICT)
+    for index in range(3):
+        prompt = _prompt(9 + index, 78)
+        production.submit(f"stock{index}", prompt, max_new_tokens=11, ignore_eos=False)
+        production.step()
+        production.step()
+    least = POOL
+    while not production.idle:
+        production.step()
+        if production.running and production.running[0].kv.kv_allocated_len > 110:
+            least = min(least, production.free_slots)
+    assert least < 32
+    answer = production.answers["copies"]
+    assert answer.finish == {"type": "length", "length": 60}

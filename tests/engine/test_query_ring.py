@@ -10,7 +10,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests.engine.scheduler_harness import SteppedScheduler
-from vase_sgl.engine import sizing
+from vase_sgl.engine import query_ring, sizing
 from vase_sgl.engine.config import EngineConfig
 from vase_sgl.engine.limits import UnsupportedConfiguration
 from vase_sgl.engine.pool import BudgetPool
@@ -85,6 +85,24 @@ def test_requests_wait_for_a_ring(
     assert most == 2
     for rid in ("q0", "q1", "q2", "q3", "free"):
         assert len(stepped.answers[rid].tokens) == 40
+
+
+def test_who_waits_for_slots_holds_no_ring(stepped: SteppedScheduler) -> None:
+    """Each try would take one more, and then nobody got in any more."""
+    ring = BudgetPool.of(stepped.scheduler.req_to_token_pool).query_ring
+    stepped.answers.clear()
+    with torch.inference_mode():
+        large = {"budget": 370, "window": 8, "policy": "streaming"}
+        stepped.submit("large", PROMPT, max_new_tokens=500, vase=large)
+        stepped.step()
+        stepped.submit("waits", PROMPT, max_new_tokens=40, vase=ATTNV)
+        for _ in range(12):
+            stepped.step()
+        assert [req.rid for req in stepped.scheduler.waiting_queue] == ["waits"]
+        assert all(map(query_ring._is_gone, ring._owners))
+        stepped.abort("large")
+        stepped.run()
+    assert len(stepped.answers["waits"].tokens) == 40
 
 
 def _sizes(**change: Any) -> BufferSizes:
