@@ -378,6 +378,9 @@ def test_waits_double_and_vary() -> None:
             waits.append(attempts.wait_after(Unavailable("x")))
     first, second = waits[::2], waits[1::2]
     assert 0.5 <= min(first) < max(first) <= 1 and 1 <= min(second) < max(second) <= 2
+    attempts.begin()
+    told = [attempts.wait_after(Unavailable("x", retry_seconds=2)) for _ in range(50)]
+    assert 2 <= min(told) < max(told) <= 2.2  # nor do all come back when they were told to
 
 
 async def test_the_current_trace_goes_along(server: Server) -> None:

@@ -17,6 +17,7 @@ from tests.gateway.running import Running, run_gateway, until
 from tests.gateway.scripted_worker import ScriptedWorker
 from vase_sgl.client import NEVER, AsyncClient, Client, InvalidRequest, Unavailable, VaseError
 from vase_sgl.gateway import logs, worker_http
+from vase_sgl.gateway.audit import AuditStore
 from vase_sgl.gateway.config import load_config
 from vase_sgl.gateway.errors import LimitExceeded
 from vase_sgl.gateway.server import Gateway, PortInUse
@@ -216,6 +217,26 @@ def test_one_failure_of_several_generations_is_an_error_of_each() -> None:
     assert (first.request_id, first.final) == ("a", False)
     assert (second.request_id, second.final) == ("b", True)
     assert shared.request_id is None
+
+
+async def test_what_the_end_cuts_off_is_recorded_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with run_gateway(tmp_path, drain_seconds=0.1) as running:
+        append = running.gateway._store.append
+
+        async def slow(record: Any) -> Any:
+            await asyncio.sleep(0.3)
+            return await append(record)
+
+        monkeypatch.setattr(running.gateway._store, "append", slow)
+        running.worker.token_seconds = 0.02
+        request_id = await running.client.generate("tell me", max_new_tokens=4000).started()
+        await running.gateway.stop()
+    store = await AuditStore.open(running.audit_url)
+    stored = await store.get("alice", request_id)
+    assert stored is not None and stored.record.status == "aborted"
+    await store.close()
 
 
 async def test_a_generation_without_a_record_has_no_result(

@@ -62,6 +62,15 @@ async def test_a_workers_own_maximum_bounds_what_it_gets(tmp_path: Path) -> None
         assert running.worker.most_running == 3
 
 
+async def test_connections_do_not_bound_what_a_worker_gets(tmp_path: Path) -> None:
+    """An HTTP client opens 100 unless it is told otherwise."""
+    async with run_gateway(tmp_path, worker={"max_in_flight": 110}) as running:
+        running.worker.token_seconds = 1.0
+        calls = [running.client.generate_once("tell me", max_new_tokens=1) for _ in range(110)]
+        await asyncio.gather(*calls)
+        assert running.worker.most_running == 110
+
+
 async def test_kv_slots_bound_what_a_worker_gets(tmp_path: Path) -> None:
     """10000 slots, 1000 of them reserved already: two requests of 4000 fit, not three."""
     async with run_gateway(tmp_path) as running:

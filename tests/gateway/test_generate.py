@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.gateway.running import Running
+from tests.gateway.running import Running, run_gateway
 from tests.gateway.scripted_worker import token_of
 from vase_sgl.client import NEVER, AsyncClient, InvalidRequest, Message
 
@@ -179,6 +180,17 @@ async def test_the_workers_own_default_budget_is_made_explicit(running: Running)
     assert answer.result.cache is not None and answer.result.cache.rounds > 0
     record = await running.client.get_record(answer.request_id)
     assert record.eviction is not None and record.eviction.policy == "random"
+
+
+async def test_the_gateways_default_budget_goes_before_the_workers(tmp_path: Path) -> None:
+    default = {"budget": 24, "window": 8, "policy": "streaming"}
+    async with run_gateway(tmp_path, default_eviction=default) as running:
+        running.worker.default_eviction = {"budget": 32, "window": 8, "policy": "random"}
+        await running.worker.noticed()
+        await running.client.generate_once("tell me", max_new_tokens=2)
+        await running.client.generate_once("tell me", max_new_tokens=2, budget=16, window=8)
+        sent = [b["sampling_params"]["custom_params"]["vase"] for b in running.worker.bodies]
+        assert default.items() <= sent[0].items() and sent[1]["budget"] == 16
 
 
 async def test_many_requests_at_once_are_all_recorded_in_one_chain(running: Running) -> None:

@@ -72,6 +72,16 @@ async def test_liveness_is_not_readiness(tmp_path: Path) -> None:
         await stopping
 
 
+async def test_draining_takes_no_longer_than_it_must(tmp_path: Path) -> None:
+    async with run_gateway(tmp_path, drain_seconds=20) as running:
+        running.worker.token_seconds = 0.01
+        stream = running.client.generate("tell me", max_new_tokens=20)
+        await stream.started()
+        stopping = asyncio.create_task(running.gateway.stop())
+        assert sum([len(chunk.token_ids) async for chunk in stream]) == 20
+        await asyncio.wait_for(stopping, 8)
+
+
 async def test_a_gateway_that_stops_is_not_ready_again() -> None:
     """Though a worker gets ready while it drains."""
     state = GatewayHealth("name")

@@ -21,7 +21,7 @@ from vase_sgl.gateway.discovery import discover, resolve
 from vase_sgl.gateway.errors import WorkerUnavailable
 from vase_sgl.gateway.need import Need
 from vase_sgl.gateway.router import Lease, WorkerRouter
-from vase_sgl.gateway.worker_http import HttpWorker
+from vase_sgl.gateway.worker_http import HttpWorker, worker_info
 from vase_sgl.gateway.workers import CacheStats, WorkerChunk, WorkerInfo
 from vase_sgl.worker_key import WORKER_KEY
 
@@ -585,6 +585,35 @@ async def test_discovery_that_ends_is_told(caplog: pytest.LogCaptureFixture) -> 
     await until(lambda: bool(caplog.records))
     assert "workers are looked up no more" in caplog.text and "a defect" in caplog.text
     await router.close()
+
+
+def test_data_parallel_ranks_are_one_worker() -> None:
+    state = {
+        "fingerprint": {"model": "m"},
+        "limits": {"max_budget": 32, "max_window": 8, "max_requests": 2},
+        "context_length": 100,
+        "slots": {"total": 10, "available": 6, "reserved": 3},
+        "running_requests": 1,
+        "rounds": 4,
+        "evicted_tokens": 5,
+        "max_running_requests": 7,
+    }
+    told = Told(
+        max_running_requests=14,
+        max_query_requests=4,
+        fingerprint={"model": "m"},
+        model_name="m",
+        total_slots=20,
+        available_slots=12,
+        reserved_slots=6,
+        running_requests=2,
+        rounds=8,
+        evicted_tokens=10,
+    )
+    assert worker_info({"internal_states": [{"vase": state}] * 2}) == told.answer
+    reading = {"not_ready": "the weights are being read"}
+    with pytest.raises(WorkerUnavailable, match="not ready: the weights"):
+        worker_info({"internal_states": [{"vase": state}, {"vase": reading}]})
 
 
 async def test_a_worker_is_made_once_per_address() -> None:
