@@ -128,14 +128,14 @@ async def test_a_wait_ends_with_a_reason_and_frees_the_turn() -> None:
 
 
 async def test_the_longest_wait_is_for_a_turn_and_a_worker_together() -> None:
-    watch, one = Watch(IDLE), gate(1, wait=0.6)
-    holding = asyncio.create_task(watch.replay(one, 0.5))
+    watch, one = Watch(IDLE), gate(1, wait=2.0)
+    holding = asyncio.create_task(watch.replay(one, 1.0))
     await asyncio.sleep(0.01)
     watch.info = busy(0)
     begun = time.monotonic()
     with pytest.raises(WorkerUnavailable, match="busy with generations"):
         await watch.replay(one)
-    assert time.monotonic() - begun < 1.0
+    assert time.monotonic() - begun < 2.7
     await holding
 
 
