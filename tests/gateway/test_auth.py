@@ -6,10 +6,12 @@ import asyncio
 import hashlib
 import logging
 import os
+import sys
 import threading
 from pathlib import Path
 from typing import Any
 
+import argon2
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -26,7 +28,7 @@ from vase_sgl.client import (
 )
 from vase_sgl.gateway import keys, tenants
 from vase_sgl.gateway.auth import Credential, KeyAuthenticator
-from vase_sgl.gateway.errors import TooManyChecks, Unauthenticated
+from vase_sgl.gateway.errors import KeyNotChecked, Unauthenticated
 
 
 async def refused(running: Running, key: str | None) -> str:
@@ -67,45 +69,176 @@ async def test_a_second_check_of_a_key_is_fast(
     monkeypatch.setattr(keys, "verify", lambda *a: verified.append(a[0]) or real(*a))
     for _ in range(20):
         await running.client.capacity()
-    assert len(verified) <= 1  # none if another test has used the key within the minute
+    assert verified == []  # the fixture has used the key
 
 
-async def test_a_checked_key_is_remembered_for_a_minute_and_never_as_it_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def verified(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
+    """Keys that argon2 was run for, and whether against a hash of theirs."""
+    calls, real = [], keys.verify
+    monkeypatch.setattr(
+        keys, "verify", lambda key, hash: calls.append((key, hash is not None)) or real(key, hash)
+    )
+    return calls
+
+
+def other_secret(key: str, number: int = 0) -> str:
+    """A key with the same id."""
+    return f"{key[:-8]}{int(key[-8:], 16) ^ number + 1:08x}"
+
+
+async def test_a_key_is_checked_once_while_its_hash_stands_in_the_file(
+    tmp_path: Path, verified: list[tuple[str, bool]]
 ) -> None:
-    verified, now = [], 0.0
-    real = keys.verify
-    monkeypatch.setattr(keys, "verify", lambda *a: verified.append(a[0]) or real(*a))
-    key = add_tenant(tmp_path / "t.yaml", "bob")
-    bad = key[:-1] + ("0" if key[-1] != "0" else "1")
-    authenticator = KeyAuthenticator(tmp_path / "t.yaml", lambda: now)
-    for _ in range(3):
-        assert (await authenticator.tenant_of(Credential(key))).name == "bob"
+    file = tmp_path / "t.yaml"
+    key = add_tenant(file, "bob")
+    authenticator = KeyAuthenticator(file)
+    for round in range(3):
+        calls = [authenticator.tenant_of(Credential(key)) for _ in range(5)]  # one check for all
+        assert {tenant.name for tenant in await asyncio.gather(*calls)} == {"bob"}
         with pytest.raises(Unauthenticated):
-            await authenticator.tenant_of(Credential(bad))
-    assert verified == [key, bad]
-    now = 61.0
-    await authenticator.tenant_of(Credential(key))
-    assert verified == [key, bad, key]
-    remembered = list(authenticator._checked)
-    assert len(remembered) == 2 and hashlib.blake2b(key.encode()).digest() not in remembered
+            await authenticator.tenant_of(Credential(other_secret(key)))
+        add_tenant(file, f"another-{round}")
+    # The hash has its key; anything else with that id only takes as long.
+    assert verified == [(key, True), (other_secret(key), False)]
+    stored = tenants.load(file).tenants[0].keys[0].hash
+    file.write_text(file.read_text().replace(stored, keys.new_key().hash))
+    with pytest.raises(Unauthenticated):
+        await authenticator.tenant_of(Credential(key))
+    assert verified[2:] == [(key, True)]
+
+
+async def test_keys_are_not_remembered_as_they_are(tmp_path: Path) -> None:
+    key = add_tenant(tmp_path / "t.yaml", "bob")
+    checks = [KeyAuthenticator(tmp_path / "t.yaml")._checks for _ in range(2)]
+    stored = tenants.load(tmp_path / "t.yaml").tenants[0].keys[0].hash
+    for one in checks:
+        assert await one.matches(key, stored)
+    first, second = (one._proven[stored] for one in checks)
+    assert first != second and hashlib.sha256(key.encode()).digest() not in (first, second)
     assert key not in repr(Credential(key))
 
 
-async def test_a_flood_of_keys_is_refused_and_bounded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_an_unknown_id_takes_a_check_like_a_wrong_secret(
+    tmp_path: Path, verified: list[tuple[str, bool]]
 ) -> None:
-    monkeypatch.setattr("vase_sgl.gateway.auth._WAITING_CHECKS", 8)
-    monkeypatch.setattr("vase_sgl.gateway.auth._REMEMBERED", 4)
     key = add_tenant(tmp_path / "t.yaml", "bob")
     authenticator = KeyAuthenticator(tmp_path / "t.yaml")
+    unknown, wrong, wrong_too = keys.new_key().key, other_secret(key, 1), other_secret(key, 2)
+    for refused_key in (unknown, wrong, unknown, wrong):
+        with pytest.raises(Unauthenticated, match="unknown or revoked"):
+            await authenticator.tenant_of(Credential(refused_key))
     await authenticator.tenant_of(Credential(key))
-    flood = [authenticator.tenant_of(Credential(f"{key[:-8]}{n:08x}")) for n in range(40)]
-    outcomes = await asyncio.gather(*flood, return_exceptions=True)
-    assert {type(outcome) for outcome in outcomes} == {Unauthenticated, TooManyChecks}
-    assert sum(isinstance(outcome, Unauthenticated) for outcome in outcomes) == 8
-    assert len(authenticator._checked) == 4
-    await authenticator.tenant_of(Credential(key))  # forgotten, and there is room for a check
+    with pytest.raises(Unauthenticated, match="unknown or revoked"):
+        await authenticator.tenant_of(Credential(wrong_too))
+    assert verified == [(unknown, False), (wrong, True), (key, True), (wrong_too, False)]
+
+
+async def test_strangers_are_bounded_and_hold_up_no_first_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vase_sgl.gateway.key_checks._WAITING_DECOYS", 8)
+    monkeypatch.setattr("vase_sgl.gateway.key_checks._REMEMBERED_REFUSALS", 4)
+    go_on, decoys, real = threading.Event(), [], keys.verify
+
+    def slow_for_strangers(key: str, stored_hash: str | None) -> bool:
+        if stored_hash is None:
+            decoys.append(key)
+            go_on.wait(10)
+        return real(key, stored_hash)
+
+    monkeypatch.setattr(keys, "verify", slow_for_strangers)
+    good = [add_tenant(tmp_path / "t.yaml", f"t{n}") for n in range(6)]
+    authenticator = KeyAuthenticator(tmp_path / "t.yaml")
+    strangers = [
+        asyncio.create_task(authenticator.tenant_of(Credential(keys.new_key().key)))
+        for _ in range(20)
+    ]
+    async with asyncio.timeout(5):
+        done, waiting = await asyncio.wait(strangers, return_when=asyncio.FIRST_COMPLETED)
+        assert (len(done), len(waiting)) == (12, 8)
+        for key in good:
+            await authenticator.tenant_of(Credential(key))
+    go_on.set()
+    outcomes = await asyncio.gather(*strangers, return_exceptions=True)
+    assert {type(outcome) for outcome in outcomes} == {Unauthenticated}
+    assert len(decoys) == 8 and len(authenticator._checks._refused) == 4
+
+
+async def test_who_knows_an_id_holds_up_no_other_key(tmp_path: Path) -> None:
+    bobs, carols = (add_tenant(tmp_path / "t.yaml", name) for name in ("bob", "carol"))
+    authenticator = KeyAuthenticator(tmp_path / "t.yaml")
+    flood = [authenticator.tenant_of(Credential(other_secret(bobs, n))) for n in range(40)]
+    *outcomes, carol = await asyncio.gather(
+        *flood, authenticator.tenant_of(Credential(carols)), return_exceptions=True
+    )
+    assert isinstance(carol, tenants.Tenant) and carol.name == "carol"
+    assert [type(outcome) for outcome in outcomes] == [Unauthenticated] * 4 + [KeyNotChecked] * 36
+    assert (await authenticator.tenant_of(Credential(bobs))).name == "bob"
+    assert authenticator._checks._running == {}
+
+
+async def test_a_check_that_fails_says_nothing_of_the_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for want of memory: the outcome of a check is remembered for good."""
+    key = add_tenant(tmp_path / "t.yaml", "bob")
+    authenticator = KeyAuthenticator(tmp_path / "t.yaml")
+
+    def no_memory(*_: object) -> None:
+        raise argon2.exceptions.VerificationError("Memory allocation error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(argon2.PasswordHasher, "verify", no_memory)
+        with pytest.raises(KeyNotChecked, match="try again in a moment"):
+            await authenticator.tenant_of(Credential(key))
+    assert (await authenticator.tenant_of(Credential(key))).name == "bob"
+
+
+#: Sends keys of the right form that nobody has, so many at once, until it is killed.
+_FLOOD = """
+import asyncio, secrets, sys, aiohttp
+
+async def one(session):
+    while True:
+        key = f"vsk_{secrets.token_hex(6)}_{secrets.token_hex(32)}"
+        headers = {"Authorization": f"Bearer {key}"}
+        try:
+            async with session.get(f"{sys.argv[1]}/v1/models", headers=headers) as answer:
+                await answer.read()
+                print(answer.status, flush=True)
+        except aiohttp.ClientError:
+            pass
+
+async def main():
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        await asyncio.gather(*(one(session) for _ in range(300)))
+
+asyncio.run(main())
+"""
+
+
+async def test_a_flood_of_strangers_shuts_no_tenant_out(tmp_path: Path) -> None:
+    async with run_gateway(tmp_path, http={"port": 0}) as running:
+        good = [running.add_tenant(f"t{n}") for n in range(3)]
+        flood = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", _FLOOD, running.http_url), stdout=asyncio.subprocess.PIPE
+        )
+        try:
+            assert flood.stdout is not None
+            for _ in range(300):  # it is under way
+                assert await flood.stdout.readline() == b"401\n"
+            drained = asyncio.create_task(flood.stdout.read())
+            for _ in range(2):
+                for key in good:  # never seen before, and then after a change of the file
+                    async with AsyncClient(running.target, key, retry=NEVER) as client:
+                        await client.capacity(timeout=30)
+                good.append(running.add_tenant(f"t{len(good)}"))
+            assert flood.returncode is None
+        finally:
+            flood.kill()
+            await flood.wait()
+        assert set((await drained).split(b"\n")[:-1]) == {b"401"}
 
 
 async def test_a_key_revoked_while_it_is_checked_is_refused(

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import collections
 import contextvars
 import dataclasses
-import hashlib
 import logging
-import secrets
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 from vase_sgl.gateway import keys, tenants
-from vase_sgl.gateway.errors import (
-    PermissionDenied,
-    TooManyChecks,
-    Unauthenticated,
-)
+from vase_sgl.gateway.errors import PermissionDenied, Unauthenticated
+from vase_sgl.gateway.key_checks import KeyChecks
 from vase_sgl.gateway.tenants import (
     Role,
     Tenant,
@@ -29,13 +22,6 @@ from vase_sgl.gateway.tenants import (
 
 logger = logging.getLogger(__name__)
 
-#: Checked keys remembered and for how long, so that argon2 runs once a minute for each.
-_REMEMBERED = 4096
-_REMEMBER_SECONDS = 60.0
-#: argon2 checks at once; each takes 19 MiB, and anyone can cause one.
-_PARALLEL_CHECKS = 4
-#: Checks that run or wait; more are refused.
-_WAITING_CHECKS = 256
 #: What `_stamp` sees of a file.
 _Stamp = tuple[int, int, int, int]
 
@@ -85,7 +71,6 @@ class KeyAuthenticator:
     def __init__(
         self,
         path: Path,
-        clock: Callable[[], float] = time.monotonic,
         on_refusal: Callable[[], None] = lambda: None,
     ) -> None:
         """Raises `TenantFileError` if the file is missing or wrong.
@@ -94,16 +79,12 @@ class KeyAuthenticator:
         """
         self._on_refusal = on_refusal
         self._path = path
-        self._clock = clock
         #: Of the content in force, or of a later one that was refused.
         self._stamp = _stamp(path)
         #: Why the file at a stamp is not in force, as it was logged.
         self._complaint: tuple[_Stamp | None, str] | None = None
-        #: Keys the digests of this process only: what leaks of them tells nothing about a key.
-        self._digest_key = secrets.token_bytes(32)
         self._reloading = asyncio.Lock()
-        self._checks = asyncio.Semaphore(_PARALLEL_CHECKS)
-        self._waiting_checks = 0
+        self._checks = KeyChecks()
         self._use(tenants.load(path))
 
     async def tenant_of(self, credential: Credential) -> Tenant:
@@ -133,56 +114,27 @@ class KeyAuthenticator:
         return tenant
 
     async def _tenant_of_key(self, key: str) -> Tenant:
-        # An HTTP header may hold bytes that are no text.
-        spelled = key.encode(errors="surrogateescape")
-        digest = hashlib.blake2b(spelled, key=self._digest_key, digest_size=32).digest()
-        entry = self._remembered(digest)
-        if entry is None:
-            entry = await self._check(key, digest)
-        if not entry.valid:
-            raise Unauthenticated(
-                "unknown or revoked API key; ask whoever runs the gateway for a new one "
-                "(`vase-sgl tenants add`)"
-            )
-        return self._by_key_id[entry.key_id][0]
-
-    def _remembered(self, digest: bytes) -> _Checked | None:
-        entry = self._checked.get(digest)
-        if entry is None or entry.until < self._clock():
-            return None
-        self._checked.move_to_end(digest)
-        return entry
-
-    async def _check(self, key: str, digest: bytes) -> _Checked:
-        """Verify with argon2, and remember the outcome for a while."""
         key_id = keys.key_id_of(key)
         if key_id is None:
             raise Unauthenticated(
                 "this is not an API key; one looks like vsk_<id>_<secret> and is made by "
                 "`vase-sgl tenants add`"
             )
-        if self._waiting_checks >= _WAITING_CHECKS:
-            raise TooManyChecks(
-                "too many API keys are being checked at once; try again in a moment",
-                retry_seconds=1.0,
+        while True:
+            stored = self._hash_of(key_id)
+            valid = await self._checks.matches(key, stored)
+            if stored == self._hash_of(key_id):
+                break  # else the file changed meanwhile
+        if not valid:
+            raise Unauthenticated(
+                "unknown or revoked API key; ask whoever runs the gateway for a new one "
+                "(`vase-sgl tenants add`)"
             )
-        self._waiting_checks += 1
-        try:
-            async with self._checks:
-                known = self._by_key_id
-                stored = known.get(key_id)
-                valid = await asyncio.to_thread(
-                    keys.verify, key, stored[1].hash if stored else None
-                )
-        finally:
-            self._waiting_checks -= 1
-        entry = _Checked(key_id, valid, self._clock() + _REMEMBER_SECONDS)
-        if known is not self._by_key_id:  # the file changed meanwhile
-            return await self._check(key, digest)
-        self._checked[digest] = entry
-        if len(self._checked) > _REMEMBERED:
-            self._checked.popitem(last=False)
-        return entry
+        return self._by_key_id[key_id][0]
+
+    def _hash_of(self, key_id: str) -> str | None:
+        entry = self._by_key_id.get(key_id)
+        return entry[1].hash if entry else None
 
     async def _reload(self) -> None:
         """Read the file unless a call before has done so meanwhile.
@@ -217,17 +169,7 @@ class KeyAuthenticator:
         self._by_subject = content.by_subject()
         if not self._by_key_id and not self._by_subject:
             logger.warning("nobody can call: %s holds no API key", self._path)
-        #: Keyed digest of a key -> outcome, least recently used first.
-        self._checked: collections.OrderedDict[bytes, _Checked] = collections.OrderedDict()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Checked:
-    """The outcome of a check, good until a moment of the clock."""
-
-    key_id: str
-    valid: bool
-    until: float
+        self._checks.keep_only({key.hash for _, key in self._by_key_id.values()})
 
 
 class NoAuthenticator:

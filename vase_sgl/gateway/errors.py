@@ -70,8 +70,8 @@ class Unauthenticated(GatewayError):
     code = grpc.StatusCode.UNAUTHENTICATED
 
 
-class TooManyChecks(GatewayError):
-    """So many unknown keys are being checked that another one has to wait."""
+class KeyNotChecked(GatewayError):
+    """An API key was neither found right nor wrong; nothing is known of the caller."""
 
     code = grpc.StatusCode.UNAVAILABLE
 

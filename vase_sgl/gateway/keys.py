@@ -18,6 +18,10 @@ _KEY = re.compile(r"vsk_([0-9a-f]{12})_([0-9a-f]{64})")
 _DECOY_HASH = _HASHER.hash(secrets.token_hex(32))
 
 
+class NotChecked(Exception):
+    """No hash could be computed: there was no memory, or the stored one is damaged."""
+
+
 @dataclasses.dataclass(frozen=True)
 class NewKey:
     """A key that was just made. `key` is shown once and never stored."""
@@ -41,9 +45,14 @@ def key_id_of(key: str) -> str | None:
 
 
 def verify(key: str, stored_hash: str | None) -> bool:
-    """Whether `key` has this hash. Takes some 30 ms and 19 MiB, also when there is no hash."""
+    """Whether `key` has this hash. Takes some 30 ms and 19 MiB, also when there is no hash.
+
+    What it says holds for good. Raises `NotChecked` where nothing can be said.
+    """
     try:
         _HASHER.verify(stored_hash or _DECOY_HASH, key)
-    except (argon2.exceptions.VerificationError, argon2.exceptions.InvalidHashError):
+    except (argon2.exceptions.VerifyMismatchError, argon2.exceptions.InvalidHashError):
         return False
+    except argon2.exceptions.VerificationError as error:
+        raise NotChecked(str(error)) from error
     return stored_hash is not None
