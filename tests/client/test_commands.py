@@ -244,6 +244,12 @@ async def test_audit_verify_export_prune(running: Running, tmp_path: Path) -> No
     assert Path(file).stat().st_mode & 0o777 == 0o600
     await run(running, "audit", "export", *url, "-o", file, status=1)  # never overwritten
     assert (await run(running, "audit", "verify", "--file", file))[0] == output
+    named = ("--tenant", "alice", "--head")
+    assert (await run(running, "audit", "verify", "--file", file, *named, head))[0] == output
+    other, _ = await run(
+        running, "audit", "verify", "--file", file, *named, f"3:{'f' * 64}", status=1
+    )
+    assert other.startswith("alice: fork at record ")
     piped, _ = await run(running, "audit", "export", *url, "--tenant", "alice")
     assert piped == Path(file).read_text()
 

@@ -65,11 +65,11 @@ def verify(
     """
     from vase_sgl.gateway.audit import AuditError
 
-    if head is not None and (tenant is None or file is not None):
-        raise typer.BadParameter("needs --tenant, and no --file", param_hint="--head")
+    if head is not None and tenant is None:
+        raise typer.BadParameter("needs --tenant", param_hint="--head")
     with reported(AuditError, OSError):
         if file is not None:
-            whole = _verify_file(file, tenant)
+            whole = _verify_file(file, tenant, _place(head))
         else:
             whole = asyncio.run(_verify(url, tenant, _place(head)))
     if not whole:
@@ -154,10 +154,11 @@ async def _verify(url: str, tenant: str | None, head: tuple[int, str] | None) ->
     return whole
 
 
-def _verify_file(file: Path, tenant: str | None) -> bool:
+def _verify_file(file: Path, tenant: str | None, head: tuple[int, str] | None) -> bool:
     from vase_sgl.gateway.audit import AuditError, export
 
-    whole, found, file_check = True, [], export.FileCheck()
+    known = {tenant: head} if tenant is not None and head is not None else None
+    whole, found, file_check = True, [], export.FileCheck(known)
     try:
         with file.open(encoding="utf-8") as lines:
             for name, check, problem in file_check.chains(lines):

@@ -54,19 +54,12 @@ class ChainCheck:
     over. sequence and hash: the place that the next record must follow.
     """
 
-    def __init__(
-        self,
-        tenant: str,
-        sequence: int = 0,
-        hash: str = GENESIS,
-        *,
-        known: tuple[int, str] | None = None,
-    ) -> None:
+    def __init__(self, tenant: str, *, known: tuple[int, str] | None = None) -> None:
         """known: a sequence and its hash as they were noted elsewhere; a chain that was written
         anew from some record on has another hash there. It has to be at or after what was pruned:
         before that nothing is left to compare it with."""
-        self.sequence = sequence
-        self.hash = hash
+        self.sequence = 0
+        self.hash = GENESIS
         self.records = 0
         self._known = known
         self._known_was_compared = False

@@ -3,7 +3,8 @@
 One object a line. `entry` is the text that `hash` is the SHA-256 of; `payload` is base64, as
 stored, or null. Per tenant, in this order:
 
-    {"kind": "start", "format": 2, "tenant", "sequence", "hash"}   what the first record follows
+    {"kind": "start", "format": 2, "tenant", "sequence", "hash"}   0 and 64 zeros: what was pruned
+                                                                   is told by checkpoints alone
     {"kind": "checkpoint", "tenant", "number", "last_sequence", "entry", "hash"}       0 or more
     {"kind": "record", "tenant", "sequence", "record_id", "created_unix_micros", "entry",
      "payload", "hash"}                                                                0 or more
@@ -27,7 +28,7 @@ from typing import Any, TextIO
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from vase_sgl.gateway.audit.chain import ChainCheck, Checkpoint, Problem
+from vase_sgl.gateway.audit.chain import ChainCheck, Checkpoint, Damage, Problem
 from vase_sgl.gateway.audit.entries import GENESIS, Row
 from vase_sgl.gateway.audit.errors import AuditError
 from vase_sgl.gateway.audit.reading import checkpoints_of, rows_of
@@ -70,8 +71,10 @@ async def _chain_lines(
 class FileCheck:
     """The check of an export."""
 
-    def __init__(self) -> None:
+    def __init__(self, known: Mapping[str, tuple[int, str]] | None = None) -> None:
+        """known: as `ChainCheck` takes it, by tenant."""
         self._outline = _Outline()
+        self._known = known or {}
 
     def chains(self, file: TextIO) -> Iterator[tuple[str, ChainCheck, Problem | None]]:
         """Each tenant of the file with its check, and the first problem if there is one.
@@ -86,8 +89,8 @@ class FileCheck:
             outline.add(line, number)
             match line["kind"]:
                 case "start":
-                    check = ChainCheck(line["tenant"], line["sequence"], line["hash"])
-                    problem = None
+                    check = ChainCheck(line["tenant"], known=self._known.get(line["tenant"]))
+                    problem = _start_problem(line)
                 case "checkpoint" | "record":
                     problem = problem or _check(check, line)
                 case "end":
@@ -161,6 +164,17 @@ class _Outline:
                 f"line {number}: the file once held {chains} chains, and {self._chains} are there"
             )
         self._ended = True
+
+
+def _start_problem(line: dict[str, Any]) -> Problem | None:
+    """A chain whose beginning was cut off could start anywhere, and end with the right head."""
+    if (line["sequence"], line["hash"]) == (0, GENESIS):
+        return None
+    return Problem(
+        Damage.MISSING,
+        "sequence 1",
+        f"the chain starts after sequence {line['sequence']}, and no checkpoint says why",
+    )
 
 
 def _check(check: ChainCheck, line: dict[str, Any]) -> Problem | None:
