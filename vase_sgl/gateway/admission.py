@@ -43,19 +43,15 @@ class Passage:
         self._metrics = metrics
 
     @asynccontextmanager
-    async def worker(
-        self, need: Need, *, exclude: Collection[str] = (), only: str | None = None
-    ) -> AsyncIterator[Lease]:
+    async def worker(self, need: Need, *, exclude: Collection[str] = ()) -> AsyncIterator[Lease]:
         """A worker for the body, when it is this request's turn; not one of `exclude`.
 
         Raises `WorkerUnavailable`, and `LimitExceeded` after the longest wait.
         """
         arrived = time.monotonic()
         try:
-            with telemetry.waiting():
-                lease = await self._place.wait(
-                    lambda: self._router.take(need, exclude=exclude, only=only)
-                )
+            with telemetry.waiting(), self._router.claim(need, exclude=exclude) as claim:
+                lease = await self._place.wait(claim.take, claim.keep)
         finally:
             # Of those too that waited in vain: they are what a full fleet looks like.
             self._metrics.waited(self.tenant.name, time.monotonic() - arrived)

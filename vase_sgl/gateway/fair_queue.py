@@ -2,7 +2,8 @@
 
 Tenants take turns, one request each, whatever the length of their own lines; within a tenant the
 first comes first. A request at the head that no worker has room for waits without being overtaken
-by its own tenant's later ones; other tenants go on.
+by its own tenant's later ones; other tenants go on. When it has waited so for long, it may keep
+from them what it needs, or small requests of one tenant would shut out a large one of another.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from vase_sgl.gateway.errors import LimitExceeded
 
 #: Past grants that tell how fast the line moves.
 _REMEMBERED_GRANTS = 64
+#: Share of the longest wait after which a request at the head of its line may keep what it needs.
+_PATIENCE = 0.25
 
 
 class Releasable(Protocol):
@@ -31,9 +34,12 @@ T = TypeVar("T", bound=Releasable)
 
 
 class _Waiter(Generic[T]):
-    def __init__(self, tenant: str, take: Callable[[], T | None]) -> None:
+    def __init__(self, tenant: str, take: Callable[[], T | None], keep: Callable[[], None]) -> None:
         self.tenant = tenant
         self.take = take
+        self.keep = keep
+        #: When `take` returned nothing for the first time.
+        self.refused_at: float | None = None
         self.granted: asyncio.Future[T] = asyncio.get_running_loop().create_future()
 
 
@@ -44,12 +50,16 @@ class Place(Generic[T]):
         self._queue = queue
         self._tenant = tenant
 
-    async def wait(self, take: Callable[[], T | None]) -> T:
+    async def wait(
+        self, take: Callable[[], T | None], keep: Callable[[], None] = lambda: None
+    ) -> T:
         """What `take` returned, once it is this request's turn and `take` returns something.
 
+        keep: called after a `take` in vain when those before it have been so for long; it may see
+        to it that `take` of others returns nothing meanwhile, until `wait` is over.
         Raises what `take` raises, and `LimitExceeded` after the longest wait.
         """
-        return await self._queue._wait(self._tenant, take)
+        return await self._queue._wait(self._tenant, take, keep)
 
 
 class FairQueue(Generic[T]):
@@ -117,6 +127,7 @@ class FairQueue(Generic[T]):
             waiter.granted.set_exception(error)
         else:
             if taken is None:
+                self._refused(waiter)
                 return False
             self._grants.append(time.monotonic())
             waiter.granted.set_result(taken)
@@ -125,8 +136,15 @@ class FairQueue(Generic[T]):
             self._lines.move_to_end(tenant)
         return True
 
-    async def _wait(self, tenant: str, take: Callable[[], T | None]) -> T:
-        waiter = _Waiter(tenant, take)
+    def _refused(self, waiter: _Waiter[T]) -> None:
+        now = time.monotonic()
+        if waiter.refused_at is None:
+            waiter.refused_at = now
+        if now - waiter.refused_at >= _PATIENCE * self._max_wait:
+            waiter.keep()
+
+    async def _wait(self, tenant: str, take: Callable[[], T | None], keep: Callable[[], None]) -> T:
+        waiter = _Waiter(tenant, take, keep)
         self._lines.setdefault(tenant, collections.deque()).append(waiter)
         self.dispatch()
         if waiter.granted.done():

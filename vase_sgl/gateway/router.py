@@ -6,6 +6,8 @@ Among those with room the one with the smallest share of reserved slots wins; am
 with fewer requests in flight; then they take turns. With affinity the worker that the prompt's
 first tokens hash to (rendezvous hashing: when a worker comes or goes, only its own prompts move)
 goes first.
+
+A request that finds no room for long while others do may keep one worker from them: `Claim.keep`.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import dataclasses
 import hashlib
 import itertools
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
 
 from vase_sgl.gateway.breaker import BreakerState, CircuitBreaker
 from vase_sgl.gateway.config import WorkerSection
@@ -36,14 +38,18 @@ class Lease:
     def __init__(self, router: WorkerRouter, entry: _Entry, info: WorkerInfo, need: Need) -> None:
         self._router = router
         self._entry: _Entry | None = entry
-        self._need = need
-        self._slots = need.slots(info)
         self._outcome: bool | None = None
+        self._output = 0
+        self.need = need
+        self.slots = need.slots(info)
+        #: Of all leases in the order they were taken.
+        self.number = next(router._lease_numbers)
         self.worker = entry.worker
         self.info = info
+        entry.leases.add(self)
         entry.in_flight += 1
         entry.query_readers += need.reads_queries
-        entry.slots += self._slots
+        entry.slots += self.slots
         self._trial = entry.breaker.enter()
 
     def answered(self, chunk: WorkerChunk) -> None:
@@ -53,14 +59,20 @@ class Lease:
         """
         if self._outcome is None:
             self._outcome = True
-        if self._entry is None or self._need.eviction is None or chunk.cache is None:
+        self._output = len(chunk.token_ids)
+        if self._entry is None or self.need.eviction is None or chunk.cache is None:
             return
-        fewer = self._slots - chunk.cache.reserved_slots
+        fewer = self.slots - chunk.cache.reserved_slots
         if fewer:
-            self._slots -= fewer
+            self.slots -= fewer
             self._entry.slots -= fewer
         if fewer > 0:
             self._router._on_room()
+
+    @property
+    def frees(self) -> int:
+        """Slots that the worker no longer counts as reserved when this request is over."""
+        return self.slots + (self._output if self.need.eviction is None else 0)
 
     def failed(self) -> None:
         """The worker was lost or gave an answer that makes no sense."""
@@ -70,11 +82,63 @@ class Lease:
         """The request is over. Further calls do nothing."""
         entry, self._entry = self._entry, None
         if entry is not None:
+            entry.leases.discard(self)
             entry.in_flight -= 1
-            entry.query_readers -= self._need.reads_queries
-            entry.slots -= self._slots
+            entry.query_readers -= self.need.reads_queries
+            entry.slots -= self.slots
             entry.breaker.leave(self._trial, self._outcome)
             self._router._released(entry, failed=self._outcome is False)
+
+
+class Claim:
+    """One request's way to a lease. Made by `WorkerRouter.claim`."""
+
+    def __init__(self, router: WorkerRouter, need: Need, exclude: Collection[str]) -> None:
+        self._router = router
+        self._need = need
+        self._exclude = exclude
+        #: Leases from this number on were taken after this request had found no room.
+        self._overtaken_from: int | None = None
+        self._kept: _Entry | None = None
+
+    def take(self) -> Lease | None:
+        """As `WorkerRouter.take`; takes what is kept too."""
+        lease = self._router.take(self._need, exclude=self._exclude, claim=self)
+        if lease is not None:
+            self.drop()
+        elif self._overtaken_from is None:
+            self._overtaken_from = next(self._router._lease_numbers)
+        return lease
+
+    def keep(self) -> None:
+        """Keep a worker from others, so that this request gets room there; after a `take` in vain.
+
+        One that would have room if this request had not been overtaken: there waiting helps, as
+        soon as those are done that overtook it. Of several the one where least is missing. If
+        there is none, none is kept.
+        """
+        able = [
+            entry
+            for entry in self._router._able(self._need, self._exclude)
+            if entry.kept_for in (None, self)
+            and entry.has_room(
+                self._need,
+                self._router._settings.max_in_flight,
+                without_leases_from=self._overtaken_from,
+            )
+        ]
+        if self._kept not in able:
+            self.drop()
+            if able:
+                self._kept = min(able, key=lambda entry: entry.missing_slots(self._need))
+                self._kept.kept_for = self
+
+    def drop(self) -> bool:
+        """Keep nothing any more; whether anything was kept."""
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            kept.kept_for = None
+        return kept is not None
 
 
 class _Entry:
@@ -88,6 +152,9 @@ class _Entry:
         self.in_flight = 0
         #: Of these, requests whose policy reads queries.
         self.query_readers = 0
+        self.leases: set[Lease] = set()
+        #: The only request that gets a lease.
+        self.kept_for: Claim | None = None
         #: Slots of the requests this gateway has in flight, now and at the last check.
         self.slots = 0
         self.slots_at_check = 0
@@ -102,18 +169,33 @@ class _Entry:
         assert self.info is not None
         return max(self.info.reserved_slots + self.slots - self.slots_at_check, self.slots)
 
-    def has_room(self, need: Need, max_in_flight: int | None) -> bool:
-        """Whether one more request with that need may be sent."""
+    def has_room(
+        self, need: Need, max_in_flight: int | None, *, without_leases_from: int | None = None
+    ) -> bool:
+        """Whether one more request with that need may be sent.
+
+        without_leases_from: as if leases from this number on were over.
+        """
         assert self.info is not None
-        if self.in_flight == 0:
+        over: list[Lease] = []
+        if without_leases_from is not None:
+            over = [lease for lease in self.leases if lease.number >= without_leases_from]
+        in_flight = self.in_flight - len(over)
+        if in_flight == 0:
             return True
         most = max_in_flight or self.info.max_running_requests or DEFAULT_IN_FLIGHT
-        readers = self.info.max_query_requests
+        readers = self.query_readers - sum(lease.need.reads_queries for lease in over)
+        max_readers = self.info.max_query_requests
         return (
-            self.in_flight < most
-            and not (need.reads_queries and readers and self.query_readers >= readers)
-            and self.reserved + need.slots(self.info) <= self.info.total_slots
+            in_flight < most
+            and not (need.reads_queries and max_readers and readers >= max_readers)
+            and self.missing_slots(need) <= sum(lease.frees for lease in over)
         )
+
+    def missing_slots(self, need: Need) -> int:
+        """How many more slots would have to be free for that need; below zero: fewer would do."""
+        assert self.info is not None
+        return self.reserved + need.slots(self.info) - self.info.total_slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +232,7 @@ class WorkerRouter:
         self._closing: set[asyncio.Task[None]] = set()
         self._was_ready = False
         self._turn = itertools.count()
+        self._lease_numbers = itertools.count()
         self._reporting = asyncio.Lock()
         self._watches: dict[_Entry, asyncio.Task[None]] = {}
         self._discovery: asyncio.Task[None] | None = None
@@ -176,12 +259,39 @@ class WorkerRouter:
         await asyncio.gather(*(entry.worker.close() for entry in entries), *self._closing)
 
     def take(
-        self, need: Need, *, exclude: Collection[str] = (), only: str | None = None
+        self,
+        need: Need,
+        *,
+        exclude: Collection[str] = (),
+        only: str | None = None,
+        claim: Claim | None = None,
     ) -> Lease | None:
         """A lease on a worker, or None while none that could serve has room.
 
+        claim: whose request it is; workers that are kept for others have no room for it.
         Raises `WorkerUnavailable` if no worker could serve, however long one waits.
         """
+        able = self._able(need, exclude, only)
+        for entry in self._order(able, need.prompt_token_ids):
+            if entry.kept_for in (None, claim) and entry.has_room(
+                need, self._settings.max_in_flight
+            ):
+                assert entry.info is not None
+                return Lease(self, entry, entry.info, need)
+        return None
+
+    @contextlib.contextmanager
+    def claim(self, need: Need, *, exclude: Collection[str] = ()) -> Iterator[Claim]:
+        """A claim to a worker outside `exclude`. After the body nothing is kept for it."""
+        claim = Claim(self, need, exclude)
+        try:
+            yield claim
+        finally:
+            if claim.drop():
+                self._on_room()
+
+    def _able(self, need: Need, exclude: Collection[str], only: str | None = None) -> list[_Entry]:
+        """Those that could serve. Raises `WorkerUnavailable` if there is none."""
         possible = [
             entry
             for entry in self._available()
@@ -191,17 +301,13 @@ class WorkerRouter:
             raise WorkerUnavailable(f"worker {only} is no longer ready; try again later")
         if not possible:
             raise WorkerUnavailable("no other worker is ready; try again later", retry_seconds=1.0)
-        fitting = [entry for entry in possible if entry.info and need.fits(entry.info)]
-        if not fitting:
+        able = [entry for entry in possible if entry.info and need.fits(entry.info)]
+        if not able:
             raise WorkerUnavailable(
                 "the workers that are ready allow less than this request needs; try again later, "
                 "or give all workers the same flags"
             )
-        for entry in self._order(fitting, need.prompt_token_ids):
-            if entry.has_room(need, self._settings.max_in_flight):
-                assert entry.info is not None
-                return Lease(self, entry, entry.info, need)
-        return None
+        return able
 
     def ready(self) -> list[tuple[Worker, WorkerInfo]]:
         """Every worker that takes requests, the next in turn first.
