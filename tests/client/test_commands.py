@@ -20,6 +20,7 @@ from tests.gateway.running import Running
 from tests.gateway.scripted_worker import Faults
 from vase_sgl.cli import build_app
 from vase_sgl.eviction import POLICIES
+from vase_sgl.gateway import tenants
 
 
 async def run(running: Running, *arguments: str, status: int = 0) -> tuple[str, str]:
@@ -181,6 +182,25 @@ async def test_tenants_add_list_remove(running: Running) -> None:
     assert "there is no tenant bob" in errors
 
 
+async def test_the_name_of_a_removed_tenant_is_not_free(running: Running) -> None:
+    """Records belong to a name."""
+    answer = await running.client.generate_once("tell me", max_new_tokens=2)
+    file = ("--file", str(running.tenants_file))
+    add, take_over = ("tenants", "add", "alice", *file), "--take-over-records"
+    _, errors = await run(running, "tenants", "add", "bob", *file, take_over, status=1)
+    assert "no tenant bob was removed; leave --take-over-records out" in errors
+    await run(running, "tenants", "remove", "alice", *file)
+    _, errors = await run(running, *add, status=1)
+    assert "a tenant alice was removed, and a new one would get its records" in errors
+    bob, _ = await run(running, "tenants", "add", "bob", *file)  # and the list stays
+    await run(running, "records", "list", "--api-key", bob.strip())  # the gateway takes the file
+    await run(running, *add, status=1)
+    key, _ = await run(running, *add, take_over)
+    listed, _ = await run(running, "records", "list", "--json", "--api-key", key.strip())
+    assert len(json.loads(listed)) == 1 and answer.request_id in listed
+    assert tenants.load(running.tenants_file).removed == ()
+
+
 async def test_another_key_changes_nothing_else(running: Running) -> None:
     add = ("tenants", "add", "alice", "--file", str(running.tenants_file), "--another-key")
     before = running.tenants_file.read_bytes()
@@ -191,6 +211,7 @@ async def test_another_key_changes_nothing_else(running: Running) -> None:
         ("--role", "audit"),
         ("--seed-policy", "fixed"),
         ("--certificate-subject", "CN=alice"),
+        ("--take-over-records",),
     ):
         _, errors = await run(running, *add, *option, status=2)
         assert f"leave out {option[0]}, and edit" in " ".join(errors.replace("│", " ").split())

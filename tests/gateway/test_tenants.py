@@ -164,6 +164,21 @@ def test_what_tells_who_calls_cannot_be_there_twice(tmp_path: Path) -> None:
         tenants.TenantFile(tenants=(alice, bob))
 
 
+def test_names_of_removed_tenants_stay_in_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "tenants.yaml"
+    add_tenant(file, "alice")
+    content = tenants.load(file)
+    tenants.save(file, content.model_copy(update={"removed": ("bob",)}))
+    assert tenants.load(file).removed == ("bob",)
+    for name, text in (
+        ("alice", r"tenant name alice is under `removed` too: .*take it out there if that is"),
+        ("Not Good", r"removed\.0: must be lower-case"),
+    ):
+        tenants.save(file, content.model_copy(update={"removed": (name,)}))
+        with pytest.raises(TenantFileError, match=text):
+            tenants.load(file)
+
+
 async def test_editors_wait_for_each_other(tmp_path: Path) -> None:
     """Keys are shown once: none may be lost to another command that read the file before."""
     file = tmp_path / "new" / "tenants.yaml"

@@ -71,6 +71,14 @@ def add(
             "--another-key", help="Give a tenant that exists one more key, and change nothing else."
         ),
     ] = False,
+    take_over_records: Annotated[
+        bool,
+        typer.Option(
+            "--take-over-records",
+            help="Use the name of a removed tenant again: the new one reads and replays the "
+            "records of the old one as its own.",
+        ),
+    ] = False,
     file: File = DEFAULT_FILE,
 ) -> None:
     """Make a tenant and print its API key, once."""
@@ -89,6 +97,13 @@ def add(
                 f"tenant {name} exists; give it one more key with --another-key"
                 if existing
                 else f"there is no tenant {name} to give another key; leave --another-key out"
+            )
+        if existing is None and (name in content.removed) != take_over_records:
+            raise tenants.TenantFileError(
+                f"no tenant {name} was removed; leave --take-over-records out"
+                if take_over_records
+                else f"a tenant {name} was removed, and a new one would get its records; choose "
+                "another name, or give --take-over-records if that is meant"
             )
         limits = {
             "max_budget": max_budget,
@@ -115,7 +130,9 @@ def add(
             raise tenants.TenantFileError(describe(error)) from error
         tenant, key = tenants.with_new_key(tenant)
         others = tuple(t for t in content.tenants if t.name != name)
-        tenants.save(file, content.model_copy(update={"tenants": (*others, tenant)}))
+        removed = tuple(n for n in content.removed if n != name)
+        changed = {"tenants": (*others, tenant), "removed": removed}
+        tenants.save(file, content.model_copy(update=changed))
     typer.echo(f"API key of {name}; it is not shown again:", err=True)
     typer.echo(key)
 
@@ -166,6 +183,8 @@ def remove(
 ) -> None:
     """Remove a tenant, or revoke one of its keys. Its records stay, and its seeds with them.
 
+    So does its name, under `removed` in the file: a new tenant with it would get the records.
+
     A removed tenant's master secret is gone: records can still be replayed, for they hold their
     seeds, but no new request gets the same ones.
     """
@@ -177,6 +196,7 @@ def remove(
         if tenant is None:
             raise tenants.TenantFileError(f"there is no tenant {name} in {file}")
         kept = tuple(t for t in content.tenants if t.name != name)
+        removed = (*content.removed, name) if key is None else content.removed
         if key is not None:
             keys = tuple(k for k in tenant.keys if k.id != key)
             if len(keys) == len(tenant.keys):
@@ -184,7 +204,8 @@ def remove(
                     f"tenant {name} has no key {key}; `vase-sgl tenants list` shows them"
                 )
             kept = (*kept, tenant.model_copy(update={"keys": keys}))
-        tenants.save(file, content.model_copy(update={"tenants": kept}))
+        changed = {"tenants": kept, "removed": removed}
+        tenants.save(file, content.model_copy(update=changed))
     typer.echo(f"revoked key {key} of {name}" if key else f"removed {name}")
 
 

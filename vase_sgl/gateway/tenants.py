@@ -193,6 +193,8 @@ class TenantFile(_Model):
 
     version: int = Field(default=1, ge=1, le=1)
     tenants: tuple[Tenant, ...] = ()
+    #: Names of removed tenants. Records belong to a name: another tenant with it would get theirs.
+    removed: tuple[Annotated[str, AfterValidator(_usable_name)], ...] = ()
 
     @model_validator(mode="after")
     def _check(self) -> TenantFile:
@@ -204,6 +206,12 @@ class TenantFile(_Model):
             twice = sorted(i for i, times in collections.Counter(ids).items() if times > 1)
             if twice:
                 raise ValueError(f"{kind} {', '.join(twice)} is there more than once")
+        again = sorted({tenant.name for tenant in self.tenants}.intersection(self.removed))
+        if again:
+            raise ValueError(
+                f"tenant name {', '.join(again)} is under `removed` too: whoever has it gets the "
+                "removed tenant's records; take it out there if that is meant"
+            )
         return self
 
     def by_key_id(self) -> dict[str, tuple[Tenant, StoredKey]]:
