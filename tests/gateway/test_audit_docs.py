@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import re
+import shutil
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import asyncpg
 import pytest
 from sqlalchemy.exc import DBAPIError
+from typer.testing import CliRunner
 
 from tests.gateway.audit_records import execute, numbered
 from tests.gateway.test_audit_chain import cut_files, exported, without_beginning
 from tests.gateway.test_audit_store import problems
 from tests.gateway.test_seeds import MASTER, tenant
+from vase_sgl.cli import build_app
 from vase_sgl.gateway.audit import AuditStore, KeyRing, pruning, reading
 from vase_sgl.gateway.seeds import SeedOrigin, Seeds, seeds_for
 
@@ -62,6 +67,39 @@ async def test_the_documented_verifier_finds_what_ours_finds(tmp_path: Path) -> 
         without_beginning(unpruned, 2),
     ):
         assert check(broken).returncode == 1
+
+
+async def test_the_documented_backup_holds_what_a_copy_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    url, copy, backup = (
+        f"sqlite+aiosqlite:///{name}.sqlite3" for name in ("audit", "copy", "audit-backup")
+    )
+    await (await AuditStore.open(url)).close()
+    store = await AuditStore.open(url)
+    await store.append(numbered(1))
+    shutil.copy("audit.sqlite3", "copy.sqlite3")
+    text = (DOCS / "audit.md").read_text()
+    (statement,) = re.findall(r'^sqlite3 .*"(VACUUM .*?)"', text, re.MULTILINE)
+    with closing(sqlite3.connect("audit.sqlite3")) as connection:
+        connection.execute(statement)
+    await store.append(numbered(2))
+    await store.close()
+
+    assert await problems(copy) == {}
+    verified = await asyncio.to_thread(
+        CliRunner().invoke, build_app(), ["audit", "verify", "--url", copy]
+    )
+    assert verified.exit_code == 1 and "holds no record, so nothing was" in verified.stderr
+
+    assert await problems(backup) == {"alice": None}
+    restored = await AuditStore.open(backup)
+    assert (await restored.append(numbered(3))).sequence == 2
+    await restored.close()
+    assert await problems(backup) == {"alice": None}
+    with pytest.raises(DBAPIError, match="append-only"):
+        await execute(backup, "DELETE FROM records")
 
 
 @pytest.mark.xdist_group("postgres")

@@ -60,6 +60,8 @@ def verify(
 ) -> None:
     """Recompute the hash chains. Exit status 1 if one is broken, with the first place and why.
 
+    Also if there is none: a store without a record proves nothing.
+
     Someone who may write the database can write a chain anew from some record on, with hashes that
     fit. Note the end of a chain elsewhere, and give it with --head later, to find that out.
     """
@@ -143,11 +145,17 @@ def migrate(url: Url = DEFAULT_URL) -> None:
 
 
 async def _verify(url: str, tenant: str | None, head: tuple[int, str] | None) -> bool:
-    from vase_sgl.gateway.audit import reading
+    from vase_sgl.gateway.audit import AuditError, reading
 
     whole = True
     async with reading.opened(url) as engine, reading.snapshot(engine) as connection:
         ends = await reading.ends(connection)
+        if not ends:
+            raise AuditError(
+                "the audit store holds no record, so nothing was verified; that is right before "
+                "the first generation only: a copy of SQLite's file without its -wal file is "
+                "empty too"
+            )
         for name in _chosen(ends, tenant):
             check, problem = await reading.verify(connection, name, ends[name], head)
             whole = _report(name, check, problem) and whole
