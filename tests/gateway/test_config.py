@@ -39,7 +39,45 @@ def test_options_beat_the_environment_beats_the_file_beats_the_defaults(
 def test_a_variable_of_another_part_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VASE_CHECK_INTEGRITY", "1")
     monkeypatch.setenv("VASE_API_KEY", "vsk_x")
+    monkeypatch.setenv("VASE_SGL_GATEWAY_PORT", "tcp://10.0.0.7:50051")
+    monkeypatch.setenv("VASE_HTTP_PORT", "tcp://10.0.0.7:80")  # Kubernetes, of a Service vase-http
     load_config(overrides={"worker": {"model_path": "/m"}})
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "problem"),
+    [
+        ("VASE_AUDIT_URL", "postgresql://u:secret@db/a", "is VASE_AUDIT__URL"),
+        ("VASE_TLS_CERTIFICATE", "/x.pem", "is VASE_TLS__CERTIFICATE"),
+        ("VASE_WORKER_BREAKER__FAILURES", "3", "is VASE_WORKER__BREAKER__FAILURES"),
+        ("VASE_DRAIN__SECONDS", "3", "is VASE_DRAIN_SECONDS"),
+        ("VASE_DEFAULT_EVICTION_BUDGET", "64", "is VASE_DEFAULT_EVICTION__BUDGET"),
+        ("VASE_WORKER__URLS", "http://u:secret@a", 'JSON; a list looks like ["one", "two"]'),
+        (
+            "VASE_WORKER__BREAKER",
+            "3 of secret",
+            'is not JSON; a mapping looks like {"key": "value"}',
+        ),
+        ("VASE_QUEUE__MAX_WAITNG", "3", "queue.max_waitng: unknown key; known are max_waiting"),
+    ],
+)
+def test_a_variable_that_would_set_nothing_is_refused(
+    variable: str, value: str, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigError) as error:
+        load_config(overrides={"worker": {"urls": ["http://x"]}})
+    assert problem in str(error.value) and "secret" not in str(error.value)
+    assert variable in str(error.value) or "unknown key" in problem
+
+
+def test_a_default_evictions_keys_are_variables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(tmp_path, "worker: {model_path: m}\ndefault_eviction: {budget: 64, window: 8}\n")
+    monkeypatch.setenv("VASE_DEFAULT_EVICTION__BUDGET", "2048")
+    monkeypatch.setenv("VASE_DEFAULT_EVICTION__POLICY", "snapkv")
+    assert load_config(file).default_eviction == {"budget": 2048, "window": 8, "policy": "snapkv"}
 
 
 @pytest.mark.parametrize(

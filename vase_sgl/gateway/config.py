@@ -2,7 +2,8 @@
 
 Every key, its default and its unit is here. An environment variable is `VASE_` and the key's path
 in capitals, joined by two underscores: `VASE_LISTEN__PORT=50052`. Unknown keys in the file are
-errors. Relative paths are relative to the working directory.
+errors, and so are variables of known keys with other underscores. Relative paths are relative to
+the working directory.
 """
 
 from __future__ import annotations
@@ -33,7 +34,11 @@ from pydantic_settings import (
 
 from vase_sgl.eviction import EvictionLimits, EvictionParams
 from vase_sgl.gateway.problems import describe
+from vase_sgl.gateway.variables import Environment, check_variables
 from vase_sgl.worker_key import check_key
+
+#: Of environment variables, and between the parts of a key's path in their names.
+_PREFIX, _DELIMITER = "VASE_", "__"
 
 
 class ConfigError(Exception):
@@ -306,7 +311,7 @@ class GatewayConfig(BaseSettings):
     """All of it. Made by `load_config`."""
 
     model_config = SettingsConfigDict(
-        env_prefix="VASE_", env_nested_delimiter="__", extra="forbid", frozen=True
+        env_prefix=_PREFIX, env_nested_delimiter=_DELIMITER, extra="forbid", frozen=True
     )
 
     listen: Listen = Listen()
@@ -384,14 +389,16 @@ def load_config(
             dotenv_settings: PydanticBaseSettingsSource,
             file_secret_settings: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            return init_settings, env_settings, InitSettingsSource(settings_cls, content)
+            file_settings = InitSettingsSource(settings_cls, content)
+            return init_settings, Environment(settings_cls), file_settings
 
     try:
+        check_variables(GatewayConfig, _PREFIX, _DELIMITER)
         return Loaded(**(overrides or {}))
     except ValidationError as error:
         where = f"{path}: " if path is not None else ""
         raise ConfigError(where + describe(error, GatewayConfig)) from error
-    except ValueError as error:  # an environment variable that is not JSON where JSON is due
+    except ValueError as error:  # an environment variable
         raise ConfigError(str(error)) from error
 
 
