@@ -16,9 +16,11 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.gateway.audit_records import tamper
-from tests.gateway.running import Running
+from tests.gateway.running import Running, run_gateway
 from tests.gateway.scripted_worker import Faults
+from tests.gateway.test_transport import certificate
 from vase_sgl.cli import build_app
+from vase_sgl.client import Tls
 from vase_sgl.eviction import POLICIES
 from vase_sgl.gateway import tenants
 
@@ -97,6 +99,31 @@ async def test_generate_as_json(running: Running) -> None:
     assert json.loads(shown)["text"] == answer["text"]
     table, _ = await run(running, "records", "list")
     assert answer["request_id"] in table and "completed" in table
+
+
+async def test_a_client_certificate_is_shown_by_every_command(tmp_path: Path) -> None:
+    cert, key = map(str, certificate(tmp_path))
+    known = Tls(*(Path(file).read_bytes() for file in (cert, cert, key)))
+    config = {"certificate": cert, "key": key, "client_ca": cert}
+    shown = ("--ca-file", cert, "--client-cert", cert, "--client-key", key)
+    async with run_gateway(tmp_path, client_tls=known, tls=config) as running:
+        output, _ = await run(running, "generate", "tell me", "-n", "5", "--json", *shown)
+        record = json.loads(output)["request_id"]
+        await run(running, "records", "list", *shown)
+        await run(running, "records", "show", record, *shown)
+        await run(running, "replay", record, *shown)
+        await run(running, "replay", "--since", "2000-01-01", *shown)
+
+        names = ("VASE_CA_FILE", "VASE_CLIENT_CERT", "VASE_CLIENT_KEY")
+        env = {**environment(running), **dict(zip(names, (cert, cert, key), strict=True))}
+        listed = await asyncio.to_thread(
+            CliRunner().invoke, build_app(), ["records", "list", "--json"], env=env
+        )
+        assert listed.exit_code == 0 and record in listed.stdout
+        _, errors = await run(running, "records", "list", "--ca-file", cert, status=1)
+        assert "cannot connect to the gateway" in errors
+    _, errors = await run(running, "records", "list", "--client-cert", cert, status=2)
+    assert "a certificate needs its key" in errors
 
 
 async def test_ids_in_the_list_are_whole(running: Running) -> None:

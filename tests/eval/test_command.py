@@ -17,6 +17,8 @@ import pytest
 from tests.eval.running_eval import GRID, TINY, rows, run_eval
 from tests.gateway.running import run_gateway, until
 from tests.gateway.scripted_worker import ScriptedWorker
+from tests.gateway.test_transport import certificate
+from vase_sgl.client import Tls
 from vase_sgl.eval.cells import load
 from vase_sgl.eval.items import Grade, Item
 from vase_sgl.eval.sandbox import SandboxError
@@ -215,11 +217,15 @@ async def test_ctrl_c_frees_the_requests_and_leaves_a_folder_to_go_on_with(
 
 
 async def test_through_a_gateway_every_row_can_be_replayed(tmp_path: Path) -> None:
-    async with run_gateway(tmp_path) as running:
+    cert, key = certificate(tmp_path)
+    known = Tls(*(file.read_bytes() for file in (cert, cert, key)))
+    config = {"certificate": cert, "key": key, "client_ca": cert}
+    async with run_gateway(tmp_path, client_tls=known, tls=config) as running:
         out = tmp_path / "out"
         await run_eval(
             *(*TINY, "--limit", 1, "--policies", "vase-dkv+keep", "--budgets", 32, "--window", 8),
             *("--gateway", running.target, "-o", out),
+            *("--ca-file", cert, "--client-cert", cert, "--client-key", key),
             VASE_API_KEY=running.key,
         )
         for row in rows(out):
@@ -231,6 +237,9 @@ async def test_through_a_gateway_every_row_can_be_replayed(tmp_path: Path) -> No
         assert "prefix cache was not emptied before each arm." in (out / "report.md").read_text()
         _, error = await run_eval(
             *(*TINY, "--policies", "full", "--gateway", running.target, "-o", tmp_path / "no"),
+            VASE_CA_FILE=str(cert),
+            VASE_CLIENT_CERT=str(cert),
+            VASE_CLIENT_KEY=str(key),
             VASE_API_KEY="vsk_wrong",
             status=1,
         )

@@ -28,29 +28,62 @@ TlsFlag = Annotated[bool, typer.Option("--tls", help="Encrypt; trust the system'
 CaFile = Annotated[
     Path | None,
     typer.Option(
-        help="Encrypt; trust the authorities in this PEM file.", exists=True, dir_okay=False
+        envvar="VASE_CA_FILE",
+        help="Encrypt; trust the authorities in this PEM file.",
+        exists=True,
+        dir_okay=False,
+    ),
+]
+ClientCert = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="VASE_CLIENT_CERT",
+        help="Encrypt; show this certificate (PEM) to a gateway that asks for one (tls.client_ca).",
+        exists=True,
+        dir_okay=False,
+    ),
+]
+ClientKey = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="VASE_CLIENT_KEY",
+        help="The private key of --client-cert (PEM).",
+        exists=True,
+        dir_okay=False,
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
-def connect(target: str, api_key: str | None, tls: bool, ca_file: Path | None) -> Client:
-    """The client these options describe."""
+def connect(target: str, api_key: str | None, tls: Tls | None) -> Client:
+    """The client these options describe; `tls` from `encryption`."""
     from vase_sgl.client import Client
 
-    return Client(target, api_key, tls=_tls(tls, ca_file))
+    return Client(target, api_key, tls=tls)
 
 
-def connect_async(target: str, api_key: str | None, tls: bool, ca_file: Path | None) -> AsyncClient:
+def connect_async(target: str, api_key: str | None, tls: Tls | None) -> AsyncClient:
     """The same for asyncio."""
     from vase_sgl.client import AsyncClient
 
-    return AsyncClient(target, api_key, tls=_tls(tls, ca_file))
+    return AsyncClient(target, api_key, tls=tls)
 
 
-def _tls(tls: bool, ca_file: Path | None) -> Tls | None:
+def encryption(
+    tls: bool, ca_file: Path | None, client_cert: Path | None, client_key: Path | None
+) -> Tls | None:
+    """What the options say of it; None: clear text."""
     from vase_sgl.client import Tls
 
-    if ca_file is not None:
-        return Tls(root_certificates=ca_file.read_bytes())
-    return Tls() if tls else None
+    if (client_cert is None) != (client_key is None):
+        raise typer.BadParameter(
+            "a certificate needs its key, and a key its certificate; give both options",
+            param_hint="--client-cert" if client_key is None else "--client-key",
+        )
+    if not tls and ca_file is None and client_cert is None:
+        return None
+    return Tls(*(_content(file) for file in (ca_file, client_cert, client_key)))
+
+
+def _content(file: Path | None) -> bytes | None:
+    return None if file is None else file.read_bytes()

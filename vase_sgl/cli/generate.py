@@ -7,7 +7,18 @@ from typing import Annotated, Literal
 
 import typer
 
-from vase_sgl.cli.connection import DEFAULT_TARGET, ApiKey, AsJson, CaFile, Target, TlsFlag, connect
+from vase_sgl.cli.connection import (
+    DEFAULT_TARGET,
+    ApiKey,
+    AsJson,
+    CaFile,
+    ClientCert,
+    ClientKey,
+    Target,
+    TlsFlag,
+    connect,
+    encryption,
+)
 from vase_sgl.cli.failures import reported
 from vase_sgl.eviction.policies import POLICIES
 
@@ -75,6 +86,8 @@ def generate(
     api_key: ApiKey = None,
     tls: TlsFlag = False,
     ca_file: CaFile = None,
+    client_cert: ClientCert = None,
+    client_key: ClientKey = None,
 ) -> None:
     """Stream one answer, with the state of its KV cache beside it."""
     from rich.console import Console
@@ -85,7 +98,8 @@ def generate(
 
     text = sys.stdin.read() if prompt == "-" else prompt
     messages: Prompt = [Message(role="user", content=text)] if chat and text else text
-    with reported(VaseError), connect(target, api_key, tls, ca_file) as client:
+    encrypted = encryption(tls, ca_file, client_cert, client_key)
+    with reported(VaseError), connect(target, api_key, encrypted) as client:
         stream = client.generate(
             messages,
             max_new_tokens=max_new_tokens,

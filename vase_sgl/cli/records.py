@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from vase_sgl.cli.connection import DEFAULT_TARGET, ApiKey, AsJson, CaFile, Target, TlsFlag, connect
+from vase_sgl.cli.connection import (
+    DEFAULT_TARGET,
+    ApiKey,
+    AsJson,
+    CaFile,
+    ClientCert,
+    ClientKey,
+    Target,
+    TlsFlag,
+    connect,
+    encryption,
+)
 from vase_sgl.cli.failures import reported
 
 
@@ -25,6 +36,8 @@ def list_records(
     api_key: ApiKey = None,
     tls: TlsFlag = False,
     ca_file: CaFile = None,
+    client_cert: ClientCert = None,
+    client_key: ClientKey = None,
 ) -> None:
     """List your records, newest first."""
     from rich.console import Console
@@ -33,7 +46,8 @@ def list_records(
     from vase_sgl.cli.jsonout import print_json
     from vase_sgl.client import VaseError
 
-    with reported(VaseError), connect(target, api_key, tls, ca_file) as client:
+    encrypted = encryption(tls, ca_file, client_cert, client_key)
+    with reported(VaseError), connect(target, api_key, encrypted) as client:
         page = client.list_records(page_size=min(limit, 1000))
         found = list(itertools.islice(page, limit))
     if as_json:
@@ -61,10 +75,13 @@ def show(
     api_key: ApiKey = None,
     tls: TlsFlag = False,
     ca_file: CaFile = None,
+    client_cert: ClientCert = None,
+    client_key: ClientKey = None,
 ) -> None:
     """Print one record as JSON: everything that a replay needs."""
     from vase_sgl.cli.jsonout import print_json
     from vase_sgl.client import VaseError
 
-    with reported(VaseError), connect(target, api_key, tls, ca_file) as client:
+    encrypted = encryption(tls, ca_file, client_cert, client_key)
+    with reported(VaseError), connect(target, api_key, encrypted) as client:
         print_json(client.get_record(record_id))

@@ -18,15 +18,18 @@ from vase_sgl.cli.connection import (
     ApiKey,
     AsJson,
     CaFile,
+    ClientCert,
+    ClientKey,
     Target,
     TlsFlag,
     connect,
     connect_async,
+    encryption,
 )
 from vase_sgl.cli.failures import reported
 
 if TYPE_CHECKING:
-    from vase_sgl.client import AsyncClient, Verdict
+    from vase_sgl.client import AsyncClient, Tls, Verdict
 
 #: Exit status by outcome; 1 is an error.
 EXIT_STATUS = {"MATCH": 0, "DIVERGED": 3, "INCOMPARABLE": 4}
@@ -65,6 +68,8 @@ def replay(
     api_key: ApiKey = None,
     tls: TlsFlag = False,
     ca_file: CaFile = None,
+    client_cert: ClientCert = None,
+    client_key: ClientKey = None,
 ) -> None:
     """Run recorded generations again; compare token by token and round by round.
 
@@ -73,13 +78,14 @@ def replay(
     """
     if (record_id is None) == (since is None):
         raise typer.BadParameter("give a record id, or --since for many", param_hint="--since")
+    encrypted = encryption(tls, ca_file, client_cert, client_key)
     if record_id is not None:
         many: dict[str, object] = {"--until": until, "--sample": sample, "--report": report}
         many |= {"--sample-seed": sample_seed, "--parallel": parallel}
         for option, value in many.items():
             if value is not None:
                 raise typer.BadParameter("needs --since", param_hint=option)
-        _replay_one(record_id, as_json, target, api_key, tls, ca_file)
+        _replay_one(record_id, as_json, target, api_key, encrypted)
     from vase_sgl.cli import replay_many, times
     from vase_sgl.client import VaseError
 
@@ -89,7 +95,7 @@ def replay(
     with reported(VaseError, OSError):
         status = asyncio.run(
             _replay_many(
-                partial(connect_async, target, api_key, tls, ca_file),
+                partial(connect_async, target, api_key, encrypted),
                 (start, end),
                 share,
                 sample_seed or 0,
@@ -106,8 +112,7 @@ def _replay_one(
     as_json: bool,
     target: str,
     api_key: str | None,
-    tls: bool,
-    ca_file: Path | None,
+    tls: Tls | None,
 ) -> NoReturn:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -125,7 +130,7 @@ def _replay_one(
         transient=True,
         disable=as_json or not console.is_terminal,
     )
-    with reported(VaseError), connect(target, api_key, tls, ca_file) as client, bar:
+    with reported(VaseError), connect(target, api_key, tls) as client, bar:
         running = client.replay(record_id)
         task = bar.add_task("", total=None, round="0")
         for step in running:

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vase_sgl.cli.connection import ApiKey, CaFile, TlsFlag, connect_async
+from vase_sgl.cli.connection import (
+    ApiKey,
+    CaFile,
+    ClientCert,
+    ClientKey,
+    TlsFlag,
+    connect_async,
+    encryption,
+)
 from vase_sgl.cli.evaluate.options import (
     Budgets,
     Concurrency,
@@ -68,6 +76,8 @@ def run(
     api_key: ApiKey = None,
     tls: TlsFlag = False,
     ca_file: CaFile = None,
+    client_cert: ClientCert = None,
+    client_key: ClientKey = None,
 ) -> None:
     """Ask every item of every task under every arm, budget and seed; then write the report.
 
@@ -102,7 +112,11 @@ def run(
         concurrency=concurrency,
         price_per_hour=price_per_hour,
         worker_arg=worker_arg,
-        dial=partial(connect_async, api_key=api_key, tls=tls, ca_file=ca_file),
+        dial=partial(
+            connect_async,
+            api_key=api_key,
+            tls=encryption(tls, ca_file, client_cert, client_key),
+        ),
     )
 
 
@@ -136,6 +150,8 @@ def trace(
     api_key: ApiKey = None,
     tls: TlsFlag = False,
     ca_file: CaFile = None,
+    client_cert: ClientCert = None,
+    client_key: ClientKey = None,
 ) -> None:
     """Replay recorded agent conversations turn by turn under every arm; cost per completed trace.
 
@@ -165,7 +181,11 @@ def trace(
         concurrency=concurrency,
         price_per_hour=price_per_hour,
         worker_arg=worker_arg,
-        dial=partial(connect_async, api_key=api_key, tls=tls, ca_file=ca_file),
+        dial=partial(
+            connect_async,
+            api_key=api_key,
+            tls=encryption(tls, ca_file, client_cert, client_key),
+        ),
     )
 
 
