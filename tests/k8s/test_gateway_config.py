@@ -19,7 +19,6 @@ MUTUAL_TLS: Values = {
     "gateway.tls.existingSecret": "tls",
     "gateway.tls.clientAuth.caSecret": "ca",
     "gateway.tls.clientAuth.probeSecret": "probe",
-    "helmTest.enabled": False,
 }
 
 LIST: Values = {"gateway.workerDiscovery": "list"}

@@ -10,13 +10,22 @@ from pathlib import Path
 import pytest
 
 from tests.gateway.running import Running, run_gateway
+from tests.gateway.test_transport import certificate
 from tests.k8s.chart import Values, render
+from tests.k8s.test_gateway_config import MUTUAL_TLS
+from vase_sgl.client import Tls
 
 
-async def run_script(running: Running, values: Values | None = None) -> tuple[int | None, str]:
-    """Exit status and all output of the pod's script, pointed at the gateway."""
+async def run_script(
+    running: Running, values: Values | None = None, files: dict[str, Path] | None = None
+) -> tuple[int | None, str]:
+    """Exit status and all output of the pod's script, pointed at the gateway.
+
+    files: what is there instead of the Secrets' files, by their paths in the pod.
+    """
     (container,) = render(values).one("Pod")["spec"]["containers"]
     given = {v["name"]: v["value"] for v in container["env"] if "value" in v}
+    given |= {name: str(files[path]) for name, path in given.items() if path in (files or {})}
     assert given["VASE_TARGET"] == "r-vase-sgl-gateway.ns.svc:50051"
     environment = {
         **os.environ,
@@ -91,9 +100,28 @@ def test_behind_tls_it_trusts_the_certificates_authority() -> None:
     }
     spec = render(values).one("Pod")["spec"]
     variables = {v["name"]: v.get("value") for v in spec["containers"][0]["env"]}
-    assert variables["CA_FILE"] == "/etc/vase-sgl/tls/ca.crt"
+    assert variables["VASE_CA_FILE"] == "/etc/vase-sgl/tls/ca.crt"
     (volume,) = (v for v in spec["volumes"] if v["name"] == "tls")
     assert volume["secret"]["items"] == [{"key": "ca.crt", "path": "ca.crt"}]  # not the key
+
+
+async def test_with_client_certificates_it_shows_that_of_the_probes(tmp_path: Path) -> None:
+    spec = render(MUTUAL_TLS).one("Pod")["spec"]
+    mounts = {m["name"]: m["mountPath"] for m in spec["containers"][0]["volumeMounts"]}
+    (volume,) = (v for v in spec["volumes"] if v["name"] == "probe")
+    assert volume["secret"]["secretName"] == "probe"
+    cert, key = certificate(tmp_path)
+    files = {
+        f"{mounts['tls']}/tls.crt": cert,
+        f"{mounts['probe']}/tls.crt": cert,
+        f"{mounts['probe']}/tls.key": key,
+    }
+    known = Tls(*(file.read_bytes() for file in (cert, cert, key)))
+    tls = {"certificate": cert, "key": key, "client_ca": cert}
+    async with run_gateway(tmp_path, client_tls=known, tls=tls) as running:
+        status, output = await run_script(running, MUTUAL_TLS, files)
+        assert status == 0, output
+        assert "MATCH: 128 tokens" in output
 
 
 @pytest.mark.parametrize("name", ["apiKeySecret"])

@@ -29,7 +29,6 @@ VARIANTS: dict[str, Values] = {
         "gateway.tls.existingSecret": "tls",
         "gateway.tls.clientAuth.caSecret": "ca",
         "gateway.tls.clientAuth.probeSecret": "probe",
-        "helmTest.enabled": False,
     },
     "host-path": {
         "model.cache.type": "hostPath",

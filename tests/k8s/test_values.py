@@ -154,15 +154,6 @@ IMPOSSIBLE: list[tuple[Values, str]] = [
         "exclude each other",
     ),
     ({"gateway.tls.clientAuth.caSecret": "ca"}, "probeSecret"),
-    (
-        {
-            "gateway.tls.enabled": True,
-            "gateway.tls.existingSecret": "x",
-            "gateway.tls.clientAuth.caSecret": "ca",
-            "gateway.tls.clientAuth.probeSecret": "p",
-        },
-        "helmTest.enabled=false",
-    ),
     ({"model.cache.type": "image"}, "model.cache.image.reference"),
     (
         {"model.cache.type": "image", "model.cache.image.reference": "x"},

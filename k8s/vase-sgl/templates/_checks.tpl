@@ -20,9 +20,6 @@
 {{- if and $g.tls.clientAuth.caSecret (or (not $g.tls.enabled) (not $g.tls.clientAuth.probeSecret)) -}}
 {{- fail "gateway.tls.clientAuth.caSecret needs gateway.tls.enabled and clientAuth.probeSecret: probes need a certificate as well" -}}
 {{- end -}}
-{{- if and $g.tls.clientAuth.caSecret .Values.helmTest.enabled -}}
-{{- fail "the command line that `helm test` uses has no client certificate: set helmTest.enabled=false with gateway.tls.clientAuth.caSecret" -}}
-{{- end -}}
 {{- if and (eq .Values.model.cache.type "image") (not .Values.model.cache.image.reference) -}}
 {{- fail "model.cache.type=image needs model.cache.image.reference" -}}
 {{- end -}}
