@@ -33,6 +33,18 @@ def test_value_exists(name: str) -> None:
     assert name in VALUES or any(path.startswith(f"{name}.") for path in VALUES)
 
 
+def test_a_rotated_key_gets_into_every_secret_that_holds_it() -> None:
+    install, rotate = (
+        set(
+            re.findall(
+                r"create secret generic (\S+)", TEXT.split(f"\n## {title}\n")[1].split("\n## ")[0]
+            )
+        )
+        for title in ("Install", "Rotate secrets")
+    )
+    assert install and install <= rotate
+
+
 def test_every_alert_has_advice() -> None:
     assert set(re.findall(r"`(Vase[A-Za-z]+)`", TEXT)) == ALERTS
 
