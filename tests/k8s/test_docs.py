@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from fnmatch import fnmatch
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 import yaml
 
+from tests.gateway.audit_records import numbered
+from tests.gateway.test_audit_store import problems
 from tests.k8s.chart import CHART, NAMESPACE, RELEASE, ROOT, render, tool
 from tests.k8s.manifests import check
 from tests.k8s.test_monitoring import ALERTS
+from vase_sgl.gateway.audit import AuditStore
 
 TEXT = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
 VALUES = {
@@ -43,6 +49,19 @@ def test_a_rotated_key_gets_into_every_secret_that_holds_it() -> None:
         for title in ("Install", "Rotate secrets")
     )
     assert install and install <= rotate
+
+
+async def test_the_backup_in_the_container_holds_what_is_in_the_wal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the image's working directory is the volume
+    store = await AuditStore.open("sqlite+aiosqlite:///audit.sqlite3")
+    await store.append(numbered(1))
+    (script,) = re.findall(r'-- python3 -c "(.*?)"\n', TEXT, re.DOTALL)
+    subprocess.run([sys.executable, "-c", script], check=True)
+    await store.close()
+    assert Path("backup.sqlite3").stat().st_mode & 0o777 == 0o600
+    assert await problems("sqlite+aiosqlite:///backup.sqlite3") == {"alice": None}
 
 
 def test_every_alert_has_advice() -> None:

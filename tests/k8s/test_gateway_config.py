@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from tests.k8s.chart import POSTGRESQL, PROFILES, Rendered, Values, render
 from vase_sgl.cli import build_app
@@ -36,7 +38,7 @@ def load(rendered: Rendered, folder: Path, monkeypatch: pytest.MonkeyPatch) -> G
     path.write_text(yaml.safe_dump(rendered.gateway_config()), encoding="utf-8")
     for variable in rendered.gateway()["env"]:
         if variable["name"].startswith("VASE_"):
-            monkeypatch.setenv(variable["name"], URLS[variable["name"]])
+            monkeypatch.setenv(variable["name"], variable.get("value") or URLS[variable["name"]])
     return load_config(path)
 
 
@@ -115,6 +117,20 @@ def test_sqlite_is_on_the_state_volume(tmp_path: Path, monkeypatch: pytest.Monke
     config = load(rendered, tmp_path, monkeypatch)
     assert config.audit.url == "sqlite+aiosqlite:////var/lib/vase-sgl/audit.sqlite3"
     assert {"name": "state", "mountPath": "/var/lib/vase-sgl"} in rendered.gateway()["volumeMounts"]
+
+
+@pytest.mark.parametrize(
+    "own", [{}, {"audit": {"url": "sqlite+aiosqlite:////elsewhere/a.sqlite3"}}]
+)
+def test_in_the_container_the_command_line_finds_the_gateways_store(
+    own: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`kubectl exec deployment/… -- vase-sgl audit verify`."""
+    config = load(render({"gateway.config": own}), tmp_path, monkeypatch)
+    file = config.audit.url.removeprefix("sqlite+aiosqlite:///")
+    assert file == ("/elsewhere/a.sqlite3" if own else "/var/lib/vase-sgl/audit.sqlite3")
+    result = CliRunner().invoke(build_app(), ["audit", "verify"])
+    assert f"there is no audit store {file}" in result.stderr
 
 
 def test_postgresql_comes_from_the_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,12 +69,17 @@ variables that carry secrets into it, its health services and its commands.
 {{- toYaml (mergeOverwrite $config (deepCopy $gateway.config)) -}}
 {{- end -}}
 
-{{/* Secrets reach the gateway as variables, which override the file. */}}
-{{- define "vase-sgl.gatewaySecretEnv" -}}
-{{- if eq .Values.gateway.audit.store "postgresql" }}
+{{/*
+Secrets reach the gateway as variables, which override the file. SQLite's URL is the file's own, for
+`vase-sgl audit` in the container.
+*/}}
+{{- define "vase-sgl.gatewayUrlEnv" -}}
 - name: VASE_AUDIT__URL
+{{- if eq .Values.gateway.audit.store "postgresql" }}
   valueFrom:
     secretKeyRef: {{- toYaml .Values.gateway.audit.postgresql.urlSecret | nindent 6 }}
+{{- else }}
+  value: {{ (include "vase-sgl.gatewayConfig" . | fromYaml).audit.url | quote }}
 {{- end }}
 {{- if .Values.gateway.redis.urlSecret.name }}
 - name: VASE_LIMITS__REDIS_URL
