@@ -126,15 +126,23 @@ async def test_a_client_certificate_is_shown_by_every_command(tmp_path: Path) ->
     assert "a certificate needs its key" in errors
 
 
-async def test_ids_in_the_list_are_whole(running: Running) -> None:
+async def test_ids_in_the_lists_are_whole(running: Running) -> None:
     answer = await running.client.generate_once("tell me", max_new_tokens=40, budget=32, window=8)
-    narrow = {**environment(running), "COLUMNS": "80"}
+    narrow = {**environment(running), "COLUMNS": "20"}
     listed = await asyncio.to_thread(
         CliRunner().invoke, build_app(), ["records", "list"], env=narrow
     )
     assert answer.result.cache is not None
     (line,) = [line for line in listed.stdout.splitlines() if answer.request_id in line]
     assert "vase-attnv" in line and answer.result.cache.digest in line
+    keys = [running.add_tenant(name := "a-tenant-with-a-name-of-its-own")[4:16]]
+    command = ("tenants", "add", name, "--another-key", "--file", str(running.tenants_file))
+    keys += [(await run(running, *command))[0][4:16] for _ in range(3)]
+    listed = CliRunner().invoke(
+        build_app(), ["tenants", "list", "--file", str(running.tenants_file)], env=narrow
+    )
+    (line,) = [line for line in listed.stdout.splitlines() if name in line]
+    assert ", ".join(keys) in line
 
 
 async def test_generate_names_policies_and_prompt_modes(running: Running) -> None:

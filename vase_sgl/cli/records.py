@@ -40,10 +40,8 @@ def list_records(
     client_key: ClientKey = None,
 ) -> None:
     """List your records, newest first."""
-    from rich.console import Console
-    from rich.table import Table
-
     from vase_sgl.cli.jsonout import print_json
+    from vase_sgl.cli.table import print_table
     from vase_sgl.client import VaseError
 
     encrypted = encryption(tls, ca_file, client_cert, client_key)
@@ -54,19 +52,22 @@ def list_records(
         print_json(found)
         return
     header = ("id", "when", "status", "tokens", "policy", "budget", "rounds", "digest")
-    table = Table(*header, box=None, padding=(0, 2, 0, 0))
-    for record in found:
-        table.add_row(
-            record.record_id,
-            record.created.astimezone().strftime("%Y-%m-%d %H:%M:%S"),
-            record.status,
-            f"{record.usage.prompt_tokens}+{record.usage.completion_tokens}",
-            record.policy,
-            str(record.budget or ""),
-            str(record.rounds),
-            record.digest,
-        )
-    Console(width=1000).print(table)  # ids and digests are whole in any terminal and in pipes
+    print_table(
+        header,
+        [
+            (
+                record.record_id,
+                record.created.astimezone().strftime("%Y-%m-%d %H:%M:%S"),
+                record.status,
+                f"{record.usage.prompt_tokens}+{record.usage.completion_tokens}",
+                record.policy,
+                str(record.budget or ""),
+                str(record.rounds),
+                record.digest,
+            )
+            for record in found
+        ],
+    )
 
 
 def show(

@@ -155,23 +155,24 @@ def _refuse_settings(context: typer.Context) -> None:
 
 def list_tenants(file: File = DEFAULT_FILE) -> None:
     """List tenants and the ids of their keys."""
-    from rich.console import Console
-    from rich.table import Table
-
+    from vase_sgl.cli.table import print_table
     from vase_sgl.gateway import tenants
 
     with reported(tenants.TenantFileError):
         content = tenants.load(file)
-    table = Table("tenant", "roles", "seeds", "max budget", "key ids")
-    for tenant in content.tenants:
-        table.add_row(
-            tenant.name,
-            ", ".join(sorted(tenant.roles)),
-            tenant.seed_policy,
-            str(tenant.limits.max_budget),
-            ", ".join(key.id for key in tenant.keys),
-        )
-    Console().print(table)
+    print_table(
+        ("tenant", "roles", "seeds", "max budget", "key ids"),
+        [
+            (
+                tenant.name,
+                ", ".join(sorted(tenant.roles)),
+                tenant.seed_policy,
+                str(tenant.limits.max_budget),
+                ", ".join(key.id for key in tenant.keys),
+            )
+            for tenant in content.tenants
+        ],
+    )
 
 
 def remove(
