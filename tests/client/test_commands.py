@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from tests.gateway.audit_records import tamper
+from tests.gateway.audit_records import numbered, tamper
 from tests.gateway.running import Running, run_gateway
 from tests.gateway.scripted_worker import Faults
 from tests.gateway.test_transport import certificate
@@ -23,6 +23,8 @@ from vase_sgl.cli import build_app
 from vase_sgl.client import Tls
 from vase_sgl.eviction import POLICIES
 from vase_sgl.gateway import tenants
+from vase_sgl.gateway.audit import AuditStore
+from vase_sgl.gateway.audit.export import FileCheck
 
 
 async def run(running: Running, *arguments: str, status: int = 0) -> tuple[str, str]:
@@ -192,6 +194,26 @@ async def test_ctrl_c_aborts(running: Running) -> None:
     await running.worker.wait_for_abort()
 
 
+async def test_an_answer_goes_on_where_the_terminal_lacks_its_characters(running: Running) -> None:
+    running.worker.opening = "né… \U0001f600 "
+
+    async def generate(encoding: str, *options: str) -> str:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "vase_sgl.cli", "generate", "tell me", "-n", "5", *options),
+            env={**os.environ, **environment(running), "PYTHONIOENCODING": encoding},
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        output, errors = await asyncio.wait_for(process.communicate(), 20)
+        assert process.returncode == 0, errors
+        return output.decode(encoding)
+
+    assert (await generate("ascii")).startswith(r"n\xe9\u2026 \U0001f600 w")
+    for encoding in ("latin-1", "utf-8"):
+        answer = json.loads(await generate(encoding, "--json"))
+        assert answer["text"].startswith(running.worker.opening)
+
+
 async def test_tenants_add_list_remove(running: Running) -> None:
     file = ("--file", str(running.tenants_file))
     add = ("tenants", "add", "bob", *file)
@@ -321,6 +343,23 @@ async def test_audit_verify_export_prune(running: Running, tmp_path: Path) -> No
     await tamper(running.audit_url, "UPDATE records SET payload = NULL")
     output, _ = await run(running, "audit", "verify", *url, status=1)
     assert output.startswith("alice: altered at record ") and "its payload is gone" in output
+
+
+async def test_an_export_is_utf8_whatever_the_terminal_has(tmp_path: Path) -> None:
+    url = f"sqlite+aiosqlite:///{tmp_path / 'audit.sqlite3'}"
+    store = await AuditStore.open(url)
+    await store.append(numbered(1, failure="né…"))
+    await store.close()
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "vase_sgl.cli", "audit", "export", "--url", url),
+        env={**os.environ, "PYTHONIOENCODING": "latin-1"},
+        stdout=asyncio.subprocess.PIPE,
+    )
+    output, _ = await asyncio.wait_for(process.communicate(), 20)
+    assert process.returncode == 0 and "né…" in output.decode()
+    (file := tmp_path / "export.jsonl").write_bytes(output)
+    with file.open(encoding="utf-8") as lines:
+        assert [problem for _, _, problem in FileCheck().chains(lines)] == [None]
 
 
 async def test_audit_commands_say_what_is_wrong(running: Running) -> None:

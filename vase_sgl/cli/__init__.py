@@ -7,6 +7,7 @@ that is missing, `main` says so.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from importlib import import_module
@@ -62,6 +63,10 @@ def build_app() -> typer.Typer:
 
 def main() -> None:
     """Run the command line; ends the process."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # else: a caller has put something in its place
+            # An answer goes on where the terminal or pipe has no code for a character.
+            stream.reconfigure(errors="backslashreplace")
     # Unless told otherwise gRPC tells on stderr of every fork and every failed handshake.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:

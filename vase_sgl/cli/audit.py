@@ -8,7 +8,6 @@ import getpass
 import os
 import re
 import socket
-import sys
 from contextlib import aclosing, nullcontext
 from functools import partial
 from pathlib import Path
@@ -204,7 +203,8 @@ async def _export(url: str, tenant: str | None, output: Path | None) -> int:
     async with reading.opened(url) as engine, reading.snapshot(engine) as connection:
         ends = await reading.ends(connection)
         chosen = {name: ends[name] for name in _chosen(ends, tenant)}
-        with nullcontext(sys.stdout) if output is None else _private(output) as file:
+        stdout = typer.get_text_stream("stdout", encoding="utf-8")  # whatever a terminal has
+        with nullcontext(stdout) if output is None else _private(output) as file:
             async with aclosing(export.lines(connection, chosen)) as lines:
                 async for line in lines:
                     file.write(line + "\n")

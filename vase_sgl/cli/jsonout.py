@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from datetime import datetime
 from typing import Any, TextIO
 
@@ -11,8 +12,13 @@ import typer
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout."""
-    typer.echo(json.dumps(value, default=_plain, indent=2, ensure_ascii=False))
+    """One JSON document on stdout; in ASCII if stdout has no code for all of it."""
+    text = json.dumps(value, default=_plain, indent=2, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding)
+    except UnicodeEncodeError:
+        text = json.dumps(value, default=_plain, indent=2)
+    typer.echo(text)
 
 
 def write_json(file: TextIO, value: Any) -> None:
