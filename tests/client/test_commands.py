@@ -320,7 +320,12 @@ async def test_audit_verify_export_prune(running: Running, tmp_path: Path) -> No
     _, errors = await run(running, "audit", "export", *url, "-o", file)
     assert errors == "3 records\n"
     assert Path(file).stat().st_mode & 0o777 == 0o600
-    await run(running, "audit", "export", *url, "-o", file, status=1)  # never overwritten
+    for path, reason in (
+        (file, "File exists"),  # never overwritten
+        (str(tmp_path / "none" / "export.jsonl"), "No such file or directory"),
+    ):
+        _, errors = await run(running, "audit", "export", *url, "-o", path, status=1)
+        assert errors == f"error: cannot write {path}: {reason}\n"
     assert (await run(running, "audit", "verify", "--file", file))[0] == output
     named = ("--tenant", "alice", "--head")
     assert (await run(running, "audit", "verify", "--file", file, *named, head))[0] == output

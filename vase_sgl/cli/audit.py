@@ -8,7 +8,8 @@ import getpass
 import os
 import re
 import socket
-from contextlib import aclosing, nullcontext
+from collections.abc import Iterator
+from contextlib import aclosing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
@@ -207,14 +208,29 @@ async def _export(url: str, tenant: str | None, output: Path | None) -> int:
         with nullcontext(stdout) if output is None else _private(output) as file:
             async with aclosing(export.lines(connection, chosen)) as lines:
                 async for line in lines:
-                    file.write(line + "\n")
+                    with _naming(output):
+                        file.write(line + "\n")
                     count += line.startswith('{"kind":"record"')
+            with _naming(output):
+                file.flush()
     return count
 
 
 def _private(path: Path) -> TextIO:
     """A new file that only its owner can read: it may hold prompts."""
-    return open(path, "x", encoding="utf-8", opener=partial(os.open, mode=0o600))
+    with _naming(path):
+        return open(path, "x", encoding="utf-8", opener=partial(os.open, mode=0o600))
+
+
+@contextmanager
+def _naming(output: Path | None) -> Iterator[None]:
+    """A failure to write is the output's, and not the store's."""
+    from vase_sgl.gateway.audit import AuditError
+
+    try:
+        yield
+    except OSError as error:
+        raise AuditError(f"cannot write {output or 'to stdout'}: {error.strerror}") from error
 
 
 async def _prune(
