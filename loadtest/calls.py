@@ -24,8 +24,9 @@ _LONGEST_ERROR = 200
 class Generated:
     """A generation. Durations in seconds, from the moment of the call.
 
-    ttft_seconds: until the first token was here. tpot_seconds: from there to the last token, per
-    token after the first; None for fewer than two. seconds: until the record was durable.
+    ttft_seconds: until the first message with tokens was here. tpot_seconds: from there to the
+    last, per token after the first message, which may hold several; None where that held them all.
+    seconds: until the record was durable.
     queue_seconds: until a worker had it, by the gateway's clock. What is absent did not happen.
     output_tokens, ttft_seconds: of what arrived, also of a call that failed.
     """
@@ -68,7 +69,7 @@ def generate(
     start = time.perf_counter()
     ttft: float | None = None
     last = start
-    tokens = 0
+    tokens = first_tokens = 0
     text = ""
     try:
         call = client.generate(prompt, max_new_tokens=max_new_tokens, timeout=timeout, **options)
@@ -76,7 +77,8 @@ def generate(
             for chunk in stream:
                 if chunk.token_ids:
                     last = time.perf_counter()
-                    ttft = last - start if ttft is None else ttft
+                    if ttft is None:
+                        ttft, first_tokens = last - start, len(chunk.token_ids)
                     tokens += len(chunk.token_ids)
                     on_tokens(len(chunk.token_ids))
                 text += chunk.text
@@ -95,6 +97,7 @@ def generate(
             ttft_seconds=ttft,
         )
     seconds = time.perf_counter() - start
+    later_tokens = tokens - first_tokens
     if tokens != result.usage.completion_tokens:
         lost = f"{tokens} of {result.usage.completion_tokens} tokens of the answer arrived"
         return Generated("failed", seconds, lost, output_tokens=tokens, ttft_seconds=ttft)
@@ -107,7 +110,9 @@ def generate(
         output_tokens=tokens,
         queue_seconds=result.timings.queue_seconds,
         ttft_seconds=ttft,
-        tpot_seconds=None if ttft is None or tokens < 2 else (last - start - ttft) / (tokens - 1),
+        tpot_seconds=(
+            (last - start - ttft) / later_tokens if ttft is not None and later_tokens else None
+        ),
     )
 
 

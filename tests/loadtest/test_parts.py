@@ -10,7 +10,9 @@ import random
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtest import compare, prompts, results, slo, tenants
+from loadtest import calls, compare, prompts, results, slo, tenants
 from loadtest.options import Settings
 from loadtest.problems import BadSetup
 from loadtest.rows import Row, bucket
@@ -323,6 +325,27 @@ def result(**changed: Any) -> dict[str, Any]:
     gateway = {"target": "a:1", "fingerprint": {"device": "cpu"}, "total_slots": 100}
     more: dict[str, Any] = {"users": 4, "run_time": 2, "options": dict(OPTIONS), "gateway": gateway}
     return results.document(found, 0.0, 2.0, [], **{**more, **changed})
+
+
+@pytest.mark.parametrize(
+    ("messages", "tpot"), [([10, 10], 0.1), ([1, 4, 5], 2 / 9), ([20], None), ([1], None)]
+)
+def test_tokens_of_the_first_message_took_no_time_after_it(
+    messages: list[int], tpot: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stream(list[SimpleNamespace]):
+        request_id = "r"
+        result = SimpleNamespace(
+            usage=SimpleNamespace(prompt_tokens=3, completion_tokens=sum(messages)),
+            timings=SimpleNamespace(queue_seconds=0.0),
+        )
+
+    stream = Stream(SimpleNamespace(token_ids=(1,) * count, text="x") for count in messages)
+    client: Any = SimpleNamespace(generate=lambda *_, **__: nullcontext(stream))
+    monkeypatch.setattr(calls, "time", SimpleNamespace(perf_counter=iter(range(9)).__next__))
+    found = calls.generate(client, "prompt", 20, 60.0, {}, lambda count: None)
+    assert (found.status, found.ttft_seconds) == ("completed", 1)
+    assert found.tpot_seconds == (None if tpot is None else pytest.approx(tpot))
 
 
 def test_a_result_adds_tenants_up() -> None:
