@@ -205,6 +205,27 @@ def test_policies_are_compared_at_the_same_budget_and_prompt_mode(
     assert line.startswith("| a | 64 | 8 | -25.0 [") and line.endswith("| 1 : 3 | 0.625 |")
 
 
+def test_windows_are_told_apart(stored: Callable[[Iterable[Row]], Path], tmp_path: Path) -> None:
+    """An arm of one name and budget may come twice, and is compared at its own window alone."""
+
+    def at(arm: str, window: int, right: int) -> list[Row]:
+        return [row(arm, 64, str(i), window=window, correct=i < right) for i in range(8)]
+
+    full = [row("full", None, str(i)) for i in range(8)]
+    rows = [*full, *at("vase-attnv", 16, 8), *at("vase-attnv", 32, 4), *at("a", 32, 2)]
+    _, markdown = write(load([stored(rows)]), tmp_path, price_per_hour=None)
+    text = markdown.read_text()
+    assert "| full | - | 8 |" in text
+    assert "| vase-attnv, window 16 | 64 | 8 | 100.0 [" in text
+    assert "| vase-attnv, window 32 | 64 | 8 | 50.0 [" in text
+    _, _, section = text.partition("### Policies at the same budget: correct")
+    (line,) = (line for line in section.partition("###")[0].splitlines() if ", window" in line)
+    assert line.startswith("| a, window 32 | 64 | 8 | -25.0 [")
+    alone = write(load([stored([*full, *at("a", 32, 2)])]), tmp_path, price_per_hour=None)
+    text = alone[1].read_text()
+    assert "Every arm with a budget has window 32." in text and "| a | 64 | 8 | 25.0 [" in text
+
+
 def test_few_evictions_are_a_control_and_said_so(
     stored: Callable[[Iterable[Row]], Path], tmp_path: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""Rows by task, arm and budget; incomplete cells are refused by name."""
+"""Rows by task, arm, budget and window; incomplete cells are refused by name."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ IN_PROCESS = "in-process"
 
 _NAMED = 20
 
+#: Task, arm, budget and window of a cell.
+_Key = tuple[str, str, int | None, int | None]
+
 
 class IncompleteError(Exception):
     """Cells lack samples, or runs did not measure the same. The text names what."""
@@ -30,20 +33,29 @@ class IncompleteError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """The samples of one arm at one budget on one task, a row each, in the order of their pairs.
+    """The samples of one arm at one budget and window on one task, a row each, in the order of
+    their pairs.
 
-    attempts: every row, those of samples that were run again included.
+    attempts: every row, those of samples that were run again included. tells_window: its task has
+    several windows, so its name holds its own.
     """
 
     task: str
     arm: str
     budget: int | None
+    window: int | None
     rows: tuple[Row, ...]
     attempts: tuple[Row, ...]
+    tells_window: bool = False
+
+    @property
+    def name(self) -> str:
+        """The arm, with its window where others of the task have another one."""
+        return f"{self.arm}, window {self.window}" if self.tells_window else self.arm
 
     @property
     def label(self) -> str:
-        return self.arm if self.budget is None else f"{self.arm} @ {self.budget}"
+        return self.name if self.budget is None else f"{self.name} @ {self.budget}"
 
     @property
     def n(self) -> int:
@@ -113,7 +125,7 @@ class Cell:
 class Results:
     """Everything a report is made of.
 
-    cells: by task, full caches first, then by arm and budget. runs: the content of each run.json.
+    cells: by task, full caches first, then by arm, window and budget. runs: the content of each run.json.
     sessions: what workers counted. attempts: every row.
     """
 
@@ -142,18 +154,17 @@ def load(folders: Sequence[Path]) -> Results:
             sessions += _sessions(path / SESSIONS_FILE)
         attempts += rows
         expected = _expected_without_run(rows) if run is None else _expected(run)
-        for (task, arm, budget), pairs in expected.items():
-            mine = [r for r in rows if (r.task, r.arm, r.budget) == (task, arm, budget)]
+        for key, pairs in expected.items():
+            mine = [r for r in rows if (r.task, r.arm, r.budget, r.window) == key]
             done = {row.pair: row for row in row_files.latest(mine).values()}
+            task, arm, budget, window = key
             cell = Cell(
-                task,
-                arm,
-                budget,
+                *key,
                 rows=tuple(done[p] for p in pairs if p in done and done[p].status != "failed"),
                 attempts=tuple(mine),
             )
             problems += _missing(cell, pairs, done)
-            if any(c.arm == arm and c.budget == budget for c in cells.get(task, ())):
+            if any((c.arm, c.budget, c.window) == key[1:] for c in cells.get(task, ())):
                 problems.append(f"{task}, {cell.label}: is in more than one of the inputs")
             cells.setdefault(task, []).append(cell)
     problems += _unpaired(cells)
@@ -170,7 +181,7 @@ def load(folders: Sequence[Path]) -> Results:
             "again to fill them:\n  " + "\n  ".join(problems)
         )
     return Results(
-        {task: sorted(found, key=_order) for task, found in cells.items()},
+        {task: sorted(_named(found), key=_order) for task, found in cells.items()},
         runs,
         sessions,
         attempts,
@@ -182,14 +193,28 @@ def baseline(cells: Sequence[Cell]) -> Cell | None:
     return next((cell for cell in cells if cell.arm == BASELINE), None)
 
 
-def _order(cell: Cell) -> tuple[bool, str, int]:
-    return cell.evicts, cell.arm, cell.budget or 0
+def windows(cells: Iterable[Cell]) -> list[int]:
+    """The windows of a task's arms, in order."""
+    return sorted({cell.window for cell in cells if cell.window is not None})
 
 
-def _expected(run: RunFolder) -> dict[tuple[str, str, int | None], list[tuple[str, int]]]:
+def _named(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells of a task, with their windows in their names if these differ."""
+    several = len(windows(cells)) > 1
+    return [
+        dataclasses.replace(cell, tells_window=several and cell.window is not None)
+        for cell in cells
+    ]
+
+
+def _order(cell: Cell) -> tuple[bool, str, int, int]:
+    return cell.evicts, cell.arm, cell.window or 0, cell.budget or 0
+
+
+def _expected(run: RunFolder) -> dict[_Key, list[tuple[str, int]]]:
     configuration = run.configuration
     return {
-        (task, arm["name"], arm["eviction"].get("budget")): [
+        (task, arm["name"], arm["eviction"].get("budget"), arm["eviction"].get("window")): [
             (item_id, index) for item_id in item_ids for index in range(configuration["seeds"])
         ]
         for task, item_ids in configuration["items"].items()
@@ -199,12 +224,12 @@ def _expected(run: RunFolder) -> dict[tuple[str, str, int | None], list[tuple[st
 
 def _expected_without_run(
     rows: Iterable[Row],
-) -> dict[tuple[str, str, int | None], list[tuple[str, int]]]:
+) -> dict[_Key, list[tuple[str, int]]]:
     pairs: dict[str, dict[tuple[str, int], None]] = {}
-    cells: dict[tuple[str, str, int | None], None] = {}
+    cells: dict[_Key, None] = {}
     for row in rows:
         pairs.setdefault(row.task, {})[row.pair] = None
-        cells[(row.task, row.arm, row.budget)] = None
+        cells[(row.task, row.arm, row.budget, row.window)] = None
     return {cell: list(pairs[cell[0]]) for cell in cells}
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vase_sgl.eval import plots, tables
 from vase_sgl.eval.arms import BASELINE
-from vase_sgl.eval.cells import CONTROL_SHARE, Cell, Results, baseline
+from vase_sgl.eval.cells import CONTROL_SHARE, Cell, Results, baseline, windows
 from vase_sgl.eval.html_page import html_page
 from vase_sgl.eval.measures import LOOPS, MALFORMED, Measure, pareto_front, quality_of
 from vase_sgl.eval.plots import Point
@@ -56,10 +56,11 @@ def _report(
     yield from _what_ran(results)
     yield "## How to read it"
     yield _HOW_TO_READ.format(control=100 * CONTROL_SHARE)
-    arms = [c.arm for found in results.cells.values() for c in found]
+    arms = [c.name for found in results.cells.values() for c in found]
     styles = plots.styles_of(list(dict.fromkeys(arms)))
     for number, (task, cells) in enumerate(results.cells.items(), 1):
         yield f"## {task}"
+        yield from _window(cells)
         yield from _quality(cells)
         yield from _same_budget(cells)
         yield from _form(cells)
@@ -108,6 +109,13 @@ def _what_ran(results: Results) -> Iterator[str]:
         )
 
 
+def _window(cells: Sequence[Cell]) -> Iterator[str]:
+    """The window, unless there are several: then the arms' names tell."""
+    match windows(cells):
+        case [window]:
+            yield f"Every arm with a budget has window {window}."
+
+
 def _quality(cells: Sequence[Cell]) -> Iterator[str]:
     """Scores with intervals, paired with the baseline."""
     base = baseline(cells)
@@ -130,12 +138,14 @@ def _quality(cells: Sequence[Cell]) -> Iterator[str]:
 
 
 def _same_budget(cells: Sequence[Cell]) -> Iterator[str]:
-    """Policies against the default one, where both have the same budget and prompt mode."""
-    bases = {(c.budget, c.rows[0].prompt_mode): c for c in cells if _is_default(c)}
+    """Policies against the default one, where budget, window and prompt mode are the same."""
+
+    def setting(c: Cell) -> tuple[int | None, int | None, str | None]:
+        return c.budget, c.window, c.rows[0].prompt_mode
+
+    bases = {setting(c): c for c in cells if _is_default(c)}
     pairs = [
-        (c, base)
-        for c in cells
-        if (base := bases.get((c.budget, c.rows[0].prompt_mode))) is not None and c is not base
+        (c, base) for c in cells if (base := bases.get(setting(c))) is not None and c is not base
     ]
     for measure in quality_of(cells) if pairs else []:
         yield f"### Policies at the same budget: {measure.title}"
@@ -256,13 +266,13 @@ def _drawings(
     timed = [c for c in cells if c.timed]
     if timed:
         title = f"{task}: throughput over budget"
-        found = [Point(c.arm, c.budget, c.tokens_per_second) for c in timed]
+        found = [Point(c.name, c.budget, c.tokens_per_second) for c in timed]
         yield "throughput", title, plots.over_budget(title, "output tokens/s", found, styles)
     answered = [(c, slots) for c in cells if (slots := _slots(c)) is not None]
     if not answered:
         return
     title = f"{task}: memory over budget"
-    found = [Point(c.arm, c.budget, slots) for c, slots in answered]
+    found = [Point(c.name, c.budget, slots) for c, slots in answered]
     yield "memory", title, plots.over_budget(title, "KV slots (mean)", found, styles)
     for measure in qualities[:1]:
         title = f"{task}: {measure.title} against memory"
@@ -322,7 +332,7 @@ def _events(results: Results) -> Iterator[str]:
 
 
 def _name(c: Cell) -> list[str]:
-    return [c.arm, NOTHING if c.budget is None else str(c.budget)]
+    return [c.name, NOTHING if c.budget is None else str(c.budget)]
 
 
 def _score(measure: Measure, c: Cell) -> str:
@@ -377,7 +387,7 @@ def _estimates(measure: Measure, cells: Sequence[Cell]) -> list[tuple[Cell, Esti
 def _point(measure: Measure, c: Cell, estimate: Estimate, x: float | None) -> Point:
     scale = 100 if measure.share else 1
     return Point(
-        c.arm, x, scale * estimate.value, low=scale * estimate.low, high=scale * estimate.high
+        c.name, x, scale * estimate.value, low=scale * estimate.low, high=scale * estimate.high
     )
 
 
