@@ -132,6 +132,7 @@ class TestSizes:
         assert sizes.slot_kv_bytes == 40 * 8 * 128 * 2 * 2 == 160 * 1024
         assert sizes.slot_position_bytes == 40 * 8 * 4
         assert sizes.ring_row_bytes == 40 * 64 * 40 * 128 * 2
+        assert sizes.ring_row_slots == 64 * 40 / (2 * 8)
 
     @pytest.mark.parametrize(
         "sizes",

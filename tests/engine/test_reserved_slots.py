@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.engine.scheduler_harness import SteppedScheduler
+from vase_sgl.engine.pool import BudgetPool
 from vase_sgl.engine.server_info import describe
 from vase_sgl.eviction import EvictionParams
 from vase_sgl.gateway.need import Need
@@ -34,6 +35,9 @@ def test_gateway_and_engine_agree(
     idle = info()
     assert idle.reserved_slots == 0 and idle.unreserved_slots == idle.total_slots
     assert (idle.max_running_requests, idle.max_query_requests) == (8, 8)
+    pool = BudgetPool.of(stepped.scheduler.req_to_token_pool)
+    slot = sum(x[0].nbytes for x in (*pool.k_buffers, *pool.v_buffers))
+    assert idle.query_ring_slots == pool.query_ring.data[:, 0].nbytes / slot
     stepped.submit(request.request_id, prompt, vase=fields, max_new_tokens=output)
     stepped.step()
     stepped.step()

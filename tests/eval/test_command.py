@@ -54,6 +54,13 @@ async def test_a_grid_gives_a_row_per_sample_and_a_report(
     assert one["rounds"] > 0 and one["evicted_tokens"] > 0 and one["reserved_slots"] == 40
     assert one["full_kv_slots"] == one["prompt_tokens"] + 60 and one["output_tokens"] == 60
     assert one["digest"] and one["ttft_seconds"] <= one["total_seconds"]
+    assert one["queue_seconds"] == 1e-6
+    assert json.loads((out / "run.json").read_text())["query_ring_slots"] == {"production": 24.0}
+    (cells,) = load([out]).cells.values()
+    assert [(c.label, c.mean(c.slots)) for c in cells if c.budget == 32] == [
+        ("random+keep @ 32", 40),
+        ("vase-attnv @ 32", 40 + 24),
+    ]
     assert one["correct"] is False and one["finish_reason"] == "length"
     # The same question has the same seeds in every arm, other questions others.
     by_pair: dict[tuple[str, int], set[int]] = {}
@@ -182,7 +189,13 @@ async def test_an_abort_is_an_outcome_that_counts_as_wrong(
 ) -> None:
     worker.faults.abort_after_tokens = 10
     await run_eval(*TINY, "--policies", "full", "--worker", worker.url, "-o", tmp_path)
-    assert {(r["status"], r["correct"]) for r in rows(tmp_path)} == {("aborted", False)}
+    found = rows(tmp_path)
+    assert {(r["status"], r["correct"]) for r in found} == {("aborted", False)}
+    # It held memory until then.
+    assert all(r["full_kv_slots"] == r["prompt_tokens"] + 10 for r in found)
+    assert all(r["seeds"]["sampling"] and r["queue_seconds"] == 1e-6 for r in found)
+    (cells,) = load([tmp_path]).cells.values()
+    assert cells[0].slot_seconds > 0
     assert (
         "| passkey?steps=4, full | 6 | 0 | 0 | out of luck |"
         in (tmp_path / "report.md").read_text()

@@ -51,7 +51,10 @@ async def test_losses_and_answers_of_every_arm(
     assert "of 30 samples are there already" in shown
     losses = {_key(r): (r["nll_sum"], r["digest"]) for r in found}
     assert {_key(r): (r["nll_sum"], r["digest"]) for r in rows(out)} == losses
-    assert json.loads((out / "run.json").read_text())["workers"]["in-process"]["weights_digest"]
+    run = json.loads((out / "run.json").read_text())
+    assert run["workers"]["in-process"]["weights_digest"]
+    # Queries of the window's 8 tokens: 4 heads a token beside K and V of 2 heads.
+    assert run["query_ring_slots"] == {"in-process": 8 * 4 / (2 * 2)}
 
 
 @pytest.mark.parametrize(

@@ -30,4 +30,8 @@ def test_problems_that_take_steps() -> None:
     slots = tables.plain(full.mean(lambda row: row.slots), 0)
     assert f"come to\n{slots} tokens on average with the full cache" in text
     assert f"full ({slots} slots, " in report
+    slots_of = dict(re.findall(r"^\| `(\S+)` \| [\d.]+ % \[.*?\] \| (\d+) \|", text, re.MULTILINE))
+    assert slots_of == {c.arm: tables.plain(c.mean(c.slots), 0) for c in cells if c.budget == 128}
+    # A ring is a window of the default 64 for 12 query heads, beside K and V of 2 heads.
+    assert {c.ring_slots for c in cells} == {0, 64 * 12 / (2 * 2)}
     assert f"gets {scores['full'].replace(' [', ' % [')} right" in text

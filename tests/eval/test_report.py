@@ -19,7 +19,7 @@ def row(arm: str, budget: int | None, item: str, seed: int = 0, **fields: object
     common = Row(
         run_id="r",
         arm=arm,
-        policy=arm,
+        policy="full" if budget is None else "random",
         budget=budget,
         task="t|<b>",
         item_id=item,
@@ -126,8 +126,8 @@ def test_aborted_samples_are_wrong_and_nothing_else(
     assert quality.endswith(" | 100 % (n 2) |")
     assert form.startswith("| a | 64 | 8 | 100.0 [34.2, 100.0] (n 2) | +100.0 [")
     assert form.endswith("(n 2) | truncated 2 |")
-    assert cost.startswith("| a | 64 | 8 | 2 | 10 | 64 | 6 | 0 | 3.0 |")
-    assert "| b | 32 | 8 | 0 | - | - | - | - | - |" in text
+    assert cost.startswith("| a | 64 | 8 | 2 | 10 | 64 | - | 6 | 0 | 3.0 |")
+    assert "| b | 32 | 8 | 0 | - | - | - | - | - | - |" in text
     assert "| b | 32 | 8 | - | - | - | - | - |" in text
     assert "a @ 64 (64 slots (n 2), 0.0 [0.0, 32.4] %, n 8), full (" in text
 
@@ -170,7 +170,9 @@ def test_the_report_has_every_number_with_n_and_interval(
     assert quality.endswith("| 0 : 4 | 0.125 | 100 % |")
     assert form.startswith("| a | 64 | 8 | 50.0 [21.5, 78.5] | +50.0 [")
     # 4 s for 8 samples at 900 an hour.
-    assert cost == "| a | 64 | 8 | 8 | 10 | 64 | 6 | 0 | 3.0 | 20.0 | - | 0.50 | 256 | 0.125000 |"
+    assert (
+        cost == "| a | 64 | 8 | 8 | 10 | 64 | - | 6 | 0 | 3.0 | 20.0 | - | 0.50 | 256 | 0.125000 |"
+    )
     assert "Pareto front of correct against slots: a @ 64 (64 slots, 50.0" in text
     # The task's name is text, not markup.
     assert "<h2>t|&lt;b&gt;</h2>" in html and "<b>" not in html
@@ -188,7 +190,7 @@ def test_a_full_cache_takes_its_final_length(
     assert cells[0].slot_seconds == 8 * 1000 * 4
     _, markdown = write(results, tmp_path, price_per_hour=None)
     text = markdown.read_text()
-    assert "| full | - | 8 | 8 | 10 | 1000 | 100 | 0 | 0.0 | 20.0 | - | 0.50 | 4000 |" in text
+    assert "| full | - | 8 | 8 | 10 | 1000 | - | 100 | 0 | 0.0 | 20.0 | - | 0.50 | 4000 |" in text
     assert "full (1000 slots, 100.0" in text
 
 
@@ -203,6 +205,63 @@ def test_policies_are_compared_at_the_same_budget_and_prompt_mode(
     rows = [line for line in section.partition("###")[0].splitlines() if line.startswith("| a |")]
     (line,) = rows  # not at budget 128, where the default policy is missing
     assert line.startswith("| a | 64 | 8 | -25.0 [") and line.endswith("| 1 : 3 | 0.625 |")
+
+
+def test_memory_holds_the_query_ring(
+    stored: Callable[[Iterable[Row]], Path], tmp_path: Path
+) -> None:
+    """Of policies that look at attention; with it `vase-attnv` is not on the front here."""
+    full = [row("full", None, str(i)) for i in range(4)]
+    drawn = [row("random", 64, str(i), correct=i > 0) for i in range(4)]
+    attending = [
+        dataclasses.replace(r, arm="vase-attnv", policy="vase-attnv", reserved_slots=60)
+        for r in drawn
+    ]
+    rows = [*full, *drawn, *attending]
+    arms = [
+        {"name": "full", "eviction": {}},
+        *({"name": name, "eviction": {"budget": 64}} for name in ("random", "vase-attnv")),
+    ]
+    run = _folder(tmp_path / "run", None, arms=arms)
+    (run / "rows.jsonl").write_text("".join(r.to_json() + "\n" for r in rows))
+    told = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**told, "query_ring_slots": {"production": 192}}))
+    results = load([run])
+    (cells,) = results.cells.values()
+    assert [c.mean(c.slots) for c in cells] == [1000, 64, 252]
+    assert [c.label for c in pareto_front(cells, ACCURACY)] == ["full", "random @ 64"]
+    assert [c.slot_seconds for c in cells] == [4 * 4 * slots for slots in (1000, 64, 252)]
+    _, markdown = write(results, tmp_path / "out", price_per_hour=None)
+    text = markdown.read_text()
+    assert "| random | 64 | 4 | 4 | 10 | 64 | - | 6 |" in text
+    assert "| vase-attnv | 64 | 4 | 4 | 10 | 252 | 192 | 25 |" in text
+    assert "how large the query rings" not in text
+    # Rows alone do not tell.
+    _, markdown = write(load([stored(rows)]), tmp_path / "alone", price_per_hour=None)
+    text = markdown.read_text()
+    assert "| vase-attnv | 64 | 4 | 4 | 10 | 60 | not known | 6 |" in text
+    assert "how large the query rings of `vase-attnv` are; they are not among the slots" in text
+
+
+def test_slots_are_charged_from_the_admission_on(
+    stored: Callable[[Iterable[Row]], Path], tmp_path: Path
+) -> None:
+    """Two at a time for a second each: the last of eight waits three seconds."""
+    rows = [
+        row("full", None, str(i), total_seconds=i // 2 + 1.0, queue_seconds=i // 2)
+        for i in range(8)
+    ]
+    results = load([stored(rows)])
+    (cells,) = results.cells.values()
+    assert cells[0].slot_seconds == 8 * 1000
+    _, markdown = write(results, tmp_path / "told", price_per_hour=None)
+    assert "upper bounds" not in markdown.read_text()
+    lost = {"status": "failed", "reserved_slots": 0, "full_kv_slots": 0}
+    again = dataclasses.replace(rows[0], queue_seconds=None, **lost)  # type: ignore[arg-type]
+    assert next(iter(load([stored([again, *rows])]).cells.values()))[0].queue_is_known
+    untold = [dataclasses.replace(r, queue_seconds=None) for r in rows]
+    _, markdown = write(load([stored(untold)]), tmp_path / "untold", price_per_hour=None)
+    assert "how long requests of any arm waited to be admitted" in markdown.read_text()
 
 
 def test_windows_are_told_apart(stored: Callable[[Iterable[Row]], Path], tmp_path: Path) -> None:
@@ -372,5 +431,6 @@ def test_nll_rows_without_a_worker(stored: Callable[[Iterable[Row]], Path], tmp_
     text = markdown.read_text()
     assert "| a | 64 | 8 | 2.2500 [2.2500, 2.2500] | +0.2500 [+0.2500, +0.2500] | 0 : 8 |" in text
     # Its arms shared their forward passes, so no arm has a time of its own.
-    assert "| a | 64 | 8 | 8 | 10 | 64 | 6 | 0 | 3.0 | - | - | - | - | - |" in text
+    assert "| a | 64 | 8 | 8 | 10 | 64 | - | 6 | 0 | 3.0 | - | - | - | - | - |" in text
+    assert "waited to be admitted" not in text
     assert "throughput over budget" not in text

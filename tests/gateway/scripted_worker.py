@@ -199,7 +199,12 @@ class ScriptedWorker:
             },
             "inspect": self.can_inspect,
             "default": self.default_eviction,
-            "slots": {"total": 10_000, "available": self.available_slots, "reserved": 1_000},
+            "slots": {
+                "total": 10_000,
+                "available": self.available_slots,
+                "reserved": 1_000,
+                "query_ring": 24.0,
+            },
             "rounds": 7,
             "evicted_tokens": 224,
             "running_requests": len(self.running),
@@ -309,6 +314,7 @@ class Run:
             "prompt_tokens": len(self.prompt),
             "completion_tokens": len(self.tokens),
             "num_retractions": self._faults.retractions,
+            "queue_time": 1e-6,
         }
         if self._vase is not None:
             logical = len(self.prompt) + len(self.tokens)

@@ -232,7 +232,12 @@ class RecordSummary:
 
 @dataclasses.dataclass(frozen=True)
 class Capacity:
-    """Slots and ceilings. The last two are None unless a budget was asked about."""
+    """Slots and ceilings.
+
+    slots_per_request, requests_that_fit: None unless a budget was asked about. query_ring_slots:
+    memory that a request has beside its slots if its policy reads queries, in slots; None if no
+    worker says.
+    """
 
     total_slots: int
     available_slots: int
@@ -249,3 +254,4 @@ class Capacity:
     fingerprint: Mapping[str, str]
     slots_per_request: int | None
     requests_that_fit: int | None
+    query_ring_slots: float | None

@@ -32,6 +32,7 @@ class BudgetPool:
     total_heads: KV heads of a layer, those of other ranks included.
     attention_scale: what the model multiplies q.k by.
     tp_rank: this rank among those that share the heads.
+    ring_row_slots: size of one request's query ring, in slots of K and V.
     """
 
     def __init__(self, model_runner: Any, config: EngineConfig) -> None:
@@ -61,6 +62,7 @@ class BudgetPool:
             max_running_requests=model_runner.server_args.max_running_requests,
             device_type=device.type,
         )
+        self.ring_row_slots = sizes.ring_row_slots
         self.query_ring = QueryRing(
             layers=layers,
             requests=min(rows, sizes.ring_requests(slots)),

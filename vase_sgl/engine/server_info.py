@@ -31,7 +31,10 @@ def report_state(result: Any, controller: Any, recv_req: Any) -> Any:
 
 
 def describe(scheduler: Any) -> dict[str, Any]:
-    """Slots (one slot = one token in every layer), rounds so far, limits, fingerprint."""
+    """Slots (one slot = one token in every layer), rounds so far, limits, fingerprint.
+
+    `query_ring`: the memory of one request's ring, in slots.
+    """
     config = engine_config()
     pool = BudgetPool.of(scheduler.req_to_token_pool)
     slots = Slots.of(scheduler)
@@ -53,6 +56,7 @@ def describe(scheduler: Any) -> dict[str, Any]:
             "available": slots.available,
             "reserved": slots.reserved,
             "owned": slots.owned,
+            "query_ring": pool.ring_row_slots,
         },
         "prefix_cache": not scheduler.tree_cache.disable,
         "page_size": scheduler.tree_cache.page_size,

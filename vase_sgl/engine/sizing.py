@@ -79,6 +79,11 @@ class BufferSizes:
             scratch_bytes=scratch,
         )
 
+    @property
+    def ring_row_slots(self) -> float:
+        """How many slots of K and V are as large as one request's query ring."""
+        return self.ring_row_bytes / self.slot_kv_bytes
+
     def ring_requests(self, slots: int) -> int:
         """Requests that own a row of the query ring beside a pool of `slots`."""
         return self.requests or max(1, slots // self.reference_slots)

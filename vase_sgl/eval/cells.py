@@ -14,6 +14,7 @@ from vase_sgl.eval.arms import BASELINE
 from vase_sgl.eval.configuration import ROWS_FILE, RUN_FILE, SESSIONS_FILE, RunFolder
 from vase_sgl.eval.likeness import unlike
 from vase_sgl.eval.rows import Row
+from vase_sgl.eviction.policies import POLICIES
 
 #: Share of samples with an eviction below which a cell shows only that nothing broke.
 CONTROL_SHARE = 0.2
@@ -37,7 +38,8 @@ class Cell:
     their pairs.
 
     attempts: every row, those of samples that were run again included. tells_window: its task has
-    several windows, so its name holds its own.
+    several windows, so its name holds its own. ring_slots: memory of a request's query ring, in
+    slots: 0 if the policy reads no queries, None if not known.
     """
 
     task: str
@@ -47,6 +49,7 @@ class Cell:
     rows: tuple[Row, ...]
     attempts: tuple[Row, ...]
     tells_window: bool = False
+    ring_slots: float | None = None
 
     @property
     def name(self) -> str:
@@ -100,10 +103,22 @@ class Cell:
             end = max(end, stop)
         return total
 
+    def slots(self, row: Row) -> float:
+        """Memory a request took, in slots: its own and its query ring, as far as known."""
+        return row.slots + (self.ring_slots or 0) if row.slots else 0
+
     @property
     def slot_seconds(self) -> float:
-        """KV slots taken, as in the end, times the seconds of the requests."""
-        return sum(row.slots * row.total_seconds for row in self.attempts)
+        """Memory taken, as in the end, times the seconds from admission to the end."""
+        return sum(
+            self.slots(row) * (row.total_seconds - (row.queue_seconds or 0))
+            for row in self.attempts
+        )
+
+    @property
+    def queue_is_known(self) -> bool:
+        """Whether `slot_seconds` begin at the admission; else they are an upper bound."""
+        return all(row.queue_seconds is not None for row in self.attempts if row.slots)
 
     @property
     def tokens_per_second(self) -> float:
@@ -125,8 +140,8 @@ class Cell:
 class Results:
     """Everything a report is made of.
 
-    cells: by task, full caches first, then by arm, window and budget. runs: the content of each run.json.
-    sessions: what workers counted. attempts: every row.
+    cells: by task, full caches first, then by arm, window and budget. runs: the content of each
+    run.json. sessions: what workers counted. attempts: every row.
     """
 
     cells: Mapping[str, Sequence[Cell]]
@@ -157,11 +172,12 @@ def load(folders: Sequence[Path]) -> Results:
         for key, pairs in expected.items():
             mine = [r for r in rows if (r.task, r.arm, r.budget, r.window) == key]
             done = {row.pair: row for row in row_files.latest(mine).values()}
-            task, arm, budget, window = key
+            task = key[0]
             cell = Cell(
                 *key,
                 rows=tuple(done[p] for p in pairs if p in done and done[p].status != "failed"),
                 attempts=tuple(mine),
+                ring_slots=_ring_slots(mine, run),
             )
             problems += _missing(cell, pairs, done)
             if any((c.arm, c.budget, c.window) == key[1:] for c in cells.get(task, ())):
@@ -205,6 +221,14 @@ def _named(cells: Sequence[Cell]) -> list[Cell]:
         dataclasses.replace(cell, tells_window=several and cell.window is not None)
         for cell in cells
     ]
+
+
+def _ring_slots(rows: Sequence[Row], run: RunFolder | None) -> float | None:
+    """What `Cell.ring_slots` is for the rows of one arm. Only the run's configuration tells."""
+    policy = POLICIES.get(rows[0].policy) if rows else None
+    if policy is not None and not policy.needs_queries:
+        return 0
+    return run.query_ring_slots.get(rows[0].worker) if run is not None and rows else None
 
 
 def _order(cell: Cell) -> tuple[bool, str, int, int]:

@@ -77,12 +77,17 @@ class Configuration:
 
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
-    """The file `run.json`: the configuration, and the fingerprint of every worker seen so far."""
+    """The file `run.json`: the configuration, and the fingerprint of every worker seen so far.
+
+    query_ring_slots: by worker, how many slots of K and V are as large as the query ring that a
+    request has whose policy reads queries; workers that do not tell are not there.
+    """
 
     path: Path
     configuration: Mapping[str, Any]
     run_id: str
     workers: Mapping[str, Mapping[str, str]]
+    query_ring_slots: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: Path, configuration: Configuration) -> RunFolder:
@@ -117,29 +122,45 @@ class RunFolder:
                 raise ConfigurationError(
                     f"{path} has the format {content['format']!r}, not {FORMAT!r}"
                 )
-            return cls(path, content["configuration"], content["run_id"], content["workers"])
+            return cls(
+                path,
+                content["configuration"],
+                content["run_id"],
+                content["workers"],
+                content.get("query_ring_slots", {}),
+            )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigurationError(f"{path} is not the file of a run: {error!r}") from error
 
-    def with_worker(self, worker: str, fingerprint: Mapping[str, str]) -> RunFolder:
-        """Note the fingerprint of a worker configuration; refuse another than before."""
-        before = self.workers.get(worker)
-        if before is None:
-            noted = dataclasses.replace(
-                self, workers={**self.workers, worker: dict(sorted(fingerprint.items()))}
-            )
-            noted._write()
-            return noted
+    def with_worker(
+        self, worker: str, fingerprint: Mapping[str, str], ring_slots: float | None
+    ) -> RunFolder:
+        """Note fingerprint and query ring of a worker configuration; refuse others than before."""
+        before = self.workers.get(worker, fingerprint)
+        rings = self.query_ring_slots
+        if ring_slots is not None:
+            rings = {worker: ring_slots, **rings}
         differences = [
             f"{key}: there {before.get(key)}, now {fingerprint.get(key)}"
             for key in differing(before, fingerprint)
         ]
+        if ring_slots is not None and rings[worker] != ring_slots:
+            differences.append(
+                f"query ring (--vase-max-window): there {rings[worker]:g} slots, now {ring_slots:g}"
+            )
         if differences:
             raise ConfigurationError(
                 f"{self.path.parent} was begun with another {worker} worker; use the same one, or "
                 "another --output:\n  " + "\n  ".join(differences)
             )
-        return self
+        noted = dataclasses.replace(
+            self,
+            workers={**self.workers, worker: dict(sorted(before.items()))},
+            query_ring_slots=rings,
+        )
+        if noted != self:
+            noted._write()
+        return noted
 
     def _write(self) -> None:
         """All of it or nothing, whatever happens meanwhile."""
@@ -148,6 +169,7 @@ class RunFolder:
             "run_id": self.run_id,
             "configuration": self.configuration,
             "workers": self.workers,
+            "query_ring_slots": self.query_ring_slots,
         }
         partial = self.path.with_suffix(".partial")
         partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -137,7 +137,10 @@ class ForcedRun:
             seed=seed,
         )
         run = RunFolder.open(folder, configuration)
-        self._run = run.with_worker(IN_PROCESS, fingerprint(model, texts.dtype))
+        window = max((arm.window for arm in arms if arm.window is not None), default=0)
+        self._run = run.with_worker(
+            IN_PROCESS, fingerprint(model, texts.dtype), self._model.shape.ring_slots(window)
+        )
         self._rows = RowFile(folder / ROWS_FILE)
         done = latest(self._rows.rows)
         self._groups = [

@@ -19,7 +19,9 @@ from vase_sgl.eval.items import Grade
 Sign = Literal["truncated", "unclosed_think", "invalid_utf8", "no_final_answer"]
 
 
-def malformed(text: str | bytes, *, finish_reason: str, grade: Grade | None = None) -> list[Sign]:
+def malformed(
+    text: str | bytes, *, finish_reason: str | None, grade: Grade | None = None
+) -> list[Sign]:
     """The signs found, in the order of the list above; empty for a well-formed answer.
 
     Args:

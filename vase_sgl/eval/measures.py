@@ -116,7 +116,7 @@ def pareto_front(cells: Sequence[Cell], measure: Measure) -> list[Cell]:
     """
     places = []
     for cell in cells:
-        slots, estimate = cell.mean(lambda row: row.slots), measure.estimate(cell)
+        slots, estimate = cell.mean(cell.slots), measure.estimate(cell)
         if slots is not None and estimate is not None:
             value = estimate.value
             places.append((cell, (slots, -value if measure.higher_is_better else value)))

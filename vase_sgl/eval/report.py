@@ -28,10 +28,13 @@ as good. *Evicted* is the share of samples in which an eviction happened; under 
 row shows only that nothing broke (a *no-regression control*) and says nothing about the policy.
 A sample that the worker aborted counts as wrong; everything else but the times is of the samples
 with an answer (*completed*), and their n stands by where it differs.
-*Slots* are KV slots, one token in every layer: with a budget those reserved at the end of the
-request, when it has settled, and of a full cache its final length. *Machine-seconds* is the time in
-which at least one request of the arm ran, *slot-seconds* are slots times seconds; both divided by
-the samples that ended with an answer. Seconds and rates compare arms of this very run alone, and
+*Slots* are memory in KV slots, one token in every layer: with a budget those reserved at the end of
+the request, when it has settled, and of a full cache its final length. Policies that look at
+attention also hold a *query ring* for each request, of the worker's largest window whatever the
+request's is; its size in slots is among the *slots*. *Machine-seconds* is the time in which at
+least one request of the arm ran, *slot-seconds* are slots times seconds from the admission on; both
+divided by the samples that ended with an answer. Attempts of which no token came take no slots:
+what they held is not known. Seconds and rates compare arms of this very run alone, and
 only where the worker's prefix cache was emptied before each of them: else the first alone computes
 the prompts. A gateway's clients cannot empty it; *Events* says where it was not."""
 
@@ -194,6 +197,7 @@ def _cost(cells: Sequence[Cell], price_per_hour: float | None) -> Iterator[str]:
             str(c.completed),
             plain(c.mean(lambda r: r.output_tokens), 0),
             plain(slots, 0),
+            _ring(c),
             plain(100 * slots / full, 0) if slots is not None and full else NOTHING,
             plain(c.mean(lambda r: r.physical_length), 0),
             plain(c.mean(lambda r: r.rounds)),
@@ -208,12 +212,33 @@ def _cost(cells: Sequence[Cell], price_per_hour: float | None) -> Iterator[str]:
     yield "### Memory, speed and cost"
     yield table(
         [
-            *("arm", "budget", "n", "completed", "output tokens", "slots"),
+            *("arm", "budget", "n", "completed", "output tokens", "slots", "query ring"),
             *("% of full", "cached at the end", "rounds", "tokens/s", "median TTFT s"),
             *("machine-seconds", "slot-seconds", *price),
         ],
         rows,
     )
+    if without := [c for c in cells if c.ring_slots is None]:
+        yield (
+            f"It is not known how large the query rings of {_names(without, cells)} are; they are "
+            "not among the slots."
+        )
+    if waited := [c for c in cells if c.timed and not c.queue_is_known]:
+        yield (
+            f"It is not known how long requests of {_names(waited, cells)} waited to be admitted "
+            "(to tell, a worker needs --enable-metrics); these slot-seconds count that time, and "
+            "are upper bounds."
+        )
+
+
+def _names(some: Sequence[Cell], cells: Sequence[Cell]) -> str:
+    if len(some) == len(cells):
+        return "any arm"
+    return ", ".join(f"`{name}`" for name in dict.fromkeys(c.name for c in some))
+
+
+def _ring(c: Cell) -> str:
+    return "not known" if c.ring_slots is None else plain(c.ring_slots or None, 0)
 
 
 def _traces(cells: Sequence[Cell], price_per_hour: float | None) -> Iterator[str]:
@@ -232,7 +257,7 @@ def _traces(cells: Sequence[Cell], price_per_hour: float | None) -> Iterator[str
             *_name(c),
             str(len(traces)),
             str(len(completed)),
-            plain(per and sum(max(r.slots for r in turns) for turns in completed) / per, 0),
+            plain(per and sum(max(map(c.slots, turns)) for turns in completed) / per, 0),
             plain(per and sum(r.rounds for turns in completed for r in turns) / per),
             plain(per and c.machine_seconds / per, 2),
             plain(per and c.slot_seconds / per, 0),
@@ -376,7 +401,7 @@ def _evicted(c: Cell) -> str:
 
 
 def _slots(c: Cell) -> float | None:
-    return c.mean(lambda r: r.slots)
+    return c.mean(c.slots)
 
 
 def _estimates(measure: Measure, cells: Sequence[Cell]) -> list[tuple[Cell, Estimate]]:

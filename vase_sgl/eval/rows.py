@@ -37,6 +37,8 @@ class Row:
     without a loop, the period also for a loop with variations. malformed: the signs that
     `vase_sgl.eval.malformed` finds. physical_length: cached tokens at the end.
     reserved_slots: slots reserved for the request; full_kv_slots: what a full cache would hold.
+    Both are 0 if nothing of an answer came.
+    queue_seconds: of `total_seconds`, those before it was admitted; None if not known.
     nll_sum, nll_tokens: teacher-forced tasks alone, in nats; output_tokens then counts forced ones.
     """
 
@@ -73,6 +75,7 @@ class Row:
     reserved_slots: int = 0
     full_kv_slots: int = 0
     ttft_seconds: float | None = None
+    queue_seconds: float | None = None
     digest: str | None = None
     nll_sum: float | None = None
     nll_tokens: int | None = None
@@ -86,6 +89,7 @@ class Row:
     def slots(self) -> int:
         """KV slots it took: those reserved for it under a budget, else its final length.
 
+        Without the query ring, which is the worker's: see `vase_sgl.eval.cells.Cell.slots`.
         The rule of reservations charges a full cache with the longest answer allowed, which no
         server reserves.
         """

@@ -136,7 +136,7 @@ class Run:
             async with connect(worker) as target:
                 info = await target.info()
                 _check(worker, target, info, [sample.arm for sample in samples])
-                self._file = self._file.with_worker(worker, info.fingerprint)
+                self._file = self._file.with_worker(worker, info.fingerprint, info.query_ring_slots)
                 started, emptied = time.time(), True
                 try:
                     for _, cell in groupby(samples, lambda s: (s.arm, s.task.name)):
@@ -207,8 +207,11 @@ class Run:
                 status,
                 started,
                 time.monotonic() - start,
-                seeds={"request": seed},
-                request_id=error.request_id,
+                **{
+                    "seeds": {"request": seed},
+                    "request_id": error.request_id,
+                    **(_measured(error.partial) if error.partial else {}),
+                },
                 error=str(error),
                 # An answer that never came is not right, where being right is asked for.
                 correct=False if status == "aborted" else None,

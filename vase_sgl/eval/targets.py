@@ -19,6 +19,7 @@ from vase_sgl.eviction import EvictionLimits, EvictionParams
 if TYPE_CHECKING:
     from vase_sgl.client import AsyncClient
     from vase_sgl.gateway.worker_http import HttpWorker
+    from vase_sgl.gateway.workers import WorkerChunk
 
 logger = logging.getLogger(__name__)
 
@@ -29,12 +30,16 @@ STALL_SECONDS = 600.0
 class TargetError(Exception):
     """A question has no answer, or the target cannot be used. The text says why.
 
-    request_id: of the request, if it got as far as having one.
+    request_id: of the request, if it got as far as having one. partial: what had come of its
+    answer, if anything.
     """
 
-    def __init__(self, message: str, request_id: str | None = None) -> None:
+    def __init__(
+        self, message: str, request_id: str | None = None, partial: Answer | None = None
+    ) -> None:
         super().__init__(message)
         self.request_id = request_id
+        self.partial = partial
 
 
 class RequestAborted(TargetError):
@@ -69,7 +74,7 @@ class Answer:
 
     request_id: str
     text: str
-    finish_reason: str
+    finish_reason: str | None
     seeds: Mapping[str, int]
     prompt_tokens: int
     output_tokens: int
@@ -79,19 +84,22 @@ class Answer:
     reserved_slots: int
     full_kv_slots: int
     ttft_seconds: float | None
+    queue_seconds: float | None
     digest: str | None
 
 
 @dataclasses.dataclass(frozen=True)
 class TargetInfo:
     """What the target is. fingerprint: of its worker. counters: totals since it started, by name;
-    those that it does not report are not there."""
+    those that it does not report are not there. query_ring_slots: memory of a request's query
+    ring, in slots; None if it does not report that."""
 
     fingerprint: Mapping[str, str]
     max_budget: int
     max_window: int
     total_slots: int
     counters: Mapping[str, float]
+    query_ring_slots: float | None
 
 
 class Target(Protocol):
@@ -166,6 +174,7 @@ class WorkerTarget:
             max_window=info.max_window,
             total_slots=info.total_slots,
             counters=counters,
+            query_ring_slots=info.query_ring_slots,
         )
 
     async def answer(
@@ -185,6 +194,13 @@ class WorkerTarget:
         # Every field explicit: nothing is left to the worker's defaults.
         eviction = EvictionParams.parse(arm.params(seeds["eviction"]), self._limits).to_mapping()
         start, ttft, last, done = time.monotonic(), None, None, False
+        tokens: Sequence[int] = ()
+
+        def answer_so_far() -> Answer | None:
+            if last is None or not last.token_ids:
+                return None
+            return _worker_answer(request_id, seeds, len(tokens), last, ttft)
+
         try:
             tokens = await self._worker.tokenize_chat([dict(m) for m in messages])  # type: ignore[arg-type]
             request = WorkerRequest(
@@ -204,29 +220,15 @@ class WorkerTarget:
             done = True
             await self._check_stamp(last.stamp if last else None, request_id)
         except GatewayError as error:
-            raise TargetError(str(error), request_id) from error
+            raise TargetError(str(error), request_id, answer_so_far()) from error
         finally:
             if not done:
                 await self._give_up(request_id)
         assert last is not None and last.finish is not None  # `generate` raises otherwise
         if last.finish.reason == "abort":
-            raise RequestAborted(last.finish.message or "aborted by the worker", request_id)
-        cache, full = last.cache, len(tokens) + len(last.token_ids)
-        return Answer(
-            request_id=request_id,
-            text=last.text,
-            finish_reason=last.finish.reason,
-            seeds=seeds,
-            prompt_tokens=len(tokens),
-            output_tokens=len(last.token_ids),
-            rounds=cache.rounds if cache else 0,
-            evicted_tokens=cache.evicted_tokens if cache else 0,
-            physical_length=cache.physical_length if cache else full,
-            reserved_slots=cache.reserved_slots if cache else full,
-            full_kv_slots=full,
-            ttft_seconds=ttft,
-            digest=cache.digest if cache else None,
-        )
+            reason = last.finish.message or "aborted by the worker"
+            raise RequestAborted(reason, request_id, answer_so_far())
+        return _worker_answer(request_id, seeds, len(tokens), last, ttft)
 
     async def empty_prefix_cache(self) -> bool:
         from vase_sgl.gateway.errors import GatewayError
@@ -290,6 +292,7 @@ class GatewayTarget:
             max_window=capacity.max_window,
             total_slots=capacity.total_slots,
             counters={"rounds": capacity.rounds, "evicted_tokens": capacity.evicted_tokens},
+            query_ring_slots=capacity.query_ring_slots,
         )
 
     async def answer(
@@ -334,6 +337,7 @@ class GatewayTarget:
             reserved_slots=cache.reserved_slots if cache else result.full_kv_slots,
             full_kv_slots=result.full_kv_slots,
             ttft_seconds=result.timings.ttft_seconds,
+            queue_seconds=result.timings.queue_seconds,
             digest=cache.digest if cache else None,
         )
 
@@ -342,6 +346,33 @@ class GatewayTarget:
 
     async def close(self) -> None:
         await self._client.close()
+
+
+def _worker_answer(
+    request_id: str,
+    seeds: Mapping[str, int],
+    prompt_tokens: int,
+    last: WorkerChunk,
+    ttft: float | None,
+) -> Answer:
+    """Of the last chunk that came."""
+    cache, full = last.cache, prompt_tokens + len(last.token_ids)
+    return Answer(
+        request_id=request_id,
+        text=last.text,
+        finish_reason=last.finish.reason if last.finish else None,
+        seeds=seeds,
+        prompt_tokens=prompt_tokens,
+        output_tokens=len(last.token_ids),
+        rounds=cache.rounds if cache else 0,
+        evicted_tokens=cache.evicted_tokens if cache else 0,
+        physical_length=cache.physical_length if cache else full,
+        reserved_slots=cache.reserved_slots if cache else full,
+        full_kv_slots=full,
+        ttft_seconds=ttft,
+        queue_seconds=last.queue_seconds,
+        digest=cache.digest if cache else None,
+    )
 
 
 async def _retractions(url: str) -> float | None:

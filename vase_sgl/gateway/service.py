@@ -167,6 +167,9 @@ class GatewayService(gateway_pb2_grpc.VaseGatewayServicer):
                 policies=limits.policies,
                 fingerprint=infos[0].fingerprint,
             )
+            rings = [i.query_ring_slots for i in infos if i.query_ring_slots is not None]
+            if rings:
+                response.query_ring_slots = max(rings)
             if request.HasField("budget"):
                 default = min(DEFAULT_WINDOW, max_window)
                 window = request.window if request.HasField("window") else default

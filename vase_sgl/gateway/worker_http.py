@@ -277,6 +277,7 @@ class _Output:
             round_digests=() if vase is None else tuple(vase.get("round_digests", ())),
             retractions=self._meta.get("num_retractions") or 0,
             stamp=self._meta.get("vase_fingerprint"),
+            queue_seconds=self._meta.get("queue_time"),  # with --enable-metrics
         )
 
 
@@ -320,6 +321,7 @@ def worker_info(answer: Mapping[str, Any]) -> WorkerInfo:
     first = states[0]
     vocab_size = first.get("vocab_size")
     default = first.get("default")
+    ring = first["slots"].get("query_ring")
     return WorkerInfo(
         fingerprint={str(k): str(v) for k, v in first["fingerprint"].items()},
         default_eviction=None if default is None else dict(default),
@@ -337,6 +339,7 @@ def worker_info(answer: Mapping[str, Any]) -> WorkerInfo:
         model_name=str(first.get("model_name") or first["fingerprint"]["model"]),
         max_running_requests=_sum(state.get("max_running_requests") for state in states),
         max_query_requests=_sum(state["limits"].get("max_requests") for state in states),
+        query_ring_slots=None if ring is None else float(ring),
         prefix_cache=bool(first.get("prefix_cache", True)),
         page_size=int(first.get("page_size", 1)),
         can_inspect=bool(first.get("inspect", False)),

@@ -78,6 +78,7 @@ class WorkerChunk:
     round_digests: digest after each round; only in the last chunk.
     retractions: how often the worker took the request's memory away, to prefill it again later.
     stamp: of the fingerprint that the worker had in the end; only in the last chunk.
+    queue_seconds: how long the worker had it wait; None if it does not measure that.
     """
 
     text: str
@@ -87,6 +88,7 @@ class WorkerChunk:
     round_digests: tuple[str, ...] = ()
     retractions: int = 0
     stamp: str | None = None
+    queue_seconds: float | None = None
 
 
 #: Entries of a record's fingerprint that no worker has: of an answer with retractions, how many;
@@ -106,6 +108,7 @@ class WorkerInfo:
     model_name: what clients call its model.
     max_running_requests: requests its scheduler runs at once, if it says so.
     max_query_requests: of these, requests whose policy reads queries, if it says so.
+    query_ring_slots: what each of them has beside its slots, in slots, if it says so.
     prefix_cache, page_size: how its slots are shared and handed out.
     can_inspect: it has a folder for what inspected requests kept.
     """
@@ -126,6 +129,7 @@ class WorkerInfo:
     model_name: str = ""
     max_running_requests: int | None = None
     max_query_requests: int | None = None
+    query_ring_slots: float | None = None
     prefix_cache: bool = True
     page_size: int = 1
     can_inspect: bool = False

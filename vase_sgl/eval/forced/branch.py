@@ -23,6 +23,10 @@ class KVShape:
     head_dim: int
     dtype: torch.dtype
 
+    def ring_slots(self, window: int) -> float:
+        """How many slots of K and V are as large as a window of queries of the same dtype."""
+        return window * self.query_heads / (2 * self.kv_heads)
+
 
 @dataclasses.dataclass(frozen=True)
 class CacheReport:

@@ -1562,6 +1562,7 @@ class GetCapacityResponse(_message.Message):
     SLOTS_PER_REQUEST_FIELD_NUMBER: _builtins.int
     REQUESTS_THAT_FIT_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
+    QUERY_RING_SLOTS_FIELD_NUMBER: _builtins.int
     total_slots: _builtins.int
     """KV slots in all."""
     available_slots: _builtins.int
@@ -1590,6 +1591,10 @@ class GetCapacityResponse(_message.Message):
     """
     requests_that_fit: _builtins.int
     """How many more of those requests fit now. Absent without a budget."""
+    query_ring_slots: _builtins.float
+    """Memory of the query ring that a request has beside its slots if its policy reads queries, in
+    slots; of several workers the largest. Absent if no worker says.
+    """
     @_builtins.property
     def policies(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Policies this tenant may use."""
@@ -1616,15 +1621,20 @@ class GetCapacityResponse(_message.Message):
         slots_per_request: _builtins.int | None = ...,
         requests_that_fit: _builtins.int | None = ...,
         fingerprint: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        query_ring_slots: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_requests_that_fit", b"_requests_that_fit", "_slots_per_request", b"_slots_per_request", "requests_that_fit", b"requests_that_fit", "slots_per_request", b"slots_per_request"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_query_ring_slots", b"_query_ring_slots", "_requests_that_fit", b"_requests_that_fit", "_slots_per_request", b"_slots_per_request", "query_ring_slots", b"query_ring_slots", "requests_that_fit", b"requests_that_fit", "slots_per_request", b"slots_per_request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_requests_that_fit", b"_requests_that_fit", "_slots_per_request", b"_slots_per_request", "available_slots", b"available_slots", "context_length", b"context_length", "evicted_tokens", b"evicted_tokens", "fingerprint", b"fingerprint", "max_budget", b"max_budget", "max_new_tokens", b"max_new_tokens", "max_prompt_tokens", b"max_prompt_tokens", "max_window", b"max_window", "policies", b"policies", "requests_that_fit", b"requests_that_fit", "reserved_slots", b"reserved_slots", "rounds", b"rounds", "running_requests", b"running_requests", "slots_per_request", b"slots_per_request", "total_slots", b"total_slots"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_query_ring_slots", b"_query_ring_slots", "_requests_that_fit", b"_requests_that_fit", "_slots_per_request", b"_slots_per_request", "available_slots", b"available_slots", "context_length", b"context_length", "evicted_tokens", b"evicted_tokens", "fingerprint", b"fingerprint", "max_budget", b"max_budget", "max_new_tokens", b"max_new_tokens", "max_prompt_tokens", b"max_prompt_tokens", "max_window", b"max_window", "policies", b"policies", "query_ring_slots", b"query_ring_slots", "requests_that_fit", b"requests_that_fit", "reserved_slots", b"reserved_slots", "rounds", b"rounds", "running_requests", b"running_requests", "slots_per_request", b"slots_per_request", "total_slots", b"total_slots"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__query_ring_slots: _TypeAlias = _typing.Literal["query_ring_slots"]  # noqa: Y015
+    _WhichOneofArgType__query_ring_slots: _TypeAlias = _typing.Literal["_query_ring_slots", b"_query_ring_slots"]  # noqa: Y015
     _WhichOneofReturnType__requests_that_fit: _TypeAlias = _typing.Literal["requests_that_fit"]  # noqa: Y015
     _WhichOneofArgType__requests_that_fit: _TypeAlias = _typing.Literal["_requests_that_fit", b"_requests_that_fit"]  # noqa: Y015
     _WhichOneofReturnType__slots_per_request: _TypeAlias = _typing.Literal["slots_per_request"]  # noqa: Y015
     _WhichOneofArgType__slots_per_request: _TypeAlias = _typing.Literal["_slots_per_request", b"_slots_per_request"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__query_ring_slots) -> _WhichOneofReturnType__query_ring_slots | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__requests_that_fit) -> _WhichOneofReturnType__requests_that_fit | None: ...
     @_typing.overload
