@@ -44,10 +44,12 @@ HELD_OUT = ("gpl-3", "rust-book-ownership")
 ARMS: tuple[tuple[str, dict[str, Any], int], ...] = (
     ("vase-attnv", {}, 2),
     ("vase-attnv", {"pool_width": 1}, 2),
+    ("vase-attnv", {"protected_share": 0}, 2),
     ("vase-dkv", {}, 1),
     ("curdkv", {}, 1),
     ("snapkv", {}, 1),
     ("snapkv", {"pool_width": 1}, 1),
+    ("snapkv", {"num_sinks": 4}, 1),
     ("rkv", {}, 1),
     ("rkv", {"mix_lambda": 0.5}, 1),
     ("rkv", {"mix_lambda": 0.5, "pool_width": 1, "num_sinks": 4}, 1),

@@ -14,6 +14,11 @@ def test_the_matrix_has_every_arm_of_the_comparison() -> None:
     assert {"full-constrained", "full-fp8", "vase-attnv+keep", "vase-dkv+keep"} <= set(arms)
     assert arms["random+keep"].prompt_mode == "keep" and arms["random"].prompt_mode == "evict"
     assert arms["evict-largest-values"].budget == 128
+    # Two that differ by the draw alone, and each from its default by one part.
+    drawn, ranked = arms["vase-attnv?protected_share=0"], arms["snapkv?num_sinks=4"]
+    assert drawn.eviction["num_sinks"] == ranked.eviction["num_sinks"] == 4
+    assert drawn.eviction["protected_share"] == 0
+    assert arms["rkv?mix_lambda=0.5"].eviction["mix_lambda"] == 0.5
     assert arms["full"].budget is None and arms["full"].worker == PRODUCTION
     assert arms["full-fp8"].worker == FP8 and "fp8_e4m3" in WORKER_FLAGS[FP8]
     assert arms["full-constrained"].worker == CONSTRAINED

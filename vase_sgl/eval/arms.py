@@ -31,6 +31,8 @@ WORKER_FLAGS: Mapping[str, tuple[str, ...]] = {
     CONSTRAINED: ("--disable-radix-cache", "--disable-overlap-schedule"),
     FP8: ("--kv-cache-dtype", "fp8_e4m3"),
 }
+#: Each against its default shows one part, the first two against each other the draw alone.
+_ISOLATING = ("vase-attnv?protected_share=0", "snapkv?num_sinks=4", "rkv?mix_lambda=0.5")
 _FULL_ARMS = {BASELINE: PRODUCTION, "full-constrained": CONSTRAINED, "full-fp8": FP8}
 
 
@@ -78,10 +80,13 @@ class Arm:
 
 
 def matrix_names() -> list[str]:
-    """Every arm: full caches, each policy, each of VaSE's and `random` with the prompt kept."""
+    """Every arm: full caches, each policy, each of VaSE's and `random` with the prompt kept.
+
+    And `_ISOLATING`.
+    """
     evicting = [name for name, policy in POLICIES.items() if policy.evicts]
     kept = [f"{name}+keep" for name in evicting if name.startswith("vase-") or name == "random"]
-    return [*_FULL_ARMS, *evicting, *kept]
+    return [*_FULL_ARMS, *evicting, *kept, *_ISOLATING]
 
 
 def plan(names: Sequence[str], budgets: Sequence[int], window: int) -> list[Arm]:
