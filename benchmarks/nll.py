@@ -7,7 +7,8 @@
 Texts are those of `benchmarks/texts`: by default the two that no policy was chosen on. Every arm
 sees the same chunks, so that differences pair chunk by chunk. Rows are those of `vase_sgl.eval`; a
 run that was interrupted goes on where it stopped. Intervals are percentile bootstraps over chunks
-(10,000 draws, seed 0), after the mean over eviction seeds within a chunk.
+or questions (10,000 draws, seed 0), after the mean over eviction seeds within a chunk, and over the
+texts of a question that was asked after several.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from vase_sgl.eval.forced import (
     task_rows,
     text_chunks,
 )
+from vase_sgl.eval.rows import question_of
 from vase_sgl.eviction import EvictionParams
 
 TEXTS = Path(__file__).parent / "texts"
@@ -122,13 +124,14 @@ def work(
         else:
             for make in (passkey_items, state_items):
                 for item in make(
+                    name,
                     model.tokenizer,
                     tokens,
                     thought_tokens=options.thought,
                     count=options.items,
                     seed=options.seed,
                 ):
-                    yield f"{name}/{item.item_id}", task_rows(model, [item], todo, run_id)
+                    yield item.item_id, task_rows(model, [item], todo, run_id)
 
 
 def fingerprint(options: argparse.Namespace) -> str:
@@ -174,7 +177,10 @@ def report(options: argparse.Namespace) -> None:
             tables.append(found | table(cell, options.against))
     for found in tables:
         print(f"\n{found['task']}, budget {found['budget']}, window {found['window']}: ", end="")
-        print(f"{found['items']} items, full KV {found['full']:.4f} nats a token\n")
+        print(
+            f"{found['items']} items of {found['questions']} questions, "
+            f"full KV {found['full']:.4f} nats a token\n"
+        )
         print(f"| policy | nats a token above full KV | above {options.against} | correct |")
         print("|---|---|---|---|")
         for line in found["arms"]:
@@ -207,22 +213,29 @@ def table(rows: list[dict[str, Any]], against: str) -> dict[str, Any]:
     mean = {arm: np.array([np.mean(x[item]) for item in items]) for arm, x in losses.items()}
     if against not in mean:
         sys.exit(f"no arm {against!r}; choose one of {', '.join(sorted(mean))}")
+    questions = [question_of(item)[0] for item in items]
     lines = [
         {
             "arm": arm,
-            "above_full": paired(values - mean["full"]),
-            "against": paired(values - mean[against]),
+            "above_full": paired(values - mean["full"], questions),
+            "against": paired(values - mean[against], questions),
             "correct": float(np.mean(correct[arm])) if correct[arm] else None,
             "by_item": [round(float(x), 5) for x in values],
         }
         for arm, values in sorted(mean.items(), key=lambda pair: float(pair[1].mean()))
     ]
     full = float(mean["full"].mean())
-    return {"items": len(items), "item_ids": items, "full": full, "arms": lines}
+    count = {"items": len(items), "questions": len(set(questions))}
+    return count | {"item_ids": items, "full": full, "arms": lines}
 
 
-def paired(differences: np.ndarray[Any, Any]) -> dict[str, Any]:
-    """Mean of paired differences, its bootstrap interval, and how many are above 0."""
+def paired(values: np.ndarray[Any, Any], questions: Sequence[str]) -> dict[str, Any]:
+    """Mean of paired differences, its bootstrap interval, and how many are above 0.
+
+    A question counts once, with the mean of its items.
+    """
+    asked = np.array(questions)
+    differences = np.array([values[asked == one].mean() for one in dict.fromkeys(questions)])
     count = len(differences)
     draws = np.random.default_rng(0).integers(count, size=(10_000, count))
     low, high = np.percentile(differences[draws].mean(1), [2.5, 97.5])

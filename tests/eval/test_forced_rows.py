@@ -18,6 +18,7 @@ from vase_sgl.eval.forced import (
     task_rows,
     text_chunks,
 )
+from vase_sgl.eval.rows import question_of
 from vase_sgl.eviction import EvictionParams
 
 FILLER = [32 + (i * i) % 90 for i in range(400)]
@@ -57,18 +58,23 @@ def test_a_text_that_is_too_short_is_refused() -> None:
 @pytest.mark.parametrize("make", [passkey_items, state_items])
 def test_items_follow_the_seed_alone(tiny: ForcedModel, make: Any) -> None:
     def items(seed: int, count: int = 3) -> Any:
-        return make(tiny.tokenizer, FILLER, thought_tokens=200, count=count, seed=seed)
+        return make("sea", tiny.tokenizer, FILLER, thought_tokens=200, count=count, seed=seed)
 
     assert items(1) == items(1, count=4)[:3]
     assert len({item.answer for item in items(1) + items(2)}) > 1
     assert all(len(item.thought) >= 200 for item in items(1))
     with pytest.raises(ValueError, match="filler"):
-        make(tiny.tokenizer, FILLER, thought_tokens=401, count=1, seed=1)
+        make("sea", tiny.tokenizer, FILLER, thought_tokens=401, count=1, seed=1)
+    # Another text gets other questions, or its items would not be independent of these.
+    others = make("land", tiny.tokenizer, FILLER, thought_tokens=200, count=3, seed=1)
+    for one, other in zip(items(1), others, strict=True):
+        assert one.item_id != other.item_id and one.prompt != other.prompt
+        assert question_of(one.item_id) == (one.item_id, None)
 
 
 def test_the_pass_key_is_in_the_prompt_and_nowhere_else(tiny: ForcedModel) -> None:
     decode = tiny.tokenizer.decode
-    for item in passkey_items(tiny.tokenizer, FILLER, thought_tokens=100, count=3, seed=1):
+    for item in passkey_items("sea", tiny.tokenizer, FILLER, thought_tokens=100, count=3, seed=1):
         assert re.search(r"is (\d{5})\.", decode(item.prompt))[1] == item.answer_text
         assert item.answer_text not in decode(item.thought + item.question)
         assert decode(item.answer) == f" {item.answer_text}"
@@ -76,7 +82,7 @@ def test_the_pass_key_is_in_the_prompt_and_nowhere_else(tiny: ForcedModel) -> No
 
 def test_the_last_state_is_the_answer(tiny: ForcedModel) -> None:
     decode = tiny.tokenizer.decode
-    for item in state_items(tiny.tokenizer, FILLER, thought_tokens=100, count=6, seed=1):
+    for item in state_items("sea", tiny.tokenizer, FILLER, thought_tokens=100, count=6, seed=1):
         told = decode(item.prompt + item.thought)
         asked = re.search(r"value: (\w+) is$", decode(item.question))[1]
         assert re.findall(rf"{asked} is (?:now )?(\d\d)\b", told)[-1] == item.answer_text
@@ -84,7 +90,7 @@ def test_the_last_state_is_the_answer(tiny: ForcedModel) -> None:
 
 def test_task_rows_grade_by_greedy_decoding(tiny: ForcedModel) -> None:
     arms = [ForcedArm("full", None), ForcedArm("streaming", params(policy="streaming"))]
-    items = passkey_items(tiny.tokenizer, FILLER, thought_tokens=60, count=2, seed=1)
+    items = passkey_items("sea", tiny.tokenizer, FILLER, thought_tokens=60, count=2, seed=1)
     rows = list(task_rows(tiny, items, arms, "run"))
     assert [row["nll_tokens"] for row in rows] == [len(item.answer) for item in items for _ in arms]
     assert not any(row["correct"] for row in rows)  # a random model

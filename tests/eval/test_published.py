@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
+import numpy as np
+import pytest
+
+from benchmarks import nll
 from vase_sgl.eval import tables
 from vase_sgl.eval.cells import load
 from vase_sgl.eval.measures import ACCURACY
+from vase_sgl.eval.rows import question_of
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks" / "results" / "eval_math"
@@ -35,3 +41,26 @@ def test_problems_that_take_steps() -> None:
     # A ring is a window of the default 64 for 12 query heads, beside K and V of 2 heads.
     assert {c.ring_slots for c in cells} == {0, 64 * 12 / (2 * 2)}
     assert f"gets {scores['full'].replace(' [', ' % [')} right" in text
+
+
+def test_losses_and_forced_thoughts() -> None:
+    """Of the benchmark: intervals are over questions, and the page tells their range."""
+    cells = json.loads((ROOT / "benchmarks" / "results" / "nll_smollm2.json").read_text())["tables"]
+    text = (ROOT / "docs" / "policies.md").read_text(encoding="utf-8")
+    told = re.findall(r"^\| `(.+)` \| (.*\)) \| ([\d.]+) \| (.*\)) \|$", text, re.MULTILINE)
+    assert len(told) == 12
+    ranges: dict[str, dict[str, str]] = {}
+    for found in cells:
+        questions = [question_of(item)[0] for item in found["item_ids"]]
+        assert (found["items"], found["questions"]) == (8, len(set(questions)))
+        by_item = {line["arm"]: np.array(line["by_item"]) for line in found["arms"]}
+        for line in found["arms"]:
+            above = by_item[line["arm"]] - by_item["full"]
+            # By item they are rounded to five digits.
+            assert line["above_full"] == pytest.approx(nll.paired(above, questions), abs=2e-5)
+            means = [above[np.array(questions) == one].mean() for one in questions]
+            ranges.setdefault(found["task"], {})[line["arm"]] = (
+                f"{above.mean():.2f} ({min(means):.2f} to {max(means):.2f})"
+            )
+    for arm, passkey, _, state in told:
+        assert (passkey, state) == (ranges["passkey-forced"][arm], ranges["state-forced"][arm])

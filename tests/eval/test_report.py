@@ -13,6 +13,7 @@ from vase_sgl.eval.cells import IncompleteError, load
 from vase_sgl.eval.measures import ACCURACY, LOOPS, NLL, pareto_front, quality_of
 from vase_sgl.eval.report import write
 from vase_sgl.eval.rows import Row, RowError
+from vase_sgl.eval.statistics import sign_test
 
 
 def row(arm: str, budget: int | None, item: str, seed: int = 0, **fields: object) -> Row:
@@ -262,6 +263,22 @@ def test_slots_are_charged_from_the_admission_on(
     untold = [dataclasses.replace(r, queue_seconds=None) for r in rows]
     _, markdown = write(load([stored(untold)]), tmp_path / "untold", price_per_hour=None)
     assert "how long requests of any arm waited to be admitted" in markdown.read_text()
+
+
+def test_a_question_asked_after_two_texts_counts_once(
+    stored: Callable[[Iterable[Row]], Path], tmp_path: Path
+) -> None:
+    """As forced tasks of older runs did."""
+    ids = [f"{text}/passkey-forced/0/{i}" for text in ("gpl", "rust") for i in range(4)]
+    rows = [row("full", None, item) for item in ids]
+    rows += [row("a", 64, item, correct=item.startswith("gpl")) for item in ids]
+    results = load([stored(rows)])
+    ((base, cell),) = results.cells.values()
+    signs = sign_test(ACCURACY.pairs(cell), ACCURACY.pairs(base))
+    assert (signs.n, signs.losses, signs.p_value) == (4, 4, 0.125)
+    _, markdown = write(results, tmp_path, price_per_hour=None)
+    text = markdown.read_text()
+    assert "Its 8 items are 4 questions" in text and "| 0 : 4 | 0.125 |" in text
 
 
 def test_windows_are_told_apart(stored: Callable[[Iterable[Row]], Path], tmp_path: Path) -> None:

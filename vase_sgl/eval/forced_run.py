@@ -89,14 +89,14 @@ class ForcedTexts:
                         yield task, chunk
                     continue
                 for item in _QUESTIONS[task](
+                    path.stem,
                     tokenizer,
                     tokens,
                     thought_tokens=self.thought_tokens,
                     count=self.items,
                     seed=seed,
                 ):
-                    name = f"{path.stem}/{item.item_id}"
-                    yield task, dataclasses.replace(item, item_id=name)
+                    yield task, item
 
 
 class ForcedRun:

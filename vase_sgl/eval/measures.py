@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from vase_sgl.eval import statistics
 from vase_sgl.eval.cells import Cell
 from vase_sgl.eval.rows import Row
 from vase_sgl.eval.statistics import Estimate
 
-Pairs = Mapping[tuple[str, int], float]
+Pairs = Mapping[tuple[str, Any], float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +33,8 @@ class Measure:
         return all(self.value(row) is not None for cell in cells for row in self._rows(cell))
 
     def pairs(self, cell: Cell) -> Pairs:
-        """The value of each sample that counts, by item and seed. The measure must apply."""
-        values = {row.pair: self.value(row) for row in self._rows(cell)}
+        """The value of each sample that counts, by `Row.unit`. The measure must apply."""
+        values = {row.unit: self.value(row) for row in self._rows(cell)}
         return {pair: value for pair, value in values.items() if value is not None}
 
     def estimate(self, cell: Cell) -> Estimate | None:
@@ -70,8 +71,8 @@ class Measure:
     def _rows(self, cell: Cell) -> Sequence[Row]:
         if not self.of_answers:
             return cell.rows
-        lost = {row.item_id for row in cell.rows if row.status != "completed"}
-        return [row for row in cell.rows if row.item_id not in lost]
+        lost = {row.unit[0] for row in cell.rows if row.status != "completed"}
+        return [row for row in cell.rows if row.unit[0] not in lost]
 
 
 def _share(value: Callable[[Row], bool | None]) -> Callable[[Row], float | None]:

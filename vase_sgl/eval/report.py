@@ -64,6 +64,7 @@ def _report(
     for number, (task, cells) in enumerate(results.cells.items(), 1):
         yield f"## {task}"
         yield from _window(cells)
+        yield from _shared_questions(cells)
         yield from _quality(cells)
         yield from _same_budget(cells)
         yield from _form(cells)
@@ -117,6 +118,18 @@ def _window(cells: Sequence[Cell]) -> Iterator[str]:
     match windows(cells):
         case [window]:
             yield f"Every arm with a budget has window {window}."
+
+
+def _shared_questions(cells: Sequence[Cell]) -> Iterator[str]:
+    """Of items that are not independent."""
+    items = {row.item_id for c in cells for row in c.rows}
+    questions = {row.unit[0] for c in cells for row in c.rows}
+    if len(questions) < len(items):
+        yield (
+            f"Its {len(items)} items are {len(questions)} questions, each asked after several "
+            "texts. Intervals are over questions, too narrow where these are few, and *better : "
+            "worse* counts them."
+        )
 
 
 def _quality(cells: Sequence[Cell]) -> Iterator[str]:

@@ -16,6 +16,8 @@ from typing import IO, Any, Literal, Self, get_args
 #: up, which is an outcome of the arm. failed: no outcome; the sample has to run again.
 Status = Literal["completed", "aborted", "failed"]
 
+#: Item of a forced task as versions before this one named it: the text, then the question.
+_SHARED_QUESTION = re.compile(r"(.+)/((?:passkey|state)-forced/\d+/\d+)")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -86,6 +88,12 @@ class Row:
         return self.item_id, self.seed_index
 
     @property
+    def unit(self) -> tuple[str, Any]:
+        """As `pair`, but by question: what statistics may take for independent."""
+        question, text = question_of(self.item_id)
+        return question, self.seed_index if text is None else (text, self.seed_index)
+
+    @property
     def slots(self) -> int:
         """KV slots it took: those reserved for it under a budget, else its final length.
 
@@ -124,6 +132,15 @@ class Row:
         if row.status not in get_args(Status):
             raise ValueError(f"has the unknown status {row.status!r}")
         return row
+
+
+def question_of(item_id: str) -> tuple[str, str | None]:
+    """What an item asks, and of which text if other items ask the same of other texts.
+
+    Forced tasks once did: the same pass keys after each text. Now every item asks its own.
+    """
+    shared = _SHARED_QUESTION.fullmatch(item_id)
+    return (item_id, None) if shared is None else (shared[2], shared[1])
 
 
 def read(path: Path) -> list[Row]:

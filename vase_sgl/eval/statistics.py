@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +23,8 @@ from scipy import stats
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
 
-#: Item id and seed index of one sample.
-Key = tuple[str, int]
+#: Item id of one sample, and which of its item's samples it is: the seed index, as a rule.
+Key = tuple[str, Any]
 Samples = Mapping[Key, float]
 
 _SEED = 20260603

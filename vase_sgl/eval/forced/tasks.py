@@ -34,12 +34,13 @@ class ForcedItem:
 
 
 def passkey_items(
-    tokenizer: Any, filler: Sequence[int], *, thought_tokens: int, count: int, seed: int
+    name: str, tokenizer: Any, filler: Sequence[int], *, thought_tokens: int, count: int, seed: int
 ) -> list[ForcedItem]:
     """A five-digit pass key in the prompt, `thought_tokens` of prose, then the key is asked for.
 
-    filler: token ids of a real text, at least `thought_tokens` of them; each item takes a passage
-        of its own. The same arguments give the same items. Raises ValueError.
+    filler: token ids of the real text called `name`, at least `thought_tokens` of them; each item
+        takes a passage of its own. The same arguments give the same items, another name others.
+        Raises ValueError.
     """
 
     def make(rng: random.Random) -> tuple[str, list[int], str, str]:
@@ -47,11 +48,11 @@ def passkey_items(
         ask = f"The pass key is {key}. Remember it: you will be asked for it after a long thought."
         return ask, _passage(filler, thought_tokens, rng), "\n\nSo the pass key is", f" {key}"
 
-    return _items("passkey-forced", tokenizer, make, count, seed)
+    return _items("passkey-forced", name, tokenizer, make, count, seed)
 
 
 def state_items(
-    tokenizer: Any, filler: Sequence[int], *, thought_tokens: int, count: int, seed: int
+    name: str, tokenizer: Any, filler: Sequence[int], *, thought_tokens: int, count: int, seed: int
 ) -> list[ForcedItem]:
     """Six variables, changed one at a time in a thought of prose; one final value is asked for.
 
@@ -74,7 +75,7 @@ def state_items(
         ask = f"At first {told}. Follow the steps and remember the last value of each."
         return ask, thought, f"\n\nThe last value: {asked} is", f" {values[asked]}"
 
-    return _items("state-forced", tokenizer, make, count, seed)
+    return _items("state-forced", name, tokenizer, make, count, seed)
 
 
 def task_rows(
@@ -106,6 +107,7 @@ def task_rows(
 
 def _items(
     task: str,
+    name: str,
     tokenizer: Any,
     make: Callable[[random.Random], tuple[str, list[int], str, str]],
     count: int,
@@ -113,11 +115,12 @@ def _items(
 ) -> list[ForcedItem]:
     items = []
     for index in range(count):
-        ask, thought, question, answer = make(random.Random(f"{task}/{seed}/{index}"))
+        item_id = f"{task}/{name}/{seed}/{index}"
+        ask, thought, question, answer = make(random.Random(item_id))
         items.append(
             ForcedItem(
                 task,
-                f"{task}/{seed}/{index}",
+                item_id,
                 tuple(_prompt(tokenizer, ask)),
                 tuple(thought),
                 tuple(_ids(tokenizer, question)),
