@@ -42,6 +42,8 @@ def test_meta_info_reports_the_budget(worker: WorkerProcess) -> None:
     assert vase["reserved_slots"] == 64
     assert len(vase["digest"]) == 16 and int(vase["digest"], 16) != 0
     assert vase["round_digests"][-1] == vase["digest"]
+    # With --enable-metrics: what of its time a request held no slots.
+    assert 0 < info["queue_time"] < info["e2e_latency"]
 
 
 def test_a_request_without_a_budget_is_stock(worker: WorkerProcess) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from vase_sgl.eval.cells import IncompleteError, load
+from vase_sgl.eval.configuration import ConfigurationError, RunFolder
 from vase_sgl.eval.measures import ACCURACY, LOOPS, NLL, pareto_front, quality_of
 from vase_sgl.eval.report import write
 from vase_sgl.eval.rows import Row, RowError
@@ -242,6 +243,18 @@ def test_memory_holds_the_query_ring(
     text = markdown.read_text()
     assert "| vase-attnv | 64 | 4 | 4 | 10 | 60 | not known | 6 |" in text
     assert "how large the query rings of `vase-attnv` are; they are not among the slots" in text
+
+
+def test_a_run_keeps_one_size_of_query_ring(tmp_path: Path) -> None:
+    """It is noted once, also in the folder of a version that did not."""
+    run = RunFolder.read(_folder(tmp_path / "run", 64))
+    assert run.with_worker("production", {"model": "m"}, None).query_ring_slots == {}
+    noted = run.with_worker("production", {"model": "m"}, 192.0)
+    assert RunFolder.read(tmp_path / "run") == noted
+    assert noted.query_ring_slots == {"production": 192.0}
+    assert noted.with_worker("production", {"model": "m"}, None) == noted
+    with pytest.raises(ConfigurationError, match="there 192 slots, now 96"):
+        noted.with_worker("production", {"model": "m"}, 96.0)
 
 
 def test_slots_are_charged_from_the_admission_on(
