@@ -45,6 +45,7 @@ class Faults:
     end_after_tokens: int | None = None
     length_ceiling: int | None = None
     retractions: int = 0
+    tokenizing_seconds: float = 0.0
     #: Of the fingerprint with which answers end; None: as before anybody has asked for it.
     stamp: str | None = "0" * 16
 
@@ -77,6 +78,8 @@ class ScriptedWorker:
         #: Letters added to each token's text, to make chunks big.
         self.padding = 0
         self.bodies: list[dict[str, Any]] = []
+        #: Prompts it was given to tokenize.
+        self.tokenized = 0
         #: Header `traceparent` of each /generate.
         self.traceparents: list[str | None] = []
         self.aborted: list[str] = []
@@ -159,6 +162,8 @@ class ScriptedWorker:
 
     async def _tokenize(self, request: web.Request) -> web.Response:
         body = await request.json()
+        self.tokenized += 1
+        await asyncio.sleep(self.faults.tokenizing_seconds)
         words = (
             [w for m in body["messages"] for w in (m["role"], *m["content"].split())]
             if "messages" in body

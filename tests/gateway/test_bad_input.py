@@ -9,7 +9,7 @@ import pytest
 
 from tests.gateway.running import Running
 from tests.gateway.scripted_worker import VOCAB
-from vase_sgl.client import InvalidRequest, NotFound, channels
+from vase_sgl.client import NEVER, AsyncClient, InvalidRequest, NotFound, channels
 from vase_sgl.rpc.v1 import gateway_pb2 as pb
 
 EVICT = {"budget": 64, "window": 16}
@@ -23,6 +23,7 @@ CASES: list[tuple[Any, dict[str, Any], str]] = [
     ([{"role": "", "content": "x"}], {}, "chat.messages[0].role: must be system, user or assist"),
     ([{"role": "developer", "content": "x"}], {}, "chat.messages[0].role: must be system, user or"),
     ([{"role": "", "content": ""}] * 8193, {}, "chat.messages: 8193 messages and parts of mess"),
+    ("a" * (128 * 8192 + 1), {}, "input: the prompt has 1048577 bytes, more than 8192 tokens, the"),
     ("unrenderable", {}, "the worker refused the request: the template refuses this"),
     ("a", {"max_new_tokens": 0}, "max_new_tokens: must be at least 1, got 0"),
     ("a", {"max_new_tokens": -1}, "max_new_tokens: must be at least 1, got -1"),
@@ -151,6 +152,23 @@ async def test_what_is_quoted_does_not_hide_the_error(running: Running, letter: 
     """Clients take 8 KiB of metadata, in which a text is up to three times as long."""
     with pytest.raises(NotFound, match=r"^there is no record '.* …$"):
         await running.client.get_record(letter * 100_000)
+
+
+async def test_a_prompt_too_long_for_its_tenant_is_not_tokenized(running: Running) -> None:
+    """It would take a worker long, for nothing that the tenant is charged for."""
+    key = running.add_tenant("bob", limits={"max_prompt_tokens": 3})
+    text = (
+        "input: the prompt has 385 bytes, more than 3 tokens, the ceiling of tenant bob, can have"
+    )
+    async with AsyncClient(running.target, key, retry=NEVER) as bob:
+        for prompt in ("語" * 128 + "x", [{"role": "user", "content": "x" * 190 + "y"}, SYSTEM]):
+            with pytest.raises(InvalidRequest, match=text):
+                await bob.generate_once(prompt, max_new_tokens=1)  # type: ignore[arg-type]
+        assert running.worker.tokenized == 0
+        await bob.generate_once("x" * 384, max_new_tokens=1)
+
+
+SYSTEM = {"role": "system", "content": "x" * 184}
 
 
 async def test_a_message_above_the_size_limit_is_refused(running: Running) -> None:

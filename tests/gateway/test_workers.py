@@ -15,6 +15,7 @@ import pytest
 from tests.gateway.running import Running, run_gateway, until
 from tests.gateway.scripted_worker import ScriptedWorker
 from vase_sgl.client import Unavailable
+from vase_sgl.gateway import worker_http
 from vase_sgl.gateway.breaker import BreakerState, CircuitBreaker
 from vase_sgl.gateway.config import BreakerSection, WorkerSection
 from vase_sgl.gateway.discovery import discover, resolve
@@ -393,6 +394,18 @@ async def test_the_least_reserved_worker_comes_first(tmp_path: Path) -> None:
             await f.running.client.generate_once("tell me", max_new_tokens=1)
         assert sorted((len(f.one.bodies), len(f.two.bodies))) == [1, 4]
         stream.cancel()
+
+
+async def test_a_prompt_that_takes_too_long_to_tokenize_goes_to_one_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would keep one after the other busy."""
+    async with fleet(tmp_path) as f:
+        monkeypatch.setattr(worker_http, "SHORT_TIMEOUT", 0.3)
+        f.one.faults.tokenizing_seconds = f.two.faults.tokenizing_seconds = 30
+        with pytest.raises(Unavailable, match=r"did not tokenize the prompt in 0\.3 s; shorten it"):
+            await f.running.client.generate_once("tell me", max_new_tokens=1)
+        assert f.one.tokenized + f.two.tokenized == 1
 
 
 async def test_equal_prefixes_go_to_the_same_worker_while_it_has_room(tmp_path: Path) -> None:

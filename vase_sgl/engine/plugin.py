@@ -44,6 +44,7 @@ from vase_sgl.engine import (
     server_info,
     sizing,
     tokenizer_cache,
+    tokenizing,
 )
 from vase_sgl.engine.config import WORKER_TOKEN, engine_config
 from vase_sgl.engine.pool import BudgetPool
@@ -232,6 +233,13 @@ HOOKS: tuple[Hook, ...] = (
         HookType.AFTER,
         request_checks.refuse_fatal,
         "a 400 for what would end the scheduler",
+    ),
+    Hook(
+        "entrypoints.openai.serving_tokenize.OpenAIServingTokenize._handle_non_streaming_request",
+        ("self", "adapted_request", "request", "raw_request"),
+        HookType.AROUND,
+        tokenizing.tokenize_in_thread,
+        "a long prompt holds up neither the answers of others nor the health check",
     ),
     Hook(
         "managers.scheduler.Scheduler.get_output_streamer_class",

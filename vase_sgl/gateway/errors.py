@@ -119,6 +119,12 @@ class WorkerUnavailable(GatewayError):
     code = grpc.StatusCode.UNAVAILABLE
 
 
+class TokenizingTimeout(GatewayError):
+    """A worker did not tokenize a prompt in time. No other one gets it: it may be the prompt."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+
+
 class AuditUnavailable(GatewayError):
     """The audit store cannot be used now; a record that was to be stored may not be."""
 

@@ -199,6 +199,7 @@ class Generations:
         # All workers serve the same model with the same flags: any one's ceilings are right.
         _, info = self._router.ready()[0]
         validation.check_min_p(sampling["min_p"], info)
+        validation.check_prompt_bytes(prompt, tenant, info)
         # Whatever applies is made explicit, so that the record is complete.
         fields = (
             validation.eviction_fields(request.eviction)

@@ -15,6 +15,9 @@ from vase_sgl.gateway.wire import PROMPT_MODES
 from vase_sgl.gateway.workers import WorkerInfo
 from vase_sgl.rpc.v1 import gateway_pb2 as pb
 
+#: Bytes of text that a token stands for, at most: the longest of the vocabularies in wide use are
+#: runs of 128 blanks. Longer text has too many tokens, and a worker would take long to count them.
+MAX_BYTES_PER_TOKEN = 128
 #: Messages of a chat, and over HTTP parts of messages with them: a small one takes many times its
 #: bytes, and long to look at.
 MAX_CHAT_MESSAGES = 8192
@@ -81,6 +84,21 @@ def check_messages(field: str, count: int) -> None:
         count <= MAX_CHAT_MESSAGES,
         f"{field}: {count} messages and parts of messages are too many; send at most "
         f"{MAX_CHAT_MESSAGES}",
+    )
+
+
+def check_prompt_bytes(prompt: Prompt, tenant: Tenant, info: WorkerInfo) -> None:
+    """A text or chat is no longer than as many tokens as may be can be; before it is tokenized."""
+    size = len(prompt.text.encode())
+    size += sum(len(text.encode()) for message in prompt.chat for text in message.values())
+    tokens, owner = min(
+        (tenant.limits.max_prompt_tokens, f"the ceiling of tenant {tenant.name}"),
+        (info.context_length, "the model's context length"),
+    )
+    require(
+        size <= tokens * MAX_BYTES_PER_TOKEN,
+        f"input: the prompt has {size} bytes, more than {tokens} tokens, {owner}, can have; "
+        "shorten it",
     )
 
 

@@ -12,7 +12,12 @@ from typing import Any
 import aiohttp
 
 from vase_sgl.gateway import telemetry
-from vase_sgl.gateway.errors import GatewayError, InvalidRequest, WorkerUnavailable
+from vase_sgl.gateway.errors import (
+    GatewayError,
+    InvalidRequest,
+    TokenizingTimeout,
+    WorkerUnavailable,
+)
 from vase_sgl.gateway.sse import events
 from vase_sgl.gateway.workers import (
     CacheStats,
@@ -28,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 #: Seconds for the short calls: tokenize, server_info.
 SHORT_TIMEOUT = 30.0
+#: Seconds for a connection; until then a worker knows nothing of the call.
+CONNECT_TIMEOUT = 10.0
 #: Seconds for an abort. A gateway that stops waits for it after it has drained.
 ABORT_TIMEOUT = 10.0
 #: Seconds for the health check. SGLang takes up to 20 s to call itself unhealthy.
@@ -89,7 +96,7 @@ class HttpWorker:
         try:
             # No total timeout: how long an answer takes is the client's deadline to decide.
             timeout = aiohttp.ClientTimeout(
-                total=None, sock_connect=SHORT_TIMEOUT, sock_read=self._stall
+                total=None, sock_connect=CONNECT_TIMEOUT, sock_read=self._stall
             )
             async with self._http().post(
                 f"{self._url}/generate",
@@ -138,7 +145,17 @@ class HttpWorker:
             await self._session.close()
 
     async def _tokenize(self, body: Mapping[str, Any]) -> tuple[int, ...]:
-        answer = await self._call("POST", "/v1/tokenize", body)
+        try:
+            answer = await self._call("POST", "/v1/tokenize", body, timeout=SHORT_TIMEOUT)
+        except WorkerUnavailable as error:
+            if isinstance(error.__cause__, aiohttp.ConnectionTimeoutError) or not isinstance(
+                error.__cause__, TimeoutError
+            ):
+                raise
+            raise TokenizingTimeout(
+                f"worker {self.name} did not tokenize the prompt in {SHORT_TIMEOUT:g} s; shorten "
+                "it, or try again later"
+            ) from error
         try:
             return tuple(int(token) for token in answer["tokens"])
         except (KeyError, TypeError, ValueError) as error:
@@ -158,7 +175,7 @@ class HttpWorker:
                 method,
                 self._url + path,
                 json=body,
-                timeout=aiohttp.ClientTimeout(total=timeout),
+                timeout=aiohttp.ClientTimeout(total=timeout, sock_connect=CONNECT_TIMEOUT),
                 headers=telemetry.outgoing(),
                 allow_redirects=False,
             ) as response:
@@ -187,6 +204,8 @@ class HttpWorker:
     def _lost(self, error: Exception) -> GatewayError:
         logger.debug("worker %s: %r", self.name, error)
         match error:
+            case aiohttp.ConnectionTimeoutError():
+                reason = "cannot be reached"
             case TimeoutError():
                 reason = "did not answer in time"
             case aiohttp.ClientConnectorCertificateError():

@@ -148,10 +148,13 @@ class Worker(Protocol):
         """For logs and error texts."""
 
     async def tokenize_text(self, text: str) -> tuple[int, ...]:
-        """Token ids of `text`, special tokens included. Raises `InvalidRequest`."""
+        """Token ids of `text`, special tokens included.
+
+        Raises `InvalidRequest`, and `TokenizingTimeout` if it takes too long.
+        """
 
     async def tokenize_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
-        """Token ids of a conversation with the assistant's turn opened. Raises `InvalidRequest`."""
+        """Token ids of a conversation with the assistant's turn opened. Raises the same."""
 
     def generate(self, request: WorkerRequest) -> AsyncGenerator[WorkerChunk, None]:
         """Run `request`; the last chunk has `finish`. Does not abort when closed early."""
