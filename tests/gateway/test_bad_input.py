@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import grpc
 import pytest
 
 from tests.gateway.running import Running
@@ -169,6 +170,21 @@ async def test_a_prompt_too_long_for_its_tenant_is_not_tokenized(running: Runnin
 
 
 SYSTEM = {"role": "system", "content": "x" * 184}
+
+
+@pytest.mark.parametrize("stranger", [False, True])
+async def test_a_message_larger_than_anybody_needs_is_not_parsed(
+    running: Running, stranger: bool
+) -> None:
+    """A parser would hold up all other calls."""
+    key = running.add_tenant("bob", limits={"max_prompt_tokens": 100})
+    path = "/grpc.health.v1.Health/Check" if stranger else "/vase.v1.VaseGateway/Generate"
+    text = "65536 bytes; shorten" if stranger else "78336 bytes, enough for tenant bob's 100 prompt"
+    async with grpc.aio.insecure_channel(running.target) as channel:
+        call = channel.unary_unary(path)
+        with pytest.raises(grpc.aio.AioRpcError, match=text) as error:
+            await call(b"\xff" * 78337, metadata=() if stranger else channels.metadata(key))
+        assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 async def test_a_message_above_the_size_limit_is_refused(running: Running) -> None:

@@ -32,7 +32,7 @@ def test_options_beat_the_environment_beats_the_file_beats_the_defaults(
     assert (config.listen.host, config.listen.port) == ("0.0.0.0", 3)
     assert config.worker.args == ("--tp", "2") and config.drain_seconds == 6
     assert config.default_eviction == {"budget": 128, "window": 32}
-    assert config.grpc.max_receive_bytes == 16 * 2**20
+    assert config.grpc.max_receive_bytes == 4 * 2**20
     assert load_config(file).listen.port == 2
 
 

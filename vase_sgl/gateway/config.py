@@ -83,7 +83,7 @@ class Grpc(_Section):
     """Limits of the gRPC server."""
 
     #: Largest message taken from a client, in bytes.
-    max_receive_bytes: int = Field(default=16 * 2**20, ge=1024)
+    max_receive_bytes: int = Field(default=4 * 2**20, ge=1024)
     #: Largest message sent to a client, in bytes.
     max_send_bytes: int = Field(default=64 * 2**20, ge=1024)
     #: Calls at once, and as many health checks; more are refused with RESOURCE_EXHAUSTED.

@@ -23,6 +23,8 @@ from vase_sgl.gateway.errors import (
     trailing_metadata,
 )
 from vase_sgl.gateway.patience import Patience
+from vase_sgl.gateway.tenants import Tenant
+from vase_sgl.gateway.validation import check_message_bytes
 
 #: Services anyone may call: probes and tools have no key.
 OPEN_SERVICES = ("/grpc.health.v1.Health/", "/grpc.reflection.")
@@ -76,8 +78,10 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
         async def guarded(_: object, context: Context) -> None:
             async with calls.one(context), as_status(context, "the call"):
                 caller = None if open_to_all else await self._admit(context)
+                content = await self._message(context, None if caller is None else caller.name)
+                check_message_bytes(len(content), caller)
                 # Here and not by gRPC: nothing is parsed for strangers, and the error has a text.
-                message = _parse(handler, await self._message(context, caller))
+                message = _parse(handler, content)
                 with telemetry.caller(context.invocation_metadata() or ()):
                     answer = await behaviour(message, context)
                 if answer is not None:  # of a unary call; a stream's were written as they came
@@ -105,12 +109,12 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
             bounded, handler.request_deserializer, handler.response_serializer
         )
 
-    async def _admit(self, context: Context) -> str:
-        """Make the caller's tenant the current one; its name. Raises `Unauthenticated`."""
+    async def _admit(self, context: Context) -> Tenant:
+        """Make the caller's tenant the current one. Raises `Unauthenticated`."""
         tenant = await self._authenticator.tenant_of(_credential(context))
         # The handler runs in this same task, so it sees the variable, and no other does.
         set_current_tenant(tenant)
-        return tenant.name
+        return tenant
 
     async def _message(self, context: Context, caller: str | None) -> bytes:
         """The call's message. Raises `ClientStalled` if it does not come."""

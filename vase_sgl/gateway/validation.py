@@ -18,6 +18,8 @@ from vase_sgl.rpc.v1 import gateway_pb2 as pb
 #: Bytes of text that a token stands for, at most: the longest of the vocabularies in wide use are
 #: runs of 128 blanks. Longer text has too many tokens, and a worker would take long to count them.
 MAX_BYTES_PER_TOKEN = 128
+#: Bytes of a request beside its prompt: stop strings take most of them.
+_OTHER_BYTES = 2**16
 #: Messages of a chat, and over HTTP parts of messages with them: a small one takes many times its
 #: bytes, and long to look at.
 MAX_CHAT_MESSAGES = 8192
@@ -47,6 +49,20 @@ def require(condition: bool, message: str) -> None:
     """Raise `InvalidRequest(message)` unless `condition` holds."""
     if not condition:
         raise InvalidRequest(message)
+
+
+def check_message_bytes(size: int, tenant: Tenant | None) -> None:
+    """A message or body is no longer than its sender can need; before it is parsed.
+
+    None: of a stranger, who sends no prompts.
+    """
+    tokens = 0 if tenant is None else tenant.limits.max_prompt_tokens
+    most = tokens * MAX_BYTES_PER_TOKEN + _OTHER_BYTES
+    if size > most:
+        why = (
+            "" if tenant is None else f", enough for tenant {tenant.name}'s {tokens} prompt tokens"
+        )
+        raise InvalidRequest(f"the request is larger than {most} bytes{why}; shorten it")
 
 
 def prompt_of(request: pb.GenerateRequest, tenant: Tenant) -> Prompt:

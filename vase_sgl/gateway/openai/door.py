@@ -30,6 +30,7 @@ from vase_sgl.gateway.errors import (
 from vase_sgl.gateway.generation import Generations
 from vase_sgl.gateway.openai import answers
 from vase_sgl.gateway.openai.answers import Answer, Kind
+from vase_sgl.gateway.openai.bodies import BodyReader
 from vase_sgl.gateway.openai.requests import Call, chat_call, completion_call
 from vase_sgl.gateway.patience import Patience
 from vase_sgl.gateway.router import WorkerRouter
@@ -68,10 +69,10 @@ class OpenAIDoor:
         self._client_stall = client_stall_seconds
         self._max_concurrent = max_concurrent
         self._patience = Patience(seconds=client_stall_seconds, max_calls=max_concurrent)
+        self._bodies = BodyReader(max_body_bytes)
         self._running = 0
         self._draining = False
         app = web.Application(
-            client_max_size=max_body_bytes,
             middlewares=[self._close_if_draining, self._answer_errors, self._authenticate],
         )
         app.router.add_post("/v1/chat/completions", self._chat)
@@ -142,16 +143,12 @@ class OpenAIDoor:
         require_role(tenant, Role.GENERATE)
         try:
             async with self._patience.wait(tenant.name):
-                return await request.json()
+                return await self._bodies.read(request, tenant)
         except TimeoutError as error:
             raise web.HTTPRequestTimeout(
                 reason="the body did not come; the gateway waits for it for "
                 f"{self._patience.seconds:g} s, and less while many requests send none"
             ) from error
-        except (ValueError, RecursionError, LookupError) as error:  # the last: its character set
-            raise InvalidRequest("the body is not JSON, or is nested too deeply") from error
-        except web.RequestPayloadError as error:
-            raise InvalidRequest("the body is not encoded as its headers say") from error
 
     async def _generate(self, request: web.Request, kind: Kind, call: Call) -> web.StreamResponse:
         request[_CALL] = call
