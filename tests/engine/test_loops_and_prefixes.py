@@ -165,6 +165,24 @@ def test_where_replays_are_promised_the_tree_gets_rows_of_a_prefill_only(
     assert rows == [5, kept]
 
 
+@pytest.mark.parametrize("vase", [None, EVICT, KEEP], ids=["stock", "evict", "keep"])
+def test_a_cached_prompt_is_found_under_its_salt_alone(
+    production: SteppedScheduler, vase: dict[str, Any] | None
+) -> None:
+    """Gateways give each tenant one, so that none learns from its TTFT what others have sent."""
+
+    def cached(rid: str, salt: str | None) -> tuple[int, list[int]]:
+        fields = {"cache_salt": salt}
+        answer = _run(production, rid, SHARED, max_new_tokens=40, vase=vase, fields=fields)
+        return answer.cached_tokens, answer.tokens
+
+    found = [cached(f"{turn}{salt}", salt) for turn in range(2) for salt in ("a", "b", None)]
+    assert [count for count, _ in found] == [0] * 3 + [len(SHARED) - 1] * 3
+    assert len({tuple(tokens) for _, tokens in found}) == 1
+    assert production.scheduler.tree_cache.evictable_size() == 3 * len(SHARED)
+    assert production.free_slots == POOL
+
+
 def test_keep_holds_on_to_the_shared_slots(production: SteppedScheduler) -> None:
     """Eight requests with one prompt of 60 hold it once: 60 + 8 x 32 slots, not 8 x 92."""
     _run(production, "first", SHARED, max_new_tokens=2, vase=None)

@@ -141,6 +141,9 @@ class WorkerSection(_Section):
     #: Prompts with the same first tokens go to the same worker while it has room; shorter prompts
     #: go anywhere. 0: off, as it should be while workers keep no prefix cache.
     affinity_tokens: int = Field(default=0, ge=0)
+    #: Let tenants find each other's prompts in the workers' prefix cache. One that all send is then
+    #: computed once, and by how soon an answer begins a tenant learns what others have sent.
+    share_prefix_cache: bool = False
     breaker: BreakerSection = BreakerSection()
     #: Where the embedded worker's output goes.
     log_file: Path = Path(".vase-sgl/worker.log")

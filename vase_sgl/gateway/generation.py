@@ -14,6 +14,7 @@ from typing import Any
 from vase_sgl.gateway import logs, telemetry, validation, wire
 from vase_sgl.gateway.admission import Passage
 from vase_sgl.gateway.audit import AuditStore, Record, RecordStatus, Timings
+from vase_sgl.gateway.cache_salt import cache_salt
 from vase_sgl.gateway.deltas import OutputDeltas
 from vase_sgl.gateway.errors import (
     ClientGone,
@@ -135,11 +136,12 @@ class Generations:
         metrics: Metrics,
         *,
         allow_inspect: bool,
+        share_prefix_cache: bool,
     ) -> None:
         """`retries`: other workers that are tried when one fails before its first token.
 
         `allow_inspect`: tenants with the role may have what their requests keep written to a
-        worker's disk.
+        worker's disk. `share_prefix_cache`: tenants find each other's cached prompts.
         """
         self._router = router
         self._store = store
@@ -148,6 +150,7 @@ class Generations:
         self._retries = retries
         self._metrics = metrics
         self._allow_inspect = allow_inspect
+        self._share_prefix_cache = share_prefix_cache
 
     async def run(
         self,
@@ -226,6 +229,7 @@ class Generations:
                 },
                 eviction=None if eviction is None else eviction.to_mapping(),
                 inspect=request.inspect,
+                cache_salt=None if self._share_prefix_cache else cache_salt(tenant),
             ),
             input_kind=prompt.kind,
             seeds=seeds,

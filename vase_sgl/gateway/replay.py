@@ -12,6 +12,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from vase_sgl.gateway import telemetry
 from vase_sgl.gateway.admission import Admissions
 from vase_sgl.gateway.audit import AuditStore, Record, RecordStatus
+from vase_sgl.gateway.cache_salt import cache_salt
 from vase_sgl.gateway.errors import FailedPrecondition, NotFound
 from vase_sgl.gateway.generation import raise_if_aborted
 from vase_sgl.gateway.need import Need
@@ -249,12 +250,16 @@ class Replays:
         store: AuditStore,
         background: Background,
         gate: ReplayGate[Lease],
+        *,
+        share_prefix_cache: bool,
     ) -> None:
+        """`share_prefix_cache`: tenants find each other's cached prompts."""
         self._router = router
         self._admissions = admissions
         self._store = store
         self._background = background
         self._gate = gate
+        self._share_prefix_cache = share_prefix_cache
 
     async def run(self, tenant: Tenant, record_id: str, send: Send) -> Verdict:
         """Replay one of the tenant's own records, sending progress. Raises `GatewayError`.
@@ -276,7 +281,7 @@ class Replays:
                 sample_index=record.sample_index,
             )
             try:
-                verdict = await self._run(record, waiting, send)
+                verdict = await self._run(tenant, record, waiting, send)
             except _Incomparable as error:
                 verdict = Verdict(Outcome.INCOMPARABLE, differences=error.differences)
             span.set_attribute("vase.outcome", verdict.outcome.value)
@@ -303,7 +308,7 @@ class Replays:
             )
         return record
 
-    async def _run(self, record: Record, waiting: Waiting, send: Send) -> Verdict:
+    async def _run(self, tenant: Tenant, record: Record, waiting: Waiting, send: Send) -> Verdict:
         max_new_tokens = int(record.sampling["max_new_tokens"])
         if record.finish_reason == "length":
             # A ceiling of the worker may have clipped it, and another one's may be elsewhere.
@@ -313,6 +318,7 @@ class Replays:
             prompt_token_ids=record.prompt_token_ids,
             sampling={**record.sampling, "max_new_tokens": max_new_tokens},
             eviction=record.eviction,
+            cache_salt=None if self._share_prefix_cache else cache_salt(tenant),
         )
         comparison = Comparison(record, max_new_tokens)
         async with (

@@ -92,6 +92,7 @@ class Gateway:
             config.worker.retries,
             metrics,
             allow_inspect=config.allow_inspect,
+            share_prefix_cache=config.worker.share_prefix_cache,
         )
         self._door = OpenAIDoor(
             authenticator,
@@ -196,7 +197,14 @@ class Gateway:
             self._store,
             self._admissions,
             self._generations,
-            Replays(self._router, self._admissions, self._store, self._background, gate),
+            Replays(
+                self._router,
+                self._admissions,
+                self._store,
+                self._background,
+                gate,
+                share_prefix_cache=self._config.worker.share_prefix_cache,
+            ),
             client_stall_seconds=self._config.grpc.client_stall_seconds,
         )
         gateway_pb2_grpc.add_VaseGatewayServicer_to_server(service, self._server)

@@ -91,6 +91,7 @@ class HttpWorker:
             "input_ids": list(request.prompt_token_ids),
             "stream": True,
             "sampling_params": sampling,
+            "cache_salt": request.cache_salt,
         }
         finished, output = False, _Output()
         try:

@@ -17,6 +17,7 @@ class WorkerRequest:
     eviction: `EvictionParams.to_mapping()`, or None for a request without eviction.
     inspect: have the worker write what the request keeps. It decides nothing of the answer, so it
         is no part of a record.
+    cache_salt: requests with the same one share cached prompts. No part of a record either.
     """
 
     request_id: str
@@ -24,6 +25,7 @@ class WorkerRequest:
     sampling: Mapping[str, Any]
     eviction: Mapping[str, Any] | None
     inspect: bool = False
+    cache_salt: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
