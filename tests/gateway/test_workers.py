@@ -236,6 +236,47 @@ def test_a_breaker_that_closed_begins_anew() -> None:
         assert [request(True), request(True)] == [BreakerState.HALF_OPEN, BreakerState.CLOSED]
 
 
+def test_a_trial_has_succeeded_with_its_first_output() -> None:
+    now = 0.0
+    settings = BreakerSection(failures=1, window_seconds=100, open_seconds=5, successes=2)
+    breaker = CircuitBreaker(settings, lambda: now)
+    breaker.leave(breaker.enter(), False)
+    now = 5
+    first = breaker.enter()
+    breaker.answered(first)
+    second = breaker.enter()
+    assert first and second and not breaker.allows
+    breaker.answered(first)  # counts once
+    breaker.leave(first, True)
+    assert breaker.state is BreakerState.HALF_OPEN and not breaker.allows
+    breaker.answered(second)
+    assert breaker.state is BreakerState.CLOSED
+    breaker.leave(second, False)
+    assert breaker.state is BreakerState.OPEN
+
+
+def test_a_trial_that_fails_after_its_first_output_opens_the_breaker_again() -> None:
+    now = 0.0
+    settings = BreakerSection(failures=1, window_seconds=100, open_seconds=5, successes=2)
+    breaker = CircuitBreaker(settings, lambda: now)
+    breaker.leave(breaker.enter(), False)
+    now = 5
+    first = breaker.enter()
+    breaker.answered(first)
+    second = breaker.enter()
+    breaker.leave(first, False)
+    assert breaker.state is BreakerState.OPEN and breaker.open_seconds == 5
+    now = 6
+    breaker.answered(second)  # which was sent before that
+    breaker.leave(second, False)
+    assert breaker.open_seconds == 4
+    now = 10
+    for _ in range(2):
+        assert breaker.state is BreakerState.HALF_OPEN
+        breaker.leave(breaker.enter(), True)
+    assert breaker.state is BreakerState.CLOSED
+
+
 class Told:
     """A worker that says what it is told to. 1000 slots."""
 
@@ -382,6 +423,78 @@ async def test_the_client_may_come_back_when_the_first_breaker_lets_it_through()
         with pytest.raises(WorkerUnavailable, match="in 5 s") as error:
             router.take(NEED)
         assert error.value.retry_seconds == pytest.approx(5, abs=0.5)
+
+
+async def test_requests_wait_for_a_trial_and_its_first_output_lets_the_next_through() -> None:
+    told: list[None] = []
+    breaker = {"failures": 1, "open_seconds": 20, "successes": 2}
+    output = WorkerChunk("a", [1])
+    async with routed(Told(), on_room=lambda: told.append(None), breaker=breaker) as router:
+        lost = taken(router)
+        lost.failed()
+        lost.release()
+        with pytest.raises(WorkerUnavailable, match="every worker failed too often"):
+            router.take(NEED)
+        opened = router._entries["told"].breaker
+        assert opened._opened is not None
+        opened._opened -= 20
+        trials = []
+        for _ in range(2):
+            trials.append(taken(router))
+            assert router.take(NEED) is None and router.take(NEED, only="told") is None
+            assert len(router.ready()) == 1 and router.has_other(())
+            told.clear()
+            trials[-1].answered(output)
+            trials[-1].answered(output)
+            assert len(told) == 1
+        assert [status.breaker for status in router.statuses()] == [BreakerState.CLOSED]
+        trials += [taken(router), taken(router)]
+        for trial in trials:
+            trial.release()
+
+
+async def test_a_trial_that_fails_sends_away_who_waited_for_it() -> None:
+    breaker = {"failures": 1, "open_seconds": 20, "successes": 2}
+    async with routed(Told(), breaker=breaker) as router:
+        for failure in range(2):
+            trial = taken(router)
+            if failure:
+                assert router.take(NEED) is None
+            trial.failed()
+            trial.release()
+            opened = router._entries["told"].breaker
+            with pytest.raises(WorkerUnavailable, match="in 20 s"):
+                router.take(NEED)
+            assert opened._opened is not None
+            opened._opened -= 20
+
+
+async def test_a_worker_that_is_back_serves_others_beside_a_long_trial(tmp_path: Path) -> None:
+    section = {"breaker": {"failures": 2, "open_seconds": 1, "successes": 2}}
+    async with run_gateway(tmp_path, worker=section) as running:
+        worker, client = running.worker, running.client
+
+        def state() -> BreakerState:
+            return running.gateway._router.statuses()[0].breaker
+
+        async def cut_off() -> None:
+            with pytest.raises(Unavailable):
+                await client.generate_once("tell me", max_new_tokens=5)
+
+        worker.faults.cut_after_tokens = 1
+        await asyncio.gather(cut_off(), cut_off())
+        assert state() is BreakerState.OPEN
+        worker.faults.cut_after_tokens = None
+        worker.token_seconds = 0.3
+        await until(lambda: state() is BreakerState.HALF_OPEN)
+        long = asyncio.create_task(client.generate_once("tell me", max_new_tokens=4000))
+        await until(lambda: bool(worker.running))
+        others = [client.generate_once("tell me", max_new_tokens=1) for _ in range(5)]
+        async with asyncio.timeout(5):
+            await asyncio.gather(*others)
+        assert state() is BreakerState.CLOSED and not long.done()
+        long.cancel()
+        await asyncio.gather(long, return_exceptions=True)
 
 
 async def test_the_least_reserved_worker_comes_first(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """A circuit breaker: stop sending to a worker that keeps failing, then try it with care.
 
 closed -> open after `failures` within `window_seconds`; open -> half-open after `open_seconds`;
-half-open lets one request through at a time and closes after `successes`, or opens again at once.
+half-open lets one request through at a time, until its first output, and closes after `successes`;
+one that fails, before or after that, opens it again at once.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ class BreakerState(enum.StrEnum):
     HALF_OPEN = "half_open"
 
 
+class Trial:
+    """A request that tries a half-open breaker."""
+
+
 class CircuitBreaker:
     """The breaker of one worker. Every `enter` is followed by exactly one `leave`."""
 
@@ -32,7 +37,8 @@ class CircuitBreaker:
         self._clock = clock
         self._failures: collections.deque[float] = collections.deque(maxlen=settings.failures)
         self._opened: float | None = None
-        self._trying = False
+        #: Let through while half-open, and without output yet.
+        self._trial: Trial | None = None
         self._successes = 0
 
     @property
@@ -54,31 +60,38 @@ class CircuitBreaker:
         """Whether a request may go through now."""
         state = self.state
         return state is BreakerState.CLOSED or (
-            state is BreakerState.HALF_OPEN and not self._trying
+            state is BreakerState.HALF_OPEN and self._trial is None
         )
 
-    def enter(self) -> bool:
-        """A request goes through. Whether it is the one that tries a half-open breaker."""
-        trial = self.state is BreakerState.HALF_OPEN
-        self._trying = self._trying or trial
-        return trial
+    def enter(self) -> Trial | None:
+        """A request goes through; a trial if the breaker is half-open."""
+        if self.state is not BreakerState.HALF_OPEN:
+            return None
+        self._trial = Trial()
+        return self._trial
 
-    def leave(self, trial: bool, succeeded: bool | None) -> None:
-        """It is over. None: it ended without telling anything about the worker."""
-        if trial:
-            self._trying = False
-            self._tried(succeeded)
-        elif succeeded is False and self._opened is None:
-            self._failed()
-
-    def _tried(self, succeeded: bool | None) -> None:
-        if succeeded is False:
-            self._open()
-        elif succeeded and self._opened is not None:
+    def answered(self, trial: Trial | None) -> None:
+        """The request has output, so the worker works. Further calls do nothing."""
+        if trial is None or trial is not self._trial:
+            return
+        self._trial = None
+        if self.state is BreakerState.HALF_OPEN:
             self._successes += 1
             if self._successes >= self._settings.successes:
                 self._opened = None
                 self._failures.clear()
+
+    def leave(self, trial: Trial | None, succeeded: bool | None) -> None:
+        """It is over. None: it ended without telling anything about the worker."""
+        if succeeded:
+            self.answered(trial)
+        if trial is self._trial:
+            self._trial = None
+        if succeeded is False:
+            if self._opened is None:
+                self._failed()
+            elif trial is not None and self.state is BreakerState.HALF_OPEN:
+                self._open()
 
     def _failed(self) -> None:
         now = self._clock()

@@ -1,7 +1,8 @@
 """Which worker gets a request: health, breaker, room, load and prefix affinity.
 
 Room: a worker has fewer requests of this gateway in flight than it may, its KV slots suffice for
-one more, and so do its query rings if the policy reads queries; an idle worker always has room.
+one more, and so do its query rings if the policy reads queries; an idle worker always has room. A
+worker whose breaker is half-open has none while a request tries it.
 Among those with room the one with the smallest share of reserved slots wins; among equals the one
 with fewer requests in flight; then they take turns. With affinity the worker that the prompt's
 first tokens hash to (rendezvous hashing: when a worker comes or goes, only its own prompts move)
@@ -55,18 +56,24 @@ class Lease:
     def answered(self, chunk: WorkerChunk) -> None:
         """The worker has sent output: it works, and says what it still reserves.
 
-        From the first round on that is less, so others may find room.
+        From the first round on that is less, and the breaker may let the next one through, so
+        others may find room.
         """
+        entry = self._entry
+        if entry is None:
+            return
+        room = False
         if self._outcome is None:
             self._outcome = True
+            entry.breaker.answered(self._trial)
+            room = self._trial is not None
         self._output = len(chunk.token_ids)
-        if self._entry is None or self.need.eviction is None or chunk.cache is None:
-            return
-        fewer = self.slots - chunk.cache.reserved_slots
-        if fewer:
+        if self.need.eviction is not None and chunk.cache is not None:
+            fewer = self.slots - chunk.cache.reserved_slots
             self.slots -= fewer
-            self._entry.slots -= fewer
-        if fewer > 0:
+            entry.slots -= fewer
+            room = room or fewer > 0
+        if room:
             self._router._on_room()
 
     @property
@@ -271,7 +278,7 @@ class WorkerRouter:
         claim: whose request it is; workers that are kept for others have no room for it.
         Raises `WorkerUnavailable` if no worker could serve, however long one waits.
         """
-        able = self._able(need, exclude, only)
+        able = [entry for entry in self._able(need, exclude, only) if entry.breaker.allows]
         for entry in self._order(able, need.prompt_token_ids):
             if entry.kept_for in (None, claim) and entry.has_room(
                 need, self._settings.max_in_flight
@@ -376,19 +383,20 @@ class WorkerRouter:
                 f"no worker is ready: {reasons or 'none was found yet; try again later'}",
                 retry_seconds=1.0,
             )
-        allowed = [entry for entry in ready if entry.breaker.allows]
-        if not allowed:
+        # One whose breaker is half-open while another request tries it is worth waiting for.
+        tried = [entry for entry in ready if entry.breaker.state is not BreakerState.OPEN]
+        if not tried:
             seconds = max(min(entry.breaker.open_seconds for entry in ready), 1.0)
             raise WorkerUnavailable(
                 "every worker failed too often lately and is left alone for a while; come back "
                 f"in {seconds:.0f} s",
                 retry_seconds=seconds,
             )
-        return allowed
+        return tried
 
     def _order(self, entries: list[_Entry], prompt: tuple[int, ...]) -> list[_Entry]:
-        turn = next(self._turn)
-        rotated = entries[turn % len(entries) :] + entries[: turn % len(entries)]
+        turn = next(self._turn) % max(len(entries), 1)
+        rotated = entries[turn:] + entries[:turn]
         ordered = sorted(rotated, key=_load)  # stable: equals keep their turn
         width = self._settings.affinity_tokens
         if width and len(prompt) >= width:
