@@ -291,7 +291,13 @@ async def test_both_stores_count_alike(usage: Usage) -> None:
     await usage.leave("another", other, "unknown", 0)
 
 
-async def test_all_at_once_are_counted(usage: Usage) -> None:
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Redis may take its time. To be named before `usage`."""
+    monkeypatch.setattr(shared, "TIMEOUT_SECONDS", 30.0)
+
+
+async def test_all_at_once_are_counted(patient: None, usage: Usage) -> None:
     """More than there are connections to Redis."""
     limits = UsageLimits(requests_per_second=None, tokens_per_minute=10**6, concurrent=300)
     names = [str(number) for number in range(300)]
@@ -429,6 +435,23 @@ async def test_a_redis_that_became_a_replica_is_left() -> None:
             async with asyncio.timeout(5):
                 while len(await client.client_list()) > 1:
                     await asyncio.sleep(0.02)
+        await usage.close()
+
+
+async def test_idle_connections_that_redis_has_closed_harm_no_request() -> None:
+    """As its `timeout` and a failover do."""
+    limits = UsageLimits(None, 10**6, concurrent=20)
+    names = [str(number) for number in range(10)]
+    with redis_server() as server:
+        usage = await SharedUsage.connect(server.url, prefix="p", on_failure="refuse")
+        await asyncio.gather(*(usage.enter("t", limits, name) for name in names))
+        async with redis.asyncio.from_url(server.url) as client:
+            assert await client.client_kill_filter(_type="normal", skipme=True) > 1
+            await asyncio.gather(*(usage.leave("t", limits, name, 1000) for name in names))
+            left = await client.hget("p:{t}:levels", "tokens")  # type: ignore[misc]
+            assert float(left) == pytest.approx(10**6 - 10_000, abs=5000)
+            await client.client_kill_filter(_type="normal", skipme=True)
+        await asyncio.gather(*(usage.enter("t", limits, name) for name in names))
         await usage.close()
 
 

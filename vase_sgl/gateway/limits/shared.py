@@ -16,6 +16,7 @@ from typing import Any, Literal
 import redis.asyncio
 from redis.asyncio import BlockingConnectionPool
 from redis.exceptions import ReadOnlyError, RedisError
+from redis.maint_notifications import MaintNotificationsConfig
 
 from vase_sgl.gateway.errors import LimitsUnavailable
 from vase_sgl.gateway.limits.usage import (
@@ -151,6 +152,8 @@ class SharedUsage:
                 timeout=TIMEOUT_SECONDS,
                 socket_timeout=TIMEOUT_SECONDS,
                 socket_connect_timeout=TIMEOUT_SECONDS,
+                # With them, redis-py uses idle connections again that the server has closed.
+                maint_notifications_config=MaintNotificationsConfig(enabled=False),
             )
         except ValueError as error:
             raise SharedUsageError(
