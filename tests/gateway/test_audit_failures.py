@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -131,6 +132,36 @@ async def test_a_session_that_can_only_read_is_left(postgres: str, postgres_url:
     await admin.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = off")
     await admin.close()
     assert (await store.append(numbered(3))).sequence == 2
+    await store.close()
+
+
+@pytest.mark.xdist_group("postgres")
+async def test_a_connection_to_postgresql_is_kept_alive_and_not_kept_for_long(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the network forgot without a word would hold up every answer for half a minute."""
+    await (await AuditStore.open(postgres_url, migrate=True)).close()
+    store = await AuditStore.open(postgres_url)
+    async with store._appending.connect() as connection:
+        raw = await connection.get_raw_connection()
+        transport: asyncio.Transport = raw.driver_connection._transport  # type: ignore[union-attr]
+        connected = transport.get_extra_info("socket")
+        assert connected.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 30
+        assert connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 10_000
+    await store.close()
+    monkeypatch.setattr(database, "_RECYCLE_SECONDS", 0.2)
+    store = await AuditStore.open(postgres_url)
+
+    async def session() -> int:
+        async with store._appending.connect() as connection:
+            number: int = await connection.scalar(sqlalchemy.text("SELECT pg_backend_pid()"))
+            return number
+
+    first = await session()
+    assert await session() == first
+    await asyncio.sleep(0.3)
+    assert await session() != first
     await store.close()
 
 

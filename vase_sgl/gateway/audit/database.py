@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import sqlite3
 import time
 from collections.abc import AsyncIterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import aiosqlite
+import asyncpg
 from sqlalchemy import Connection, event, text
 from sqlalchemy.dialects.sqlite.aiosqlite import AsyncAdapt_aiosqlite_connection
 from sqlalchemy.engine import URL, make_url
@@ -26,12 +28,39 @@ from vase_sgl.gateway.audit.errors import AuditError
 _PATIENCE_SECONDS = 10.0
 #: Seconds a read may wait for a connection, while others that may hang have them all.
 _POOL_SECONDS = 5.0
+#: Seconds after which a connection to a server is replaced. Under the time for which load balancers
+#: and NATs remember one that is idle; they drop it without a word.
+_RECYCLE_SECONDS = 180.0
+#: Options of a connection to a server, where the system has them: it is probed after so many idle
+#: seconds, and so often; what is not acknowledged for so many milliseconds ends it.
+_TCP_OPTIONS = {
+    "TCP_KEEPIDLE": 30,
+    "TCP_KEEPINTVL": 10,
+    "TCP_USER_TIMEOUT": int(_PATIENCE_SECONDS * 1000),
+}
+
+
+class _KeptAlive(asyncpg.Connection):  # type: ignore[misc]
+    """A connection that notices while it is idle that the network has dropped it."""
+
+    def __init__(self, protocol: Any, transport: asyncio.Transport, *arguments: Any) -> None:
+        super().__init__(protocol, transport, *arguments)
+        connected = transport.get_extra_info("socket")
+        if connected.family == socket.AF_UNIX:
+            return
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in _TCP_OPTIONS.items():
+            if hasattr(socket, name):
+                connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
 #: The drivers that are known to work, with what each is told about patience.
 _CONNECT_ARGS: dict[str, dict[str, Any]] = {
     "sqlite+aiosqlite": {},
     "postgresql+asyncpg": {
         "timeout": _PATIENCE_SECONDS,
         "command_timeout": 3 * _PATIENCE_SECONDS,
+        "connection_class": _KeptAlive,
     },
 }
 
@@ -106,10 +135,14 @@ def _engine(url: str | URL, create: bool, **pool: float) -> AsyncEngine:
         dialect = cast("type[DefaultDialect]", parsed.get_dialect())
         if not issubclass(dialect.get_pool_class(parsed), StaticPool):  # which never waits
             pool["pool_timeout"] = _POOL_SECONDS
+        server = {
+            # Whoever waited for a chain's end reads what the others have written.
+            "isolation_level": "READ COMMITTED",
+            "pool_recycle": _RECYCLE_SECONDS,
+        }
         engine = create_async_engine(
             url,
-            # Whoever waited for a chain's end reads what the others have written.
-            **({} if driver.startswith("sqlite") else {"isolation_level": "READ COMMITTED"}),
+            **({} if driver.startswith("sqlite") else server),
             hide_parameters=True,  # prompts and seeds must not reach a log with an error
             pool_pre_ping=True,  # a connection the server has closed is replaced, not reported
             connect_args=_CONNECT_ARGS[driver],
