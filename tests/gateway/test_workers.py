@@ -588,6 +588,54 @@ async def test_workers_are_found_by_name_and_let_go(
                 assert (len(one.bodies), len(two.bodies)) == (3, 4)
 
 
+@pytest.mark.parametrize("equal", [True, False])
+async def test_a_replay_whose_worker_leaves_while_it_waits_goes_to_its_equal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, equal: bool
+) -> None:
+    addresses = ["127.0.0.1"]
+
+    async def answer(host: str) -> Sequence[str]:
+        return list(addresses)
+
+    monkeypatch.setattr("vase_sgl.gateway.server.resolve", answer)
+    async with ScriptedWorker() as one:
+        port = int(one.url.rpartition(":")[2])
+        async with ScriptedWorker(port, host="127.0.0.2") as two:
+            section = {
+                "urls": [],
+                "dns": [f"http://workers.test:{port}"],
+                "dns_interval_seconds": 0.1,
+            }
+            async with run_gateway(tmp_path, worker=section) as running:
+                router = running.gateway._router
+                done = await running.client.generate_once("tell me", max_new_tokens=20)
+                one.available_slots = 0
+                one.running.add("another gateway's")
+                verdict = asyncio.create_task(running.client.replay(done.request_id).verdict())
+                await asyncio.sleep(0.3)
+                two.fingerprint["sglang"] = "0" if equal else "1"
+                addresses[:] = ["127.0.0.2"]
+                await until(lambda: [s.name for s in router.statuses()] == [two.url])
+                if equal:
+                    assert (await verdict).outcome == "MATCH"
+                    assert len(two.bodies) == 1
+                else:
+                    with pytest.raises(Unavailable, match=f"worker {one.url} is gone; try again"):
+                        await verdict
+
+
+async def test_a_closed_worker_opens_no_connection_again() -> None:
+    async with ScriptedWorker() as one:
+        for used in (True, False):
+            worker = HttpWorker(one.url, stall_seconds=1)
+            if used:
+                await worker.info()
+            await worker.close()
+            with pytest.raises(WorkerUnavailable, match="is gone"):
+                await worker.info()
+            assert worker._session is None or worker._session.closed
+
+
 def freeze(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     """Let the gateway's health checks of one worker get no answer."""
     check_health = HttpWorker.check_health

@@ -13,7 +13,7 @@ from vase_sgl.gateway import telemetry
 from vase_sgl.gateway.admission import Admissions
 from vase_sgl.gateway.audit import AuditStore, Record, RecordStatus
 from vase_sgl.gateway.cache_salt import cache_salt
-from vase_sgl.gateway.errors import FailedPrecondition, NotFound
+from vase_sgl.gateway.errors import FailedPrecondition, NotFound, WorkerUnavailable
 from vase_sgl.gateway.generation import raise_if_aborted
 from vase_sgl.gateway.need import Need
 from vase_sgl.gateway.replay_gate import ReplayGate, Waiting
@@ -346,7 +346,13 @@ class Replays:
 
         async def look() -> WorkerInfo:
             nonlocal worker
-            info = await worker.info()
+            try:
+                info = await worker.info()
+            except WorkerUnavailable as lost:
+                try:
+                    worker, info = await self._worker_for(record)
+                except _Incomparable:
+                    raise lost from None  # its equal may be back soon
             if fingerprint_differences(record.fingerprint, info.fingerprint):
                 # Another one runs at that address by now.
                 worker, info = await self._worker_for(record)

@@ -70,6 +70,7 @@ class HttpWorker:
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._tls = tls
         self._session: aiohttp.ClientSession | None = None
+        self._closed = False
 
     @property
     def name(self) -> str:
@@ -142,6 +143,7 @@ class HttpWorker:
         await self._call("POST", f"/flush_cache?timeout={IDLE_SECONDS}")
 
     async def close(self) -> None:
+        self._closed = True
         if self._session is not None:
             await self._session.close()
 
@@ -220,6 +222,8 @@ class HttpWorker:
         return WorkerUnavailable(f"worker {self.name} {reason}; try again later")
 
     def _http(self) -> aiohttp.ClientSession:
+        if self._closed:
+            raise WorkerUnavailable(f"worker {self.name} is gone; try again later")
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 # Answers are long-lived: the pool must not cap concurrent generations. Idle
