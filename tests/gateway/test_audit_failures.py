@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -309,6 +310,22 @@ async def test_back_pressure_instead_of_loss(
     assert len(await asyncio.gather(*waiting)) == 100
     assert await problems(audit_url) == {"alice": None}
     await store.close()
+
+
+async def test_the_writer_says_what_it_says_in_no_callers_name() -> None:
+    """Its task is begun by the first caller and lives as long as the process."""
+    name: ContextVar[str] = ContextVar("name", default="nobody")
+    seen: list[str] = []
+
+    async def commit(batch: Sequence[int]) -> Sequence[int]:
+        seen.append(name.get())
+        return batch
+
+    commits = GroupCommit(commit, retry_alone=lambda error: False, size=lambda item: 1)
+    name.set("alice")
+    await commits.submit(1)
+    await commits.close()
+    assert seen == ["nobody"]
 
 
 @pytest.mark.parametrize("failing", [False, True])

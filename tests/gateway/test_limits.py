@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -507,6 +508,25 @@ async def test_a_renewal_brings_back_no_request_that_left(redis_url: str) -> Non
     usage._renew = overtaken  # type: ignore[assignment]
     await usage._renew_leases("t")
     await let_in(usage, limits, "b")
+    await usage.close()
+
+
+async def test_what_is_removed_later_is_removed_in_no_requests_name(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name: ContextVar[str] = ContextVar("name", default="nobody")
+    seen: list[str] = []
+    usage = await SharedUsage.connect(redis_url, prefix=uuid.uuid4().hex, on_failure="refuse")
+
+    async def zrem(*_: Any) -> int:
+        seen.append(name.get())
+        return 1
+
+    monkeypatch.setattr(usage._client, "zrem", zrem)
+    name.set("alice")
+    usage._remove("t", {"a"})
+    await until(lambda: not usage._stray)
+    assert seen == ["nobody"]
     await usage.close()
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -408,6 +409,23 @@ async def test_a_worker_that_left_is_closed_after_its_last_request() -> None:
         checks = worker.checks
         await asyncio.sleep(0.1)
         assert worker.checks == checks
+
+
+async def test_a_worker_that_left_is_not_closed_in_the_name_of_its_last_request() -> None:
+    name: ContextVar[str] = ContextVar("name", default="nobody")
+    seen: list[str] = []
+
+    class Closing(Told):
+        async def close(self) -> None:
+            seen.append(name.get())
+
+    async with routed(Closing()) as router:
+        lease = taken(router)
+        router._leaving.add(router._entries.pop("told"))
+        name.set("alice")
+        lease.release()
+        await until(lambda: seen)
+        assert seen == ["nobody"]
 
 
 async def test_the_client_may_come_back_when_the_first_breaker_lets_it_through() -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import dataclasses
 import hashlib
 import itertools
@@ -416,7 +417,8 @@ class WorkerRouter:
 
     def _dismiss(self, entry: _Entry) -> None:
         self._leaving.discard(entry)
-        task = asyncio.create_task(entry.worker.close())
+        # Not in the context of the request that happens to be its last.
+        task = asyncio.create_task(entry.worker.close(), context=contextvars.Context())
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
@@ -46,7 +47,10 @@ class GroupCommit(Generic[T, R]):
     async def submit(self, item: T) -> R:
         """The item's result, once it is committed. Raises what `commit` raised."""
         if self._task is None:
-            self._task = asyncio.create_task(self._run(), name="vase-group-commit")
+            # Its log lines are not the first caller's: they would bear that one's tenant for ever.
+            self._task = asyncio.create_task(
+                self._run(), name="vase-group-commit", context=contextvars.Context()
+            )
         future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
         await self._queue.put((item, future))
         return await future

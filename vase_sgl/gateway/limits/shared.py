@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 from typing import Any, Literal
 
@@ -263,7 +264,11 @@ class SharedUsage:
             return
         if tenant not in self._stray:
             self._stray[tenant] = set()
-            task = asyncio.create_task(self._remove_stray(tenant), name="vase-stray-leases")
+            task = asyncio.create_task(
+                self._remove_stray(tenant),
+                name="vase-stray-leases",
+                context=contextvars.Context(),  # not that of the request which happens to be first
+            )
             self._removing.add(task)
             task.add_done_callback(self._removing.discard)
         if len(self._stray[tenant]) < _REMEMBERED:
