@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.gateway.running import until
 from vase_sgl.gateway import server
 from vase_sgl.gateway.config import load_config
 from vase_sgl.gateway.errors import WorkerUnavailable
@@ -114,6 +115,45 @@ async def test_a_command_that_is_not_there_is_named(tmp_path: Path) -> None:
     await worker.close()
 
 
+async def test_the_log_of_the_run_before_is_kept(tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        worker = embedded((sys.executable, "-c", f"raise SystemExit('run {number}')"), tmp_path)
+        with pytest.raises(WorkerStartError, match=f"run {number}") as error:
+            await worker.start(quiet)
+        assert f"run {number - 1}" not in str(error.value)
+        await worker.close()
+    log = worker._log
+    assert sorted(file.name for file in log.parent.iterdir()) == ["worker.log", "worker.log.1"]
+    assert log.read_text() == "run 3\n" and log.with_name("worker.log.1").read_text() == "run 2\n"
+
+
+async def test_a_log_that_is_a_link_is_left_where_it_is(tmp_path: Path) -> None:
+    """As /dev/stdout is."""
+    worker = embedded((sys.executable, "-c", "raise SystemExit('run')"), tmp_path)
+    worker._log.parent.mkdir()
+    worker._log.symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").write_text("before\n")
+    with pytest.raises(WorkerStartError):
+        await worker.start(quiet)
+    await worker.close()
+    assert (tmp_path / "elsewhere").read_text() == "before\nrun\n"
+
+
+async def test_the_log_may_be_truncated_meanwhile(tmp_path: Path) -> None:
+    script = "import sys\nfor line in open(sys.argv[1]): print(line, end='', flush=True)"
+    os.mkfifo(tmp_path / "lines")
+    worker = embedded((sys.executable, "-c", script, str(tmp_path / "lines")), tmp_path)
+    starting = asyncio.create_task(worker.start(quiet))
+    with await asyncio.to_thread(open, tmp_path / "lines", "w", buffering=1) as lines:
+        lines.write("one\n")
+        await until(lambda: worker._log.read_text() == "one\n")
+        os.truncate(worker._log, 0)
+        lines.write("two\n")
+        await until(lambda: worker._log.read_text() == "two\n")
+    await asyncio.gather(starting, return_exceptions=True)
+    await worker.close()
+
+
 async def test_a_worker_that_died_is_unavailable_and_names_its_log(tmp_path: Path) -> None:
     worker = embedded(SCRIPTED, tmp_path)
     await worker.start(quiet)
@@ -181,3 +221,6 @@ def test_the_command_runs_the_worker_of_this_installation() -> None:
     assert command[:4] == [sys.executable, "-m", "vase_sgl.cli", "worker"]
     assert command[4:6] == ["--model-path", "/models/m"]
     assert command[-2:] == ["--tp-size", "2"]
+    quiet_paths = command.index("--uvicorn-access-log-exclude-prefixes")
+    assert command[quiet_paths + 1 : quiet_paths + 3] == ["/health", "/server_info"]
+    assert command[quiet_paths + 3].startswith("--")

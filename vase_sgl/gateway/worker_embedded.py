@@ -47,6 +47,7 @@ class EmbeddedWorker(HttpWorker):
     ) -> None:
         """Will run `command --host 127.0.0.1 --port FREE` with its output in the file `log`.
 
+        That of the last run is kept as `log`.1.
         `api_key`: what it will ask its callers for; None makes one, so that no other user of this
         machine reaches it.
         """
@@ -66,8 +67,12 @@ class EmbeddedWorker(HttpWorker):
         """
         try:
             self._log.parent.mkdir(parents=True, exist_ok=True)
-            # Not for other users of the machine: SGLang can be told to log prompts.
-            with open(self._log, "wb", opener=partial(os.open, mode=0o600)) as output:
+            if self._log.is_file() and not self._log.is_symlink():  # so not /dev/stdout
+                # It may say why the last one died.
+                self._log.replace(self._log.with_name(f"{self._log.name}.1"))
+            # Not for other users of the machine: SGLang can be told to log prompts. Appending, so
+            # that it may be truncated meanwhile.
+            with open(self._log, "ab", opener=partial(os.open, mode=0o600)) as output:
                 self._process = await asyncio.create_subprocess_exec(
                     *self._command,
                     stdin=asyncio.subprocess.DEVNULL,
@@ -143,10 +148,14 @@ def worker_command(model_path: str, args: Sequence[str]) -> list[str]:
     """The command of the embedded worker, without host and port.
 
     Its stream carries what is new: with the whole output in every event, a long answer would cost
-    the square of its length.
+    the square of its length. Its log leaves out the gateway's own health checks.
     """
-    worker = [sys.executable, "-m", "vase_sgl.cli", "worker"]
-    return [*worker, "--model-path", model_path, "--incremental-streaming-output", *args]
+    return [
+        *(sys.executable, "-m", "vase_sgl.cli", "worker", "--model-path", model_path),
+        *("--uvicorn-access-log-exclude-prefixes", "/health", "/server_info"),
+        "--incremental-streaming-output",
+        *args,
+    ]
 
 
 def _free_port() -> int:
