@@ -27,6 +27,8 @@ BUDGET: dict[str, Any] = {
     "prompt": "evict",
     "seed": 1,
 }
+#: Of the state's slots, those that change.
+SLOTS = ("total", "available", "reserved", "owned")
 SAMPLED: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95, "sampling_seed": 7}
 
 
@@ -194,8 +196,9 @@ def _refreshed_series(worker: WorkerProcess) -> dict[tuple[str, str], float]:
     deadline = time.monotonic() + 20
     while True:
         state, series = worker.state(), _series(worker)
-        said = {name: series.get((f"vase:{name}_slots", "")) for name in state["slots"]}
-        if series.get(("vase:rounds_total", "")) == state["rounds"] and said == state["slots"]:
+        said = {name: series.get((f"vase:{name}_slots", "")) for name in SLOTS}
+        slots = {name: state["slots"][name] for name in SLOTS}
+        if series.get(("vase:rounds_total", "")) == state["rounds"] and said == slots:
             return _series(worker)  # a refresh writes other counters a little later
         assert time.monotonic() < deadline, (series, state)
         time.sleep(0.1)

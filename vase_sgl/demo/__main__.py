@@ -38,7 +38,7 @@ def main() -> int:
         console.print("\nstopped; nothing is left running")
         return 130
     except (GatewayFailed, ModelError, VaseError) as error:
-        console.print(f"the demo failed: {error}", markup=False)
+        console.print(f"the demo failed: {error}", markup=False, soft_wrap=True)
         return 1
 
 
