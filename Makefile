@@ -43,7 +43,7 @@ demo: model ## Serve a real model with a fixed KV budget, stream, replay, compar
 	@$(BIN)/python -m vase_sgl.demo
 
 .PHONY: test
-test: model ## Run the default test suite (two processes, about 11 minutes)
+test: model ## Run the default test suite (two processes, 11 to 20 minutes)
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 MINUTES ?= 10
