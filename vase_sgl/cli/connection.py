@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,32 +25,24 @@ ApiKey = Annotated[
     ),
 ]
 TlsFlag = Annotated[bool, typer.Option("--tls", help="Encrypt; trust the system's authorities.")]
+
+
+def _pem(variable: str, text: str) -> Any:
+    return typer.Option(envvar=variable, help=text, exists=True, dir_okay=False)
+
+
 CaFile = Annotated[
-    Path | None,
-    typer.Option(
-        envvar="VASE_CA_FILE",
-        help="Encrypt; trust the authorities in this PEM file.",
-        exists=True,
-        dir_okay=False,
-    ),
+    Path | None, _pem("VASE_CA_FILE", "Encrypt; trust the authorities in this PEM file.")
 ]
 ClientCert = Annotated[
     Path | None,
-    typer.Option(
-        envvar="VASE_CLIENT_CERT",
-        help="Encrypt; show this certificate (PEM) to a gateway that asks for one (tls.client_ca).",
-        exists=True,
-        dir_okay=False,
+    _pem(
+        "VASE_CLIENT_CERT",
+        "Encrypt; show this certificate (PEM) to a gateway that asks for one (tls.client_ca).",
     ),
 ]
 ClientKey = Annotated[
-    Path | None,
-    typer.Option(
-        envvar="VASE_CLIENT_KEY",
-        help="The private key of --client-cert (PEM).",
-        exists=True,
-        dir_okay=False,
-    ),
+    Path | None, _pem("VASE_CLIENT_KEY", "The private key of --client-cert (PEM).")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 

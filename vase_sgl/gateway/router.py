@@ -400,9 +400,10 @@ class WorkerRouter:
         rotated = entries[turn:] + entries[:turn]
         ordered = sorted(rotated, key=_load)  # stable: equals keep their turn
         width = self._settings.affinity_tokens
-        if width and len(prompt) >= width:
+        if entries and width and len(prompt) >= width:
             prefix = b"".join(token.to_bytes(4, "little") for token in prompt[:width])
-            ordered.sort(key=lambda e: e is not max(entries, key=lambda e: _weight(prefix, e)))
+            own = max(entries, key=lambda entry: _weight(prefix, entry))
+            ordered.sort(key=lambda entry: entry is not own)
         return ordered
 
     def _add(self, worker: Worker) -> None:

@@ -333,9 +333,8 @@ class _Samples:
     async def _write(self, event: object) -> None:
         """One event; waits while the client does not read. Raises `ClientGone`, `ClientStalled`."""
         assert self._response is not None
-        text = (
-            event if isinstance(event, str) else json.dumps(event)
-        )  # ASCII: clients split at U+2028
+        # In ASCII: some clients end a line at U+2028.
+        text = event if isinstance(event, str) else json.dumps(event)
         stall = self._door._client_stall
         try:
             async with asyncio.timeout(stall):
