@@ -423,7 +423,8 @@ def register() -> None:
 
 
 def _register() -> None:
-    os.environ.setdefault(WORKER_TOKEN, secrets.token_hex(8))  # the first process is ours or not
+    # Set already in children, and by `vase-sgl worker`; not where `sglang serve` loads the plugin.
+    os.environ.setdefault(WORKER_TOKEN, secrets.token_hex(8))
     installed = version("sglang")
     if installed != SGLANG_VERSION:
         raise RuntimeError(
