@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
+import argon2
 import pytest
+
+from vase_sgl.gateway import keys
 
 # Upstream's leak checks and our own integrity check are on in every process a test starts.
 os.environ.setdefault("VASE_CHECK_INTEGRITY", "1")
@@ -13,6 +17,15 @@ os.environ.setdefault("SGLANG_CHECK_KV_PAGE_INVARIANTS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Small tensors: threads that wait for each other on a busy machine only cost time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cheap_hashes_of_keys() -> Iterator[None]:
+    """Keys that tests make are hashed as ever, but in no time; each gateway begins with two."""
+    with pytest.MonkeyPatch.context() as patch:
+        cheap = argon2.PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
+        patch.setattr(keys, "_HASHER", cheap)
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

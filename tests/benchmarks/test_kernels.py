@@ -55,13 +55,14 @@ def test_time_bytes_bandwidth_and_share_are_printed() -> None:
     said = _interpreted(
         "import sys\n"
         "from benchmarks import kernels\n"
-        "sys.argv[1:] = ('--check --policies random --layers 1 --budgets 128 --requests 2 '\n"
-        "                '--repeats 1').split()\n"
+        "from benchmarks.eviction_case import Shape\n"
+        f"kernels.shapes = lambda args: [{TINY!r}]\n"
+        "sys.argv[1:] = '--check --policies random --repeats 1'.split()\n"
         "kernels.main()\n"
     )
     assert "check: kernels and reference forget the same tokens" in said
     line = said.splitlines()[-1]
-    assert line.startswith("random               B   128 due   2 floor_gb 0.00")
+    assert line.startswith("random               B    32 due   2 floor_gb 2.56e-06 ")
     for name in ("kernels_ms", "device_ms", "gb_per_s", "share_of_floor", "reference_ms"):
         assert f" {name} " in line
     assert " gather_all_ms " in line

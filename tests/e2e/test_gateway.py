@@ -43,9 +43,9 @@ async def client(worker: WorkerProcess, tmp_path: Path) -> AsyncIterator[AsyncCl
 async def test_stream_record_and_replay(client: AsyncClient) -> None:
     stream = client.generate(
         PROMPT,
-        max_new_tokens=120,
-        budget=48,
-        window=16,
+        max_new_tokens=60,
+        budget=32,
+        window=8,
         policy="vase-attnv",
         seed=4,
         temperature=0.8,
@@ -58,12 +58,12 @@ async def test_stream_record_and_replay(client: AsyncClient) -> None:
         physical.append(chunk.cache.physical_length)
         rounds.append(chunk.cache.rounds)
     result = stream.result
-    assert len(tokens) == 120 == result.usage.completion_tokens
-    assert max(physical) <= 64
+    assert len(tokens) == 60 == result.usage.completion_tokens
+    assert max(physical) <= 40
     assert max(rounds) >= 4 and rounds == sorted(rounds)
-    assert result.cache is not None and result.cache.reserved_slots == 64
+    assert result.cache is not None and result.cache.reserved_slots == 40
     assert len(result.round_digests) == result.cache.rounds
-    assert result.full_kv_slots >= 120 + result.usage.prompt_tokens - 1
+    assert result.full_kv_slots >= 60 + result.usage.prompt_tokens - 1
 
     record = await client.get_record(stream.request_id)
     assert list(record.output_token_ids) == tokens
@@ -72,7 +72,7 @@ async def test_stream_record_and_replay(client: AsyncClient) -> None:
 
     verdict = await client.replay(record.record_id).verdict()
     assert verdict.outcome == "MATCH"
-    assert verdict.tokens_compared == 120
+    assert verdict.tokens_compared == 60
     assert verdict.rounds_compared == len(result.round_digests)
 
 
@@ -83,7 +83,7 @@ async def test_cancelling_frees_the_slots(client: AsyncClient, worker: WorkerPro
     seen = 0
     async for _ in stream:
         seen += 1
-        if seen == 30:
+        if seen == 10:
             break
     stream.cancel()
     await asyncio.to_thread(worker.wait_until_idle)  # the gateway runs in this loop

@@ -173,15 +173,20 @@ class Prefill:
         return torch.cat(outputs)
 
 
-@pytest.mark.parametrize(
-    ("kv_heads", "group", "head_dim"), [(1, 1, 64), (3, 3, 64), (2, 2, 16), (2, 7, 80), (2, 2, 128)]
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("threads", [1, 2, 3, 5], indirect=True)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+#: Of KV heads, group, head_dim; threads; dtype: every pair of values at least once.
+PREFILLS = [
+    (shape, threads, DTYPES[(i + j) % 3])
+    for i, shape in enumerate([(1, 1, 64), (3, 3, 64), (2, 2, 16), (2, 7, 80), (2, 2, 128)])
+    for j, threads in enumerate([1, 2, 3, 5])
+]
+
+
+@pytest.mark.parametrize(("heads", "threads", "dtype"), PREFILLS, indirect=["threads"])
 def test_a_prompts_bits_do_not_depend_on_its_cuts(
-    kv_heads: int, group: int, head_dim: int, dtype: torch.dtype, threads: int
+    heads: tuple[int, int, int], threads: int, dtype: torch.dtype
 ) -> None:
-    shape = (kv_heads, group, head_dim, dtype)
+    group, shape = heads[1], (*heads, dtype)
     whole = Prefill(*shape).extend((1, 0, Prefill.tokens))
     for cuts in ([150], [256, 512], [699], [1, 64, 65, 127, 300, 511, 513], range(50, 700, 50)):
         assert torch.equal(Prefill(*shape, seed=len(cuts)).in_pieces(*cuts), whole), cuts

@@ -11,7 +11,6 @@ from sglang.srt.managers import schedule_batch, schedule_policy
 
 from tests.engine.scheduler_harness import Answer, SteppedScheduler
 from tests.engine.test_schedules import expected_rounds
-from tests.engine.tiny_model import CONTEXT
 from vase_sgl import eviction
 from vase_sgl.engine import admission
 from vase_sgl.engine.config import EngineConfig
@@ -85,14 +84,18 @@ def test_an_evicting_budget_changes_the_answer(stepped: SteppedScheduler) -> Non
 
 
 def test_an_answer_may_be_longer_than_the_pool(stepped: SteppedScheduler) -> None:
-    answer = _answer(stepped, BUDGET, new=1000)
-    assert len(answer.tokens) == 1000 > POOL
-    assert answer.finish == {"type": "length", "length": 1000}
+    answer = _answer(stepped, BUDGET, new=450)
+    assert len(answer.tokens) == 450 > POOL
+    assert answer.finish == {"type": "length", "length": 450}
 
 
-def test_output_is_bounded_by_the_context(stepped: SteppedScheduler) -> None:
-    answer = _answer(stepped, {**BUDGET, "policy": "streaming"}, new=10 * CONTEXT)
-    assert len(answer.tokens) == CONTEXT - 2 - len(PROMPT)
+def test_output_is_bounded_by_the_context(
+    stepped: SteppedScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = 150  # steps through the model's own would take long
+    monkeypatch.setattr(stepped.scheduler.model_config, "context_len", context)
+    answer = _answer(stepped, {**BUDGET, "policy": "streaming"}, new=10 * context)
+    assert len(answer.tokens) == context - 2 - len(PROMPT)
 
 
 def test_output_is_bounded_by_the_operator(

@@ -65,7 +65,7 @@ def _alone(stepped: SteppedScheduler, policy: str, seed: int = 5) -> tuple[list[
 @pytest.mark.parametrize("policy", [name for name, policy in POLICIES.items() if policy.evicts])
 def test_alone_equals_among_seven_others(stepped: SteppedScheduler, policy: str) -> None:
     alone = _alone(stepped, policy)
-    for target_at in (0, 3, 7):
+    for target_at in (0, 7):
         stepped.answers.clear()
         for index in range(7):
             if index == target_at:
