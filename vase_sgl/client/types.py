@@ -38,7 +38,8 @@ class CacheStats:
     logical_length: tokens of prompt and output so far.
     physical_length: tokens whose KV entries are cached.
     rounds: eviction rounds so far; evicted_tokens: tokens they evicted, per layer and KV head.
-    reserved_slots: slots reserved at admission; the request never owns more.
+    reserved_slots: slots reserved now, the most it may still own; from the first round on budget
+    and window, and with prompt mode `keep` the prompt.
     digest: 16 hex digits that identify what was evicted.
     """
 
@@ -234,9 +235,9 @@ class RecordSummary:
 class Capacity:
     """Slots and ceilings.
 
-    slots_per_request, requests_that_fit: None unless a budget was asked about. query_ring_slots:
-    memory that a request has beside its slots if its policy reads queries, in slots; None if no
-    worker says.
+    context_length: the model's; answers end two tokens before it. slots_per_request,
+    requests_that_fit: None unless a budget was asked about. query_ring_slots: memory that a request
+    has beside its slots if its policy reads queries, in slots; None if no worker says.
     """
 
     total_slots: int

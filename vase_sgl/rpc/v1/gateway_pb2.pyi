@@ -3,8 +3,8 @@
 isort:skip_file
 The public interface of vase_sgl: generation under a fixed KV-cache budget, and its replay.
 
-Authentication: every VaseGateway call carries the metadata `authorization: Bearer <API key>`.
-Health checking and reflection are open.
+Authentication: every VaseGateway call carries the metadata `authorization: Bearer <API key>`, or
+comes with a client certificate that stands for a tenant. Health checking and reflection are open.
 
 Status codes, the same for every call:
   INVALID_ARGUMENT     a field is wrong or above a ceiling; the text names the field and the cure
@@ -13,13 +13,16 @@ Status codes, the same for every call:
   NOT_FOUND            no such record among the tenant's own
   FAILED_PRECONDITION  the record cannot be replayed (it is not of a completed generation, or
                        its content was not kept), or its content cannot be decrypted
-  RESOURCE_EXHAUSTED   a limit of the tenant or the length or time of the queue is exceeded;
-                       google.rpc.RetryInfo says when to come back
-  UNAVAILABLE          no worker is ready, the worker was lost, or the audit store cannot be
-                       used; safe to retry, unless the trailing metadata holds
-                       `grpc-retry-pushback-ms: -1`: output had come, and another try would be
-                       another generation; an answer without a result was not recorded
-  ABORTED              the worker gave the request up, or the client did not read its stream
+  RESOURCE_EXHAUSTED   a limit of the tenant, the number of calls or the length or time of the
+                       queue is exceeded; google.rpc.RetryInfo says when to come back. Without
+                       it: a message is too large, or too many watch the health
+  UNAVAILABLE          no worker is ready, the worker was lost, the gateway stops, or what it
+                       needs (the audit store, Redis) cannot be used; safe to retry, unless the
+                       trailing metadata holds `grpc-retry-pushback-ms: -1`: output had come,
+                       and another try would be another generation. What became of this one
+                       says its record; if the audit store was away there may be none
+  ABORTED              the worker gave the request up, or the client did not send its message
+                       or read its stream in time
   INTERNAL             a defect; the gateway's log has the details, of a generation under the
                        request id
 Errors of a generation carry its request id in the trailing metadata `x-request-id`.
@@ -76,7 +79,7 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     FINISH_REASON_STOP: _FinishReason.ValueType  # 1
     """A stop string, a stop token or the end-of-sequence token."""
     FINISH_REASON_LENGTH: _FinishReason.ValueType  # 2
-    """max_new_tokens was reached."""
+    """max_new_tokens was reached, or an earlier ceiling of the worker."""
     FINISH_REASON_ABORT: _FinishReason.ValueType  # 3
     """It was given up before its end; such a record cannot be replayed."""
 
@@ -88,7 +91,7 @@ FINISH_REASON_UNSPECIFIED: FinishReason.ValueType  # 0
 FINISH_REASON_STOP: FinishReason.ValueType  # 1
 """A stop string, a stop token or the end-of-sequence token."""
 FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
-"""max_new_tokens was reached."""
+"""max_new_tokens was reached, or an earlier ceiling of the worker."""
 FINISH_REASON_ABORT: FinishReason.ValueType  # 3
 """It was given up before its end; such a record cannot be replayed."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
@@ -195,8 +198,8 @@ class GenerateRequest(_message.Message):
     text: _builtins.str
     """Plain text; the worker's tokenizer encodes it, special tokens included."""
     max_new_tokens: _builtins.int
-    """Output tokens at most. Required, at least 1; prompt and output together must fit the model's
-    context length.
+    """Output tokens at most. Required, at least 1; with the prompt's no more than the model's context
+    length, two tokens before which every answer ends.
     """
     seed: _builtins.int
     """Input of the seed derivation, 0 to 2^63 - 1: an equal request with an equal seed gives an
@@ -458,11 +461,11 @@ class EvictionParams(_message.Message):
     `evict-largest-values`.
     """
     protected_share: _builtins.float
-    """vase-attnv: share of the budget protected by value range, 0 to 1."""
+    """vase-attnv: share of the budget protected by value range, 0 to 1. Absent: 0.25."""
     pool_width: _builtins.int
-    """vase-attnv, snapkv, rkv: odd width of the average pool over columns; 1 turns it off."""
+    """vase-attnv, snapkv, rkv: odd width of the average pool over columns; 1 turns it off. Absent: 5."""
     projection_dim: _builtins.int
-    """vase-dkv, curdkv: columns of the Gaussian projection."""
+    """vase-dkv, curdkv: columns of the Gaussian projection, at most 32. Absent: 20."""
     mix_lambda: _builtins.float
     """rkv: weight of attention against redundancy, 0 to 1. Absent: 0.1."""
     def __init__(
@@ -636,7 +639,9 @@ class CacheStats(_message.Message):
     evicted_tokens: _builtins.int
     """Tokens evicted so far, per layer and KV head."""
     reserved_slots: _builtins.int
-    """Slots reserved for the request at admission; it never owns more."""
+    """Slots reserved for the request now: the most it may still own. From its first eviction round on
+    that is budget and window, and with prompt mode keep the prompt.
+    """
     digest: _builtins.str
     """16 hex digits that identify what was evicted in all rounds so far."""
     def __init__(
@@ -1576,7 +1581,9 @@ class GetCapacityResponse(_message.Message):
     evicted_tokens: _builtins.int
     """Tokens evicted since the workers started, per layer and KV head."""
     context_length: _builtins.int
-    """Prompt and output tokens one request may have."""
+    """The model's context length. Prompt and max_new_tokens together may not exceed it; answers end
+    two tokens before it.
+    """
     max_budget: _builtins.int
     """Highest budget this tenant may ask for."""
     max_window: _builtins.int

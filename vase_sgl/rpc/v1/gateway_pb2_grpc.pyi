@@ -3,8 +3,8 @@
 isort:skip_file
 The public interface of vase_sgl: generation under a fixed KV-cache budget, and its replay.
 
-Authentication: every VaseGateway call carries the metadata `authorization: Bearer <API key>`.
-Health checking and reflection are open.
+Authentication: every VaseGateway call carries the metadata `authorization: Bearer <API key>`, or
+comes with a client certificate that stands for a tenant. Health checking and reflection are open.
 
 Status codes, the same for every call:
   INVALID_ARGUMENT     a field is wrong or above a ceiling; the text names the field and the cure
@@ -13,13 +13,16 @@ Status codes, the same for every call:
   NOT_FOUND            no such record among the tenant's own
   FAILED_PRECONDITION  the record cannot be replayed (it is not of a completed generation, or
                        its content was not kept), or its content cannot be decrypted
-  RESOURCE_EXHAUSTED   a limit of the tenant or the length or time of the queue is exceeded;
-                       google.rpc.RetryInfo says when to come back
-  UNAVAILABLE          no worker is ready, the worker was lost, or the audit store cannot be
-                       used; safe to retry, unless the trailing metadata holds
-                       `grpc-retry-pushback-ms: -1`: output had come, and another try would be
-                       another generation; an answer without a result was not recorded
-  ABORTED              the worker gave the request up, or the client did not read its stream
+  RESOURCE_EXHAUSTED   a limit of the tenant, the number of calls or the length or time of the
+                       queue is exceeded; google.rpc.RetryInfo says when to come back. Without
+                       it: a message is too large, or too many watch the health
+  UNAVAILABLE          no worker is ready, the worker was lost, the gateway stops, or what it
+                       needs (the audit store, Redis) cannot be used; safe to retry, unless the
+                       trailing metadata holds `grpc-retry-pushback-ms: -1`: output had come,
+                       and another try would be another generation. What became of this one
+                       says its record; if the audit store was away there may be none
+  ABORTED              the worker gave the request up, or the client did not send its message
+                       or read its stream in time
   INTERNAL             a defect; the gateway's log has the details, of a generation under the
                        request id
 Errors of a generation carry its request id in the trailing metadata `x-request-id`.
