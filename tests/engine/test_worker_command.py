@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import socket
 from pathlib import Path
 
@@ -20,6 +21,22 @@ def test_cpu_defaults_fill_in_what_the_user_left_out() -> None:
     assert server.value_of(argv, "--max-running-requests") == "3"
     assert server.value_of(argv, "--attention-backend") == "torch_native"
     assert argv.count("--disable-cuda-graph") == argv.count("--sleep-on-idle") == 1
+
+
+def test_cpu_defaults_are_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "2000")  # flags are broken at their dashes
+    with pytest.raises(SystemExit):
+        server.main(["--help"])
+    shown = capsys.readouterr().out
+    page = (Path(__file__).parents[2] / "docs" / "engine.md").read_text(encoding="utf-8")
+    table = page.split("| default on a CPU |")[1].split("\n\n")[0]
+    told = dict(re.findall(r"^\| `(\S+)` \| (\S+) \|$", table, re.MULTILINE))
+    assert told == server._CPU_DEFAULTS
+    assert all(f"{flag} {value}" in shown for flag, value in told.items())
+    for switch in server._CPU_SWITCHES:
+        assert f"`{switch}`" in table and switch in shown
 
 
 def test_a_gpu_keeps_sglang_s_defaults() -> None:

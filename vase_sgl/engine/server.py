@@ -93,7 +93,9 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         prog="vase-sgl worker",
         description="SGLang's HTTP server with a fixed KV budget per request. Takes every flag of "
         "`sglang serve` beside the ones below.",
-        epilog="Example: vase-sgl worker --model-path Qwen/Qwen3-8B --port 30000",
+        epilog="Without an accelerator, unless given otherwise: "
+        + " ".join([*_CPU_SWITCHES, *(f"{flag} {value}" for flag, value in _CPU_DEFAULTS.items())])
+        + ". Example: vase-sgl worker --model-path Qwen/Qwen3-8B --port 30000",
         allow_abbrev=False,
     )
     limits = EvictionLimits()
