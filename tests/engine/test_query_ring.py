@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -105,13 +106,15 @@ def test_who_waits_for_slots_holds_no_ring(stepped: SteppedScheduler) -> None:
     assert len(stepped.answers["waits"].tokens) == 40
 
 
-def _sizes(**change: Any) -> BufferSizes:
+def _sizes(
+    *, layers: int = 40, kv_heads: int = 8, heads: int = 40, head_dim: int = 128, **change: Any
+) -> BufferSizes:
     model = SimpleNamespace(
-        num_hidden_layers=40,
-        get_num_kv_heads=lambda tp_size: 8 // tp_size,
-        num_attention_heads=40,
-        head_dim=128,
-        v_head_dim=128,
+        num_hidden_layers=layers,
+        get_num_kv_heads=lambda tp_size: kv_heads // tp_size,
+        num_attention_heads=heads,
+        head_dim=head_dim,
+        v_head_dim=head_dim,
         context_len=40960,
     )
     arguments: dict[str, Any] = {
@@ -133,6 +136,14 @@ class TestSizes:
         assert sizes.slot_position_bytes == 40 * 8 * 4
         assert sizes.ring_row_bytes == 40 * 64 * 40 * 128 * 2
         assert sizes.ring_row_slots == 64 * 40 / (2 * 8)
+
+    def test_of_a_ring_is_as_the_page_on_performance_has_it(
+        self, stepped: SteppedScheduler
+    ) -> None:
+        smollm2 = _sizes(layers=30, kv_heads=3, heads=9, head_dim=64).ring_row_slots
+        page = (Path(__file__).parents[2] / "docs" / "performance.md").read_text(encoding="utf-8")
+        assert f"ring takes as much as {smollm2:g} slots" in page
+        assert f"(With Qwen3-14B and budget 2048: as\n{_sizes().ring_row_slots:g}," in page
 
     @pytest.mark.parametrize(
         "sizes",

@@ -64,3 +64,29 @@ def test_losses_and_forced_thoughts() -> None:
             )
     for arm, passkey, _, state in told:
         assert (passkey, state) == (ranges["passkey-forced"][arm], ranges["state-forced"][arm])
+
+
+def test_differences_in_loss() -> None:
+    cells = json.loads((ROOT / "benchmarks" / "results" / "nll_smollm2.json").read_text())["tables"]
+    behind, candidates = [], []
+    for found in cells:
+        if found["task"] != "nll":
+            continue
+        by_item = {line["arm"]: np.array(line["by_item"]) for line in found["arms"]}
+        behind.append((by_item["snapkv"] - by_item["vase-attnv"]).mean())
+        for arm in by_item:
+            if arm.startswith("candidate pool_width=1") and found["budget"] < 512:
+                against = by_item[arm] - by_item["vase-attnv pool_width=1"]
+                candidates.append(nll.paired(against, found["item_ids"]))
+    assert len(candidates) == 9
+    assert all(line["low"] < 0 < line["high"] for line in candidates)
+    most = max(abs(line["mean"]) for line in candidates)
+    policies, evaluation = (
+        " ".join((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8").split())
+        for name in ("policies", "evaluation")
+    )
+    assert (
+        "no candidate with `pool_width=1` differs from `vase-attnv pool_width=1` beyond noise (at "
+        f"most {most:.3f} nats either way)" in policies
+    )
+    assert f"`snapkv` is behind `vase-attnv` by {max(behind):.3f} nats at most" in evaluation
