@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from tests.client.test_commands import run
 from tests.gateway.running import Running, run_gateway
 from vase_sgl.client import NEVER, AsyncClient, InvalidRequest, PermissionError_
+from vase_sgl.gateway.tenants import Role, Tenant
 
 EVICT: dict[str, Any] = {"budget": 32, "window": 8, "max_new_tokens": 40, "inspect": True}
 
@@ -37,6 +39,14 @@ async def test_the_worker_is_told_and_the_record_is_not(tmp_path: Path) -> None:
         assert "inspect" not in vase_of(running)
         await c.generate_once("tell me", **EVICT | {"inspect": False})
         assert "inspect" not in vase_of(running)
+
+
+def test_the_documented_roles_can_replay_what_they_inspect() -> None:
+    """`vase-sgl generate` offers it; `--role` replaces the default roles."""
+    page = (Path(__file__).parents[2] / "docs" / "inspect.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"`vase-sgl tenants add NAME (.*?)[`:]", page)
+    default = Tenant.model_fields["roles"].default
+    assert set(re.findall(r"--role (\w+)", command)) == {*default, Role.INSPECT}
 
 
 async def test_who_may_not_is_told_why(tmp_path: Path) -> None:
