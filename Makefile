@@ -76,7 +76,7 @@ proto: $(READY) ## Regenerate the gRPC code from proto/
 
 .PHONY: clean
 clean: ## Remove the environment and every cache in this folder
-	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .PHONY: helm

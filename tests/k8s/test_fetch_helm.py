@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.k8s.chart import helm, tool
+from tests.k8s.chart import ROOT, helm, tool
 
 fetch_helm = tool("fetch_helm")
 
@@ -23,6 +23,11 @@ def test_pinned_versions_are_what_runs() -> None:
     kubectl = [folder / "kubectl", "version", "--client"]
     shown = subprocess.run(kubectl, capture_output=True, text=True).stdout
     assert f"v{fetch_helm.KUBECTL_VERSION}" in shown
+
+
+def test_make_clean_removes_it() -> None:
+    recipe = (ROOT / "Makefile").read_text(encoding="utf-8").split("\nclean:")[1].split("\n\n")[0]
+    assert f" {fetch_helm.FOLDER.parent.relative_to(ROOT)} " in recipe
 
 
 def test_other_content_is_refused(tmp_path: Path) -> None:
