@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import re
 import ssl
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from tests.gateway.test_abort import record_of
 from tests.gateway.test_transport import certificate
 from vase_sgl.client import AsyncClient, Tls
 from vase_sgl.gateway.errors import InvalidRequest, WorkerUnavailable
+from vase_sgl.gateway.openai import requests
 from vase_sgl.gateway.openai.requests import chat_call, completion_call
 
 CHAT: Any = [{"role": "user", "content": "tell me"}]
@@ -50,6 +52,15 @@ async def test_prompt_mode_keep_reaches_the_worker(door: Running) -> None:
     assert door.worker.bodies[0]["sampling_params"]["custom_params"]["vase"]["prompt"] == "keep"
     record = await door.client.get_record(answer.id.removeprefix("cmpl-"))
     assert record.eviction is not None and record.eviction.prompt_mode == "keep"
+
+
+def test_the_documented_fields_of_vase_are_taken() -> None:
+    """README lists a worker's; the gateway derives the seed from the request's own."""
+    page = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    table = page.split("| field | default | meaning |")[1].split("\n\n")[0]
+    rows = re.findall(r"^\| `(\w+)` (.*)$", table, re.MULTILINE)
+    taken = {name for name, rest in rows if "on a worker alone" not in rest}
+    assert len(rows) == 10 and taken == {*requests._VASE_KEYS} - {"inspect"}
 
 
 async def test_null_in_vase_is_left_out(door: Running) -> None:
