@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from tests.k8s import metrics
-from tests.k8s.chart import Rendered, Values, render
+from tests.k8s.chart import POSTGRESQL, Rendered, Values, render
 
 ALERT_TESTS = Path(__file__).parent / "alert_tests.yaml"
 WATCHED: Values = {
@@ -31,15 +31,23 @@ ALERTS = {
     "VaseSlotsExhausted",
     "VaseWorkerDown",
     "VaseNoWorkers",
+    "VaseWorkersMissing",
+    "VaseWorkerRestarts",
     "VaseRetractions",
     "VaseIntegrityErrors",
     "VaseQueueTimeHigh",
     "VaseBudgetWithoutEviction",
     "VaseGatewayDown",
+    "VaseGatewaysMissing",
     "VaseGatewayWithoutWorkers",
+    "VaseBreakersOpen",
+    "VaseRequestsFailing",
     "VaseGatewayRejecting",
     "VaseAuditWriteFailures",
 }
+
+#: Functions over a range that are not of counters.
+OF_GAUGES = {"changes", "max_over_time"}
 
 promtool = shutil.which("promtool")
 needs_promtool = pytest.mark.skipif(
@@ -87,7 +95,7 @@ def selectors(expression: Any, counts: bool = True) -> Iterator[tuple[Any, bool]
             if child is not None:
                 yield from selectors(child)
         for child in getattr(expression, "args", None) or ():
-            yield from selectors(child, counts=not expression.func.name.endswith("_over_time"))
+            yield from selectors(child, counts=expression.func.name not in OF_GAUGES)
 
 
 @pytest.mark.parametrize(("name", "query"), queries(), ids=lambda v: str(v)[:40])
@@ -165,15 +173,48 @@ def test_thresholds_and_labels_come_from_values() -> None:
         **WATCHED,
         "monitoring.rules.queueSeconds": 12.5,
         "monitoring.rules.reservedSlotRatio": 0.9,
+        "monitoring.rules.failedRatio": 0.1,
         "monitoring.rules.rejectedRatio": 0.2,
         "monitoring.rules.alertLabels": {"team": "serving"},
     }
     found = {rule["alert"]: rule for rule in rules(render(changed)) if "alert" in rule}
     assert found["VaseQueueTimeHigh"]["expr"].endswith("> 12.5")
     assert found["VaseSlotsExhausted"]["expr"].endswith("> 0.9")
+    assert found["VaseRequestsFailing"]["expr"].endswith("> 0.1")
     assert found["VaseGatewayRejecting"]["expr"].endswith("> 0.2")
     assert all(rule["labels"]["team"] == "serving" for rule in found.values())
     assert all("severity" in rule["labels"] for rule in found.values())
+
+
+SCALED: Values = {**POSTGRESQL, "gateway.autoscaling.enabled": True}
+
+
+@pytest.mark.parametrize(
+    ("values", "workers", "gateways"),
+    [
+        ({"worker.replicas": 3}, 3, 1),
+        ({**POSTGRESQL, "gateway.replicas": 4}, 1, 4),
+        ({"worker.autoscaling.mode": "hpa", "worker.autoscaling.minReplicas": 2}, 2, 1),
+        ({**SCALED, "gateway.autoscaling.minReplicas": 5}, 1, 5),
+        (
+            {"worker.replicas": 3, "worker.multiNode.enabled": True, "worker.multiNode.nodes": 2}
+            | {"worker.tensorParallelSize": 16},
+            6,  # pods of three groups
+            1,
+        ),
+    ],
+    ids=["workers", "gateways", "scaled workers", "scaled gateways", "groups"],
+)
+def test_pods_are_missing_below_the_least_there_may_be(
+    values: Values, workers: int, gateways: int
+) -> None:
+    rendered = render(
+        {"monitoring.rules.enabled": True, "worker.startup.timeoutSeconds": 1200, **values}
+    )
+    found = {rule["alert"]: rule for rule in rules(rendered) if "alert" in rule}
+    assert found["VaseWorkersMissing"]["expr"].endswith(f" < {workers}")
+    assert found["VaseWorkersMissing"]["for"] == "1200s"
+    assert found["VaseGatewaysMissing"]["expr"].endswith(f" < {gateways}")
 
 
 def test_every_alert_is_tested_both_ways() -> None:
@@ -197,9 +238,10 @@ def test_every_alert_is_tested_both_ways() -> None:
     ],
 )
 def test_alerts_fire_and_stay_silent(values: Values, tests: str, tmp_path: Path) -> None:
+    least: Values = {"worker.autoscaling.minReplicas": 2, "gateway.autoscaling.minReplicas": 2}
+    rendered = render({**WATCHED, **SCALED, **least, **values})
     (tmp_path / "rules.yaml").write_text(
-        yaml.safe_dump(render({**WATCHED, **values}).one("PrometheusRule")["spec"]),
-        encoding="utf-8",
+        yaml.safe_dump(rendered.one("PrometheusRule")["spec"]), encoding="utf-8"
     )
     shutil.copy(ALERT_TESTS.parent / tests, tmp_path)
     for command in (["check", "rules", "rules.yaml"], ["test", "rules", tests]):
