@@ -66,6 +66,16 @@ def test_draining_fits_into_the_grace_period() -> None:
     assert rendered.gateway_config()["drain_seconds"] == 120
 
 
+def test_a_hung_gateway_is_killed_without_a_drain() -> None:
+    values: Values = {"gateway.preStopSeconds": 40, "gateway.drainSeconds": 900}
+    found = probes(values)
+    for name in ("startup", "liveness"):
+        # Time for the preStop hook, and no more than a little beyond it.
+        assert 40 < found[name]["terminationGracePeriodSeconds"] <= 70
+    assert "terminationGracePeriodSeconds" not in found["readiness"]
+    assert render(values).gateway_pod()["terminationGracePeriodSeconds"] >= 940
+
+
 def test_gateways_that_are_scaled_let_answers_run_as_long_as_workers_do() -> None:
     rendered = render(profile="multi-tenant")
     drain = rendered.gateway_config()["drain_seconds"]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
+import yaml
 
-from tests.k8s.chart import Rendered, Values, render
+from tests.k8s.chart import ROOT, Rendered, Values, render
 from tests.k8s.reachability import Peer, allowed
 
 GRPC, METRICS, WORKER, DNS = 50051, 9464, 30000, 53
@@ -94,6 +96,20 @@ def test_everyone_resolves_names(rendered: Rendered, component: str) -> None:
     for protocol in ("UDP", "TCP"):
         assert allowed(rendered, pod(rendered, component), RESOLVER, DNS, protocol)
     assert not allowed(rendered, pod(rendered, component), RESOLVER, 80)
+
+
+def test_dns_may_be_another_pod_another_port_or_an_address() -> None:
+    """The documentation's example: OpenShift's, and NodeLocal DNSCache's."""
+    text = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```yaml\n(networkPolicy:.*?)```", text, re.DOTALL)
+    egress = yaml.safe_load(example)["networkPolicy"]["dns"]["egress"]
+    rendered = render({"networkPolicy.dns.egress": egress}, profile="multi-tenant")
+    for component in ("gateway", "worker", "test", "migrate"):
+        asking = pod(rendered, component)
+        for protocol in ("UDP", "TCP"):
+            assert allowed(rendered, asking, Peer(namespace="openshift-dns"), 5353, protocol)
+            assert allowed(rendered, asking, Peer(address="169.254.20.10"), DNS, protocol)
+            assert not allowed(rendered, asking, RESOLVER, DNS, protocol)
 
 
 def test_nothing_else_leaves(rendered: Rendered) -> None:

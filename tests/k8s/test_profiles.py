@@ -23,6 +23,7 @@ VARIANTS: dict[str, Values] = {
     "keda-authenticated": {
         "worker.autoscaling.mode": "keda",
         "worker.autoscaling.keda.authenticationRef": "prometheus",
+        "worker.autoscaling.keda.authModes": "bearer",
     },
     "mutual-tls": {
         "gateway.tls.enabled": True,

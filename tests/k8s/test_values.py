@@ -107,6 +107,7 @@ WRONG: list[tuple[Values, str]] = [
     ({"worker.eviction.default": {"budgett": 1}}, "budgett"),
     ({"worker.image.digest": "sha256:abc"}, "digest"),
     ({"worker.autoscaling.mode": "auto"}, "mode"),
+    ({"worker.autoscaling.keda.authModes": "bearer, token"}, "authModes"),
     ({"worker.liveness.periodSeconds": 5}, "periodSeconds"),
     ({"worker.tolerations": [{"keyy": "x"}]}, "keyy"),
     ({"model.path": ""}, "path"),
@@ -130,6 +131,7 @@ def test_wrong_value_is_refused(values: Values, key: str) -> None:
 
 
 IMPOSSIBLE: list[tuple[Values, str]] = [
+    ({"worker.autoscaling.keda.authModes": "bearer"}, "authModes needs authenticationRef"),
     ({"gateway.replicas": 2}, "gateway.audit.store=postgresql"),
     ({"gateway.autoscaling.enabled": True}, "gateway.audit.store=postgresql"),
     ({"gateway.audit.store": "postgresql"}, "networkPolicy.gatewayEgress"),

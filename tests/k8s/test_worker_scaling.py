@@ -65,9 +65,13 @@ def test_keda_counts_workers_that_it_scales_and_the_gateways_queue() -> None:
 
 
 def test_keda_can_authenticate() -> None:
-    rendered = render({**KEDA, "worker.autoscaling.keda.authenticationRef": "prometheus"})
-    for trigger in triggers(rendered).values():
-        assert trigger["authenticationRef"] == {"name": "prometheus"}
+    identity: Values = {**KEDA, "worker.autoscaling.keda.authenticationRef": "prometheus"}
+    secret = {**identity, "worker.autoscaling.keda.authModes": "tls,basic"}
+    for values, modes in ((identity, None), (secret, "tls,basic")):
+        for trigger in triggers(render(values)).values():
+            assert trigger["authenticationRef"] == {"name": "prometheus"}
+            # Without it KEDA's Prometheus scaler sends none of the credentials.
+            assert trigger["metadata"].get("authModes") == modes
 
 
 def test_hpa_asks_for_the_same_share() -> None:

@@ -349,11 +349,14 @@ def test_inspection_has_a_folder_and_the_gateways_consent() -> None:
 
 def test_values_of_an_older_chart_render() -> None:
     """`helm upgrade --reuse-values` brings them: without the keys that came since."""
-    newer = ("worker.inspect", "worker.tls", "canary.clients")
+    newer: tuple[str, ...] = ("worker.inspect", "worker.tls", "canary.clients")
+    newer += ("worker.autoscaling.keda.authModes", "networkPolicy.dns.egress")
+    newer += ("monitoring.rules.failedRatio",)
     newer += tuple(
         f"{p}.{key}" for p in ("worker", "gateway") for key in ("volumes", "volumeMounts")
     )
-    values: Values = {**POSTGRESQL, "canary.enabled": True, "monitoring.podMonitor.enabled": True}
+    values: Values = {**POSTGRESQL, "canary.enabled": True, "worker.autoscaling.mode": "keda"}
+    values |= {f"monitoring.{part}.enabled": True for part in ("podMonitor", "rules")}
     rendered = render({**values, **dict.fromkeys(newer)})
     assert rendered == render(values)
 

@@ -44,6 +44,9 @@
 {{- if and (ne $w.autoscaling.mode "none") (gt (int $w.autoscaling.minReplicas) (int $w.autoscaling.maxReplicas)) -}}
 {{- fail "worker.autoscaling.minReplicas is above maxReplicas" -}}
 {{- end -}}
+{{- if and $w.autoscaling.keda.authModes (not $w.autoscaling.keda.authenticationRef) -}}
+{{- fail "worker.autoscaling.keda.authModes needs authenticationRef: the credentials are there" -}}
+{{- end -}}
 {{- if and $g.autoscaling.enabled (gt (int $g.autoscaling.minReplicas) (int $g.autoscaling.maxReplicas)) -}}
 {{- fail "gateway.autoscaling.minReplicas is above maxReplicas" -}}
 {{- end -}}

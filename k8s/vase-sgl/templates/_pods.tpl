@@ -50,6 +50,9 @@ priorityClassName: {{ . }}
 
 {{/* The way to the cluster's DNS. Context: .Values.networkPolicy.dns. */}}
 {{- define "vase-sgl.dnsEgress" -}}
+{{- if .egress -}}
+{{- toYaml .egress -}}
+{{- else -}}
 - to:
     - namespaceSelector:
         matchLabels: {{- toYaml .namespaceLabels | nindent 10 }}
@@ -58,4 +61,5 @@ priorityClassName: {{ . }}
   ports:
     - {port: 53, protocol: UDP}
     - {port: 53, protocol: TCP}
+{{- end -}}
 {{- end -}}
