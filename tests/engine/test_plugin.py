@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,18 +15,27 @@ from typing import Any
 import pytest
 import torch
 from fastapi import HTTPException
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary
 from sglang.srt.arg_groups.overrides import declare_resolution
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.managers.io_struct import PauseGenerationReqInput, UpdateWeightFromDiskReqInput
 from sglang.srt.managers.multi_tokenizer_mixin import TokenizerWorker
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
+from sglang.srt.observability.metrics_collector import SchedulerMetricsCollector
 from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang.srt.server_args import ServerArgs
 
 from tests.engine.scheduler_harness import SteppedScheduler
-from vase_sgl.engine import admission, fingerprint, limits, plugin, server_info
+from vase_sgl.engine import (
+    SGLANG_VERSION,
+    admission,
+    fingerprint,
+    limits,
+    plugin,
+    prometheus,
+    server_info,
+)
 from vase_sgl.engine.pool import BudgetPool
 from vase_sgl.engine.prometheus import EngineMetrics
 from vase_sgl.eviction import ParameterError
@@ -59,6 +69,14 @@ def test_another_sglang_version_ends_the_process(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(plugin, "SGLANG_VERSION", "9.9.9")
     with pytest.raises(SystemExit, match=r"written for sglang 9\.9\.9, found 0\.5\.23"):
         plugin.register()
+
+
+@pytest.mark.parametrize(
+    "pins", ["pyproject.toml", "requirements-cpu.txt", "k8s/images/constraints-gpu.txt"]
+)
+def test_what_is_installed_is_the_release_that_the_plugin_extends(pins: str) -> None:
+    text = (Path(__file__).parents[2] / pins).read_text(encoding="utf-8")
+    assert re.findall(r"\bsglang==([^\s\",;]+)", text) == [SGLANG_VERSION]
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -299,6 +317,26 @@ def test_the_table_of_refused_flags_is_complete() -> None:
     section = text.split("## Refused at start-up")[1].split("##")[0]
     listed = re.findall(r"^\| `(\w+)` (?:`[\w-]+` )?\|", section, flags=re.MULTILINE)
     assert sorted(listed) == sorted([*limits._REQUIRED, *limits._REFUSED])
+
+
+def test_retractions_are_counted_from_zero_on(
+    stepped: SteppedScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A series that is born with the first retraction did not increase, for Prometheus."""
+    registry = CollectorRegistry()
+
+    class Collector(SchedulerMetricsCollector):
+        _counter_cls, _gauge_cls, _histogram_cls, _summary_cls = (
+            staticmethod(partial(kind, registry=registry))
+            for kind in (Counter, Gauge, Histogram, Summary)
+        )
+
+    labels = {"model_name": "m", "tp_rank": "1", "moe_ep_rank": "0"}
+    collector = Collector(labels, stepped.scheduler.server_args)
+    for name, value in {"enable_metrics": True, "metrics_collector": collector}.items():
+        monkeypatch.setattr(stepped.scheduler.metrics_reporter, name, value)
+    prometheus.start_metrics(stepped.scheduler)
+    assert registry.get_sample_value("sglang:num_retracted_requests_total", labels) == 0
 
 
 def test_the_documented_metrics_are_the_ones_there_are() -> None:

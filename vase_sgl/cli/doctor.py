@@ -18,11 +18,9 @@ import typer
 
 from vase_sgl.cli.connection import AsJson
 from vase_sgl.cli.failures import reported
+from vase_sgl.engine import SGLANG_VERSION
 
 PACKAGE = "vase-sgl"
-
-#: The SGLang release the worker is written for.
-SGLANG = "0.5.23"
 
 #: What a worker needs, with the build of torch that the machine needs.
 WORKER = ("torch", "sglang", "jsonschema", "soundfile")
@@ -97,9 +95,9 @@ def _worker() -> Part:
         "workers with worker.urls",
     )
     version = _version("sglang")
-    if version is not None and version != SGLANG:
+    if version is not None and version != SGLANG_VERSION:
         return dataclasses.replace(
-            part, runs=False, cure=f"this release needs sglang=={SGLANG}, found {version}"
+            part, runs=False, cure=f"this release needs sglang=={SGLANG_VERSION}, found {version}"
         )
     if sys.platform != "linux":
         return dataclasses.replace(

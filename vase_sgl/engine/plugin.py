@@ -24,6 +24,7 @@ from sglang.srt.mem_cache.allocation import ALLOC_FOR_DECODE_FUNCS
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from vase_sgl.engine import (
+    SGLANG_VERSION,
     activation_cpu,
     admission,
     attention_cpu,
@@ -51,8 +52,6 @@ from vase_sgl.engine.pool import BudgetPool
 from vase_sgl.engine.query_ring import recording_backend
 
 logger = logging.getLogger(__name__)
-
-SGLANG_VERSION = "0.5.23"
 
 #: Backends whose decode is plain full attention over the flat pool.
 _BACKENDS = ("torch_native", "flashinfer", "fa3", "triton")

@@ -163,8 +163,14 @@ def engine_metrics() -> EngineMetrics | None:
 
 
 def start_metrics(scheduler: Any) -> None:
-    """Create the series if SGLang publishes metrics from this process."""
+    """Create the series if SGLang publishes metrics from this process.
+
+    SGLang's own count of retractions too, in every process that may add to it: SGLang creates it
+    with the first retraction, which `increase` then does not see.
+    """
     global _metrics
+    if scheduler.metrics_reporter.enable_metrics:
+        scheduler.metrics_reporter.metrics_collector.increment_retracted_reqs(0, 0, 0)
     if scheduler.metrics_reporter.current_scheduler_metrics_enabled:
         _metrics = EngineMetrics(
             {
