@@ -64,6 +64,41 @@ async def test_the_backup_in_the_container_holds_what_is_in_the_wal(
     assert await problems("sqlite+aiosqlite:///backup.sqlite3") == {"alice": None}
 
 
+def test_commands_on_tenants_name_the_file() -> None:
+    """Without it they change the one of this machine, not the Secret's."""
+    commands = re.findall(r"vase-sgl tenants \w+ [^`)\n]*", TEXT)
+    assert len(commands) >= 4
+    for command in commands:
+        assert "--file tenants.yaml" in command, command
+
+
+def test_an_upgrade_keeps_the_repositories_that_the_install_named() -> None:
+    commands = {
+        name: re.findall(rf"helm {name} (?:\\\n|.)*", TEXT) for name in ("install", "upgrade")
+    }
+    for command in commands["install"]:
+        for part in ("gateway", "worker"):
+            assert f"--set {part}.image.repository=" in command, command
+    assert len(commands["upgrade"]) >= 5
+    for command in commands["upgrade"]:
+        assert "--reset-then-reuse-values" in command, command
+
+
+def test_what_the_network_of_a_profile_needs_is_listed() -> None:
+    profile = CHART / "values-multi-tenant.yaml"
+    policy = yaml.safe_load(profile.read_text(encoding="utf-8"))["networkPolicy"]
+    (row,) = (line for line in TEXT.splitlines() if line.startswith(f"| `{profile.name}`"))
+    for client in policy["clients"]:
+        for key, value in client["namespaceSelector"]["matchLabels"].items():
+            assert f'`{key}: "{value}"`' in row
+    for rule in policy["gatewayEgress"]:
+        for peer in rule["to"]:
+            (namespace,) = peer["namespaceSelector"]["matchLabels"].values()
+            assert f"`{namespace}`" in row
+        for port in rule["ports"]:
+            assert str(port["port"]) in row
+
+
 def test_every_alert_has_advice() -> None:
     assert set(re.findall(r"`(Vase[A-Za-z]+)`", TEXT)) == ALERTS
 
