@@ -1,11 +1,13 @@
 """The container images: linted, not root, nothing secret, the same installation as `make setup`.
 
-No container engine is needed. VASE_TEST_IMAGES=1 also runs the gateway image's installation in a
-virtual environment, from the files the build would get (a minute, from the package index).
+No container engine is needed. VASE_TEST_IMAGES=1 also runs the installations of the gateway's and
+the load tests' images in a virtual environment, from the files the build would get (a minute each,
+from the package index).
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -17,13 +19,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from tests.k8s.chart import ROOT, render
 
 IMAGES = ROOT / "k8s" / "images"
-NAMES = ("gateway", "worker-gpu", "worker-cpu")
+SERVERS = ("gateway", "worker-gpu", "worker-cpu")
+NAMES = (*SERVERS, "loadtest")
 
 
 def dockerfile(name: str) -> str:
@@ -79,8 +83,9 @@ def test_final_stage_runs_as_the_charts_user(name: str) -> None:
     stage = dict(final_stage(name))
     security = render().gateway_pod()["securityContext"]
     assert stage["USER"] == f"{security['runAsUser']}:{security['runAsGroup']}"
-    assert stage["ENTRYPOINT"] == '["tini", "--", "vase-sgl"]'
-    assert "--timeout" in stage["HEALTHCHECK"]
+    program = ["vase-sgl"] if name in SERVERS else ["python", "-m", "loadtest"]
+    assert json.loads(stage["ENTRYPOINT"]) == ["tini", "--", *program]
+    assert ("--timeout" in stage["HEALTHCHECK"]) == (name in SERVERS)
     for label in ("title", "description", "licenses", "version", "revision"):
         assert f"org.opencontainers.image.{label}=" in stage["LABEL"]
 
@@ -95,13 +100,26 @@ def test_nothing_secret_goes_in(name: str) -> None:
     assert copies == ["--from=build /opt/vase-sgl /opt/vase-sgl"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SERVERS)
 def test_chart_passes_arguments_to_the_entrypoint(name: str) -> None:
     """The chart sets `args` alone, so that tini stays the first process."""
     rendered = render()
     container = rendered.gateway() if name == "gateway" else rendered.worker()
     assert "command" not in container
     assert container["args"][0] == dict(final_stage(name))["CMD"].split('"')[1]
+
+
+def test_the_load_tests_job_runs_their_image() -> None:
+    _, job = yaml.safe_load_all((ROOT / "loadtest/k8s/job.yaml").read_text(encoding="utf-8"))
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert "command" not in container
+    assert container["args"] == ["--config", "/etc/loadtest/loadtest.conf"]
+    stage = dict(final_stage("loadtest"))
+    user = (pod["securityContext"][key] for key in ("runAsUser", "runAsGroup"))
+    assert stage["USER"] == ":".join(map(str, user))
+    image = container["image"].rpartition("/")[2]
+    assert f" -t {image} " in dockerfile("loadtest")
 
 
 def test_cpu_worker_installs_what_make_setup_does() -> None:
@@ -114,14 +132,19 @@ def test_cpu_worker_installs_what_make_setup_does() -> None:
     assert ["--no-deps", "-e", "."] in wanted and len(wanted) == 3
 
 
-def test_gateway_brings_neither_torch_nor_sglang() -> None:
-    runs = " && ".join(rest for word, rest in instructions("gateway") if word == "RUN")
-    assert pip_installs(runs) == [["--constraint", "requirements-cpu.txt", ".[gateway]"]]
+@pytest.mark.parametrize("name", ["gateway", "loadtest"])
+def test_gateway_and_load_tests_bring_neither_torch_nor_sglang(name: str) -> None:
+    runs = " && ".join(rest for word, rest in instructions(name) if word == "RUN")
+    assert pip_installs(runs) == [["--constraint", "requirements-cpu.txt", f".[{name}]"]]
 
 
 @pytest.mark.parametrize(
     ("constraints", "extra"),
-    [("requirements-cpu.txt", "gateway"), ("k8s/images/constraints-gpu.txt", "gpu")],
+    [
+        ("requirements-cpu.txt", "gateway"),
+        ("requirements-cpu.txt", "loadtest"),
+        ("k8s/images/constraints-gpu.txt", "gpu"),
+    ],
 )
 def test_constraints_fit_the_projects_requirements(constraints: str, extra: str) -> None:
     pins = {
@@ -177,6 +200,7 @@ def test_build_context_is_what_the_images_install(tmp_path: Path) -> None:
         "pyproject.toml",
         "requirements-cpu.txt",
         "kernels",
+        "loadtest",
         "vase_sgl",
         "k8s",
     }
@@ -191,14 +215,15 @@ def test_build_context_is_what_the_images_install(tmp_path: Path) -> None:
     os.environ.get("VASE_TEST_IMAGES") != "1", reason="set VASE_TEST_IMAGES=1: installs packages"
 )
 @pytest.mark.timeout(600)
-def test_gateway_image_installs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["gateway", "loadtest"])
+def test_image_installs(name: str, tmp_path: Path) -> None:
     source, target = tmp_path / "src", tmp_path / "venv"
     source.mkdir()
     build_context(source)
     subprocess.run([sys.executable, "-m", "venv", target], check=True)
     (run,) = (
         rest
-        for word, rest in instructions("gateway")
+        for word, rest in instructions(name)
         if word == "RUN" and rest.startswith("pip install")
     )
     environment = {**os.environ, "PATH": f"{target}/bin:{os.environ['PATH']}", "PYTHONPATH": ""}
@@ -208,10 +233,13 @@ def test_gateway_image_installs(tmp_path: Path) -> None:
     heavy = "import importlib.util as u; print([n for n in ('torch', 'sglang') if u.find_spec(n)])"
     done = subprocess.run([python, "-c", heavy], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-    done = subprocess.run(
-        [target / "bin" / "vase-grpc-health", "--target=127.0.0.1:1"], check=False, env=environment
-    )
-    assert done.returncode == 2
+    if name == "gateway":
+        health = [target / "bin" / "vase-grpc-health", "--target=127.0.0.1:1"]
+        assert subprocess.run(health, check=False, env=environment).returncode == 2
+    else:  # in the image's working directory; nobody answers
+        test = [python, "-m", "loadtest", "--headless", "--host=127.0.0.1:1"]
+        environment["VASE_API_KEY"] = "none"
+        assert subprocess.run(test, check=False, env=environment, cwd=target).returncode == 2
 
 
 def build_context(target: Path) -> list[Path]:
