@@ -22,6 +22,7 @@ GROUPS = {
     "select_kernel": "eviction: select",
     "plan_kernel": "eviction: plan and digest",
     "move_kernel": "eviction: overwrite",
+    "copy_kernel": "eviction: copy of shared prompts",
     "store_kernel": "query ring",
 }
 OTHER = "model and engine"

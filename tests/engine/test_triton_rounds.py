@@ -32,7 +32,7 @@ def test_the_engine_s_tokens_with_triton_rounds_equal_the_independent_decoder() 
         text=True,
     )
     assert result.returncode == 0, result.stdout[-3000:]
-    assert f"{len(_TESTS) + 2} passed" in result.stdout  # three in the last
+    assert f"{len(_TESTS) + 3} passed" in result.stdout  # four in the last
 
 
 def test_asking_for_triton_without_a_gpu_fails_loudly() -> None:

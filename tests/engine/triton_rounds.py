@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from vase_kernels.copy_rows import copy_rows
 from vase_kernels.evict import POLICIES, Result, evict
 
 from tests.engine.scheduler_harness import SteppedScheduler
@@ -52,6 +53,39 @@ def test_little_scratch_only_means_more_launches(
 
 
 @torch.inference_mode()
+def test_shared_prompts_of_a_step_are_copied_at_once(
+    stepped: SteppedScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three leave the prefix tree in one step, one has nothing there. Torch copies the same."""
+    pool = BudgetPool.of(stepped.scheduler.req_to_token_pool)
+    copied: list[int] = []
+
+    def spied(view: Any, source: torch.Tensor, target: torch.Tensor) -> None:
+        copied.append(len(source))
+        copy_rows(view, source, target)
+
+    monkeypatch.setattr(rounds, "copy_rows", spied)
+
+    def answers() -> list[Any]:
+        stepped.configure(prefix_cache=True)
+        stepped.answers.clear()
+        for index, (length, mode) in enumerate(
+            [(40, "evict"), (24, "keep"), (30, "evict"), (40, "evict")]
+        ):
+            vase = {"policy": "random", "budget": 24, "window": 8, "seed": index, "prompt": mode}
+            stepped.submit(f"r{index}", PROMPT[:length], max_new_tokens=16, vase=vase)
+        stepped.run()
+        stepped.configure()
+        return [(a.tokens, a.statistics) for a in stepped.answers.values()]
+
+    at_once = answers()
+    assert copied == [3 * 24]
+    monkeypatch.setattr(pool.compaction, "_rounds", rounds.ReferenceRounds())
+    assert answers() == at_once
+    assert len(copied) == 1
+
+
+@torch.inference_mode()
 def test_a_forced_token_that_was_evicted_ends_the_worker(
     stepped: SteppedScheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,11 +121,13 @@ def test_warming_up_compiles_every_policy_and_changes_nothing(
         return evict(policy, *arguments)
 
     monkeypatch.setattr(rounds, "evict", spied)
+    copies: list[int] = []
+    monkeypatch.setattr(rounds, "copy_rows", lambda _, source, target: copies.append(len(source)))
     buffers = (*pool.k_buffers, *pool.v_buffers, pool.token_positions, pool.query_ring.data)
     before = [buffer.clone() for buffer in buffers]
     runner: Any = pool.compaction._rounds
     assert runner.warm_up(pool) == {}
-    assert launched == list(POLICIES)
+    assert launched == list(POLICIES) and copies == [0]
     assert all(torch.equal(now, then) for now, then in zip(buffers, before, strict=True))
 
     def without_rkv(policy: str, *arguments: Any) -> Any:

@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from vase_kernels import scoring
 from vase_kernels.attention import lse_kernel, weights_kernel
+from vase_kernels.copy_rows import BLOCK_WORDS, copy_kernel
 from vase_kernels.evict import BLOCK_PAIRS
 from vase_kernels.overwrite import move_kernel, plan_kernel
 from vase_kernels.pool import ELEMENTS
@@ -49,6 +50,8 @@ POINTERS = {
     "store": "*i32",
     "k_pointers": "*i64",
     "v_pointers": "*i64",
+    "source": "*i64",
+    "target": "*i64",
 }
 DTYPES = {
     "fp32": torch.float32,
@@ -152,6 +155,7 @@ KERNELS = (
     select_kernel,
     plan_kernel,
     move_kernel,
+    copy_kernel,
 )
 COLUMNS = {"HEADS": 8, "BLOCK": scoring.BLOCK_COLUMNS}
 
@@ -190,6 +194,15 @@ def test_moves(bits, head_dim, tmp_path):
     check(binary, tmp_path)
     # Rows behind integer addresses are read in wide words all the same.
     assert re.search(r"ld\.global\S*\.v[24]\.b32", binary.asm["ptx"])
+
+
+@pytest.mark.parametrize("words", [12, 96, 512, 1024, 4096, 5120])
+def test_copies(words, tmp_path):
+    block = min(BLOCK_WORDS, triton.next_power_of_2(words))
+    binary = compiled(copy_kernel, WORDS=words, BLOCK=block)
+    check(binary, tmp_path)
+    for width in ("ld", "st"):  # only of tiny rows are words fewer than threads
+        assert re.search(rf"{width}\.global\S*\.v4\.b32", binary.asm["ptx"]) or words < 512
 
 
 @pytest.mark.parametrize(

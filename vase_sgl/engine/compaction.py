@@ -44,9 +44,6 @@ class Compaction:
             return
         started = time.perf_counter()
         self._in_flight.append(due)
-        for request in due:
-            if request.copied is not None:
-                pool.copy_rows(*request.copied)
         self._rounds.run(pool, due)
         self.rounds += len(due)
         for request in due:

@@ -100,15 +100,6 @@ class BudgetPool:
             self.scratch_bytes / _MIB,
         )
 
-    def copy_rows(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Copy the K and V rows of slots `source` to slots `target` (int64, disjoint), all layers.
-
-        Token positions are not copied: before a request's first round they follow from columns.
-        """
-        for buffer in (*self.k_buffers, *self.v_buffers):
-            rows = buffer.flatten(1).view(torch.int64)  # float8 has no index_copy_
-            rows.index_copy_(0, target, rows.index_select(0, source))
-
     @classmethod
     def of_runner(cls, model_runner: Any) -> BudgetPool:
         """The pool of a model runner, created on first use.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 from triton import knobs  # type: ignore[import-untyped]
+from vase_kernels.copy_rows import copy_rows
 from vase_kernels.evict import POLICIES, Result, evict
 from vase_kernels.pool import PoolView
 from vase_kernels.reference import evict_reference
@@ -38,7 +39,9 @@ class PlannedRound:
     slots: [columns] int64, the request's row as the round works on it, without pinned columns.
         All columns below the budget are the request's own.
     logical_length: tokens with a KV entry so far; the recent window holds the last ones.
-    copied: slots (source, target), int64 each, whose rows are copied first: a shared prompt.
+    copied: slots (source, target), int64 each, whose rows are copied first: a shared prompt. No
+        target is a source or a target of another request. Token positions are not copied: before
+        a request's first round they follow from columns.
     """
 
     cache: RequestCache
@@ -56,7 +59,10 @@ class Rounds(Protocol):
         """Scratch held for the life of the pool."""
 
     def run(self, pool: BudgetPool, due: Sequence[PlannedRound]) -> None:
-        """Mutates KV rows and token positions, appends to each request's `unread_sums`."""
+        """Copy what is to be copied first, then run the rounds.
+
+        Mutates KV rows and token positions, appends to each request's `unread_sums`.
+        """
 
 
 class ReferenceRounds:
@@ -65,8 +71,16 @@ class ReferenceRounds:
     nbytes = 0
 
     def run(self, pool: BudgetPool, due: Sequence[PlannedRound]) -> None:
+        for source, target in _copies(due):
+            for buffer in (*pool.k_buffers, *pool.v_buffers):
+                rows = buffer.flatten(1).view(torch.int64)  # float8 has no index_copy_
+                rows.index_copy_(0, target, rows.index_select(0, source))
         for _, group in groupby(sorted(due, key=_shape), key=_shape):
             _run_alike(pool, list(group))
+
+
+def _copies(due: Sequence[PlannedRound]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [one.copied for one in due if one.copied is not None]
 
 
 def _run_alike(pool: BudgetPool, due: list[PlannedRound]) -> None:
@@ -129,6 +143,7 @@ def scratch_bytes(
 class TritonRounds:
     """The Triton kernels: one launch sequence for all layers and as many requests as scratch holds.
 
+    What is copied first is one launch for all layers and requests: it needs no scratch.
     Slots come from the plan, not from `req_to_token`, which the scheduler may rewrite meanwhile.
     Nothing waits for the device, unless `check` (`VASE_CHECK_INTEGRITY`) has every round's faults
     read.
@@ -163,12 +178,15 @@ class TritonRounds:
         return self._memory.nbytes
 
     def warm_up(self, pool: BudgetPool) -> dict[str, str]:
-        """Compile the kernels of every policy: else all requests wait when one policy comes first.
+        """Compile every kernel: else all requests wait when a policy or a copy comes first.
 
-        Mutates nothing; the table holds no request. Returns the policies whose kernels this device
-        cannot run, with the reason.
+        Mutates nothing: no row is copied and the table holds no request. Returns the policies
+        whose kernels this device cannot run, with the reason.
         """
-        rows = torch.zeros(1, 4, dtype=torch.int32, device=self._memory.device)
+        device = self._memory.device
+        nobody = torch.zeros(0, dtype=torch.int64, device=device)
+        copy_rows(self._view, nobody, nobody)
+        rows = torch.zeros(1, 4, dtype=torch.int32, device=device)
         failed = {}
         for policy in POLICIES:
             try:
@@ -180,6 +198,8 @@ class TritonRounds:
         return failed
 
     def run(self, pool: BudgetPool, due: Sequence[PlannedRound]) -> None:
+        if copies := _copies(due):
+            copy_rows(self._view, *(torch.cat(slots) for slots in zip(*copies, strict=True)))
         ordered = sorted(due, key=lambda one: (one.cache.params.policy.name, len(one.slots)))
         for policy, group in groupby(ordered, key=lambda one: one.cache.params.policy.name):
             waiting = list(group)
