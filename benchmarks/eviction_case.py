@@ -22,6 +22,7 @@ from vase_kernels.requests import (
 from vase_kernels.scoring import Round
 from vase_kernels.workspace import Maxima, Workspace
 
+from benchmarks.device_clock import flush_l2
 from vase_sgl.eviction import POLICIES as POLICY_CLASSES
 
 
@@ -121,6 +122,7 @@ class Case:
         """Since the last round `window` tokens have come to every request, so the next is due.
 
         `window` is also the length of the query ring, so its rows stay in the order of tokens.
+        In the engine a forward pass lies between, so a GPU's L2 holds none of the pool after this.
         """
         self.table[:, ROUND.value] += 1
         self.table[:, LOGICAL_LENGTH.value] += self.shape.window
@@ -128,6 +130,7 @@ class Case:
         for buffer in (*self.k, *self.v):
             # Copies of the rows that came before would tie with them, and ties cost time.
             buffer[recent] = torch.randn_like(buffer[recent])
+        flush_l2(recent.device)
 
     def round(self) -> Round:
         """What the kernels are launched with."""

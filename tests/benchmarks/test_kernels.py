@@ -8,13 +8,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 from vase_kernels.scoring import Round
 
-from benchmarks import device_clock, kernels, overhead, tuning
+from benchmarks import device_clock, eviction_case, kernels, overhead, tuning
 from benchmarks.environment import ROOT
 from benchmarks.eviction_case import Case, Shape
 
@@ -160,6 +161,29 @@ def test_no_token_is_there_twice() -> None:
             assert len(positions.unique()) == len(case.k[0][slots].unique(dim=0)) == TINY.budget
             # The recent tokens are there, under the positions that they came with.
             assert positions.max() == TINY.columns + turn * TINY.window - 1
+
+
+def test_a_round_finds_its_rows_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """L2 is flushed behind the new tokens, which are the rows that the round moves."""
+    case, seen = Case(TINY, "random", CPU), []
+
+    def flush(device: torch.device) -> None:
+        seen.append((device, [x.clone() for x in (*case.k, *case.v)]))
+
+    monkeypatch.setattr(eviction_case, "flush_l2", flush)
+    case.advance()
+    ((device, rows),) = seen
+    assert device == CPU
+    assert all(torch.equal(x, y) for x, y in zip(rows, (*case.k, *case.v), strict=True))
+
+    flushed: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        torch, "zeros", lambda size, **where: flushed.append({"size": size} | where)
+    )
+    device_clock.flush_l2(CPU)
+    device_clock.flush_l2(torch.device("cuda"))
+    (one,) = flushed
+    assert one["device"].type == "cuda" and one["size"] * one["dtype"].itemsize >= 256 * 2**20
 
 
 def test_launches_are_no_time_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
