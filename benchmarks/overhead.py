@@ -10,7 +10,8 @@ One worker with timers (`benchmarks.timers`) and room for everything. For each w
 So both see the same context lengths, budget to budget + R, and the ratio of their decode steps, by
 the worker's clock, is eviction with all that comes with it. (Clients see the first token late,
 which weighs more in short answers.) Prefill is in neither. The parts are host times; on a GPU
-kernels run behind them, so there the parts come from a trace of SGLang's profiler.
+kernels run behind them, so there only the hooks and the launching of rounds are shown, and the rest
+comes from a trace of SGLang's profiler.
 
 `floor` is the time in which the weights and the cached K and V of a step could be copied at the
 copy bandwidth measured here.
@@ -23,6 +24,7 @@ import asyncio
 import sys
 import tempfile
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ from benchmarks.workers import Worker, WorkerSpec, running
 from vase_sgl.eviction import EvictionLimits, EvictionParams
 from vase_sgl.eviction.policies import POLICIES
 
-#: Decode steps that a trace covers; a round of the usual window lies in it.
+#: Decode steps that a trace covers, about.
 _TRACED_STEPS = 160
 
 
@@ -204,18 +206,24 @@ def kernels_of_a_trace(
 async def trace(
     worker: Worker, chosen: argparse.Namespace, model: Model, folder: Path
 ) -> dict[str, float]:
-    """Seconds of GPU kernels by group, over `_TRACED_STEPS` steps at window 64 or the nearest."""
+    """Seconds of GPU kernels by group, over whole windows of 64 or the nearest size."""
     window = min(chosen.windows, key=lambda size: abs(size - 64))
+    steps = traced_steps(window)
     ids = load.prompts(chosen.batch, chosen.budget, model.shape.vocabulary, seed=-2)
     requests = [
-        load.Request(prompt, 3 * _TRACED_STEPS, _vase(chosen, window, seed))
+        load.Request(prompt, 3 * steps, _vase(chosen, window, seed))
         for seed, prompt in enumerate(ids)
     ]
     decoding = asyncio.create_task(load.burst(worker.url, requests))
     await asyncio.sleep(1)  # past the prefill
-    path = await traces.record(worker.url, folder / "traces", steps=_TRACED_STEPS)
+    path = await traces.record(worker.url, folder / "traces", steps=steps)
     await decoding
     return traces.kernel_seconds(path)
+
+
+def traced_steps(window: int) -> int:
+    """Whole windows, so that a trace begun anywhere holds one round for each."""
+    return window * max(1, round(_TRACED_STEPS / window))
 
 
 def summarize(report: Report, model: Model) -> None:
@@ -250,6 +258,7 @@ def summarize(report: Report, model: Model) -> None:
 
 def markdown(report: Report) -> str:
     chosen = report["settings"]
+    parts = _HOST_PARTS if chosen["gpu"] else _PARTS
     lines = [
         f"{chosen['model']}. Batch {chosen['batch']}, budget {chosen['budget']}, policy "
         f"{chosen['policy']}, {chosen['rounds']} round(s). Copy bandwidth "
@@ -259,14 +268,17 @@ def markdown(report: Report) -> str:
         results.table(
             (
                 *("window", "step, full ms", "step, budget ms", "overhead %", "floor ms"),
-                *(f"{name} %" for name in _PARTS),
+                *(f"{heading} %" for heading in parts.values()),
             ),
-            [_row(line) for line in report["summary"]],
+            [_row(line, parts) for line in report["summary"]],
         ),
-        "Parts of eviction, % of decode time (seconds of all threads that work on it):",
-        "",
-        _parts_table(report),
     ]
+    if not chosen["gpu"]:
+        lines += [
+            "Parts of eviction, % of decode time (seconds of all threads that work on it):",
+            "",
+            _parts_table(report),
+        ]
     if "kernels" in report:
         whole = sum(report["kernels"].values())
         rows = [(name, number(100 * s / whole)) for name, s in report["kernels"].items()]
@@ -276,10 +288,16 @@ def markdown(report: Report) -> str:
     return "\n".join(lines)
 
 
-_PARTS = ("eviction", "query ring", "scheduler", "attention", "linear", "sampling")
+#: Headings of the parts.
+_PARTS = {
+    name: name
+    for name in ("eviction", "query ring", "scheduler", "attention", "linear", "sampling")
+}
+#: On a GPU. Its kernels run behind the calls of all others, or in a captured graph.
+_HOST_PARTS = {"eviction": "eviction, host time of launching", "scheduler": "scheduler"}
 
 
-def _row(line: dict[str, Any]) -> tuple[str, ...]:
+def _row(line: dict[str, Any], parts: Iterable[str]) -> tuple[str, ...]:
     def milliseconds(value: float | None) -> str:
         return number(None if value is None else 1e3 * value)
 
@@ -289,7 +307,7 @@ def _row(line: dict[str, Any]) -> tuple[str, ...]:
         milliseconds(line["step_seconds"]["budget"]),
         number(None if line["overhead"] is None else 100 * line["overhead"]),
         milliseconds(line["floor_seconds"]),
-        *(number(100 * line["shares"].get(name, 0.0)) for name in _PARTS),
+        *(number(100 * line["shares"].get(name, 0.0)) for name in parts),
     )
 
 

@@ -58,9 +58,9 @@ def bars(report: Report, path: Path, *, value: str, label: str, name: str) -> No
 
 
 def overhead(report: Report, path: Path) -> None:
-    """Share of a decode step by part, over the window."""
-    lines = report["summary"]
-    parts = ("eviction", "query ring", "scheduler")
+    """Share of a decode step by part, over the window; on a GPU of the host's time alone."""
+    lines, gpu = report["summary"], report["settings"]["gpu"]
+    parts = ("eviction", "scheduler") if gpu else ("eviction", "query ring", "scheduler")
     with _figure(path, 1) as (panel,):
         bottom = [0.0] * len(lines)
         names = [str(line["window"]) for line in lines]
@@ -68,7 +68,8 @@ def overhead(report: Report, path: Path) -> None:
             shares = [100 * line["shares"].get(part, 0.0) for line in lines]
             panel.bar(names, shares, bottom=bottom, label=part)
             bottom = [low + share for low, share in zip(bottom, shares, strict=True)]
-        panel.set(xlabel="window", ylabel="% of decode time")
+        what = "host time, % of decode time" if gpu else "% of decode time"
+        panel.set(xlabel="window", ylabel=what)
         panel.legend(frameon=False)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from benchmarks import (
     determinism,
     environment,
     kernels,
+    load,
     overhead,
     paper,
     plots,
@@ -153,6 +156,7 @@ def test_overhead_compares_equal_lengths_and_names_the_floor() -> None:
             "budget": 128,
             "policy": "vase-attnv",
             "rounds": 1,
+            "gpu": False,
         },
         copy_bytes_per_second=1e9,
         samples=samples,
@@ -169,7 +173,46 @@ def test_overhead_compares_equal_lengths_and_names_the_floor() -> None:
     shape = SHAPES["tiny"]
     moved = shape.weight_bytes + 4 * (128 + 32) * shape.kv_bytes_per_token
     assert line["floor_seconds"] == pytest.approx(moved / 1e9)
-    assert "| 64 | 93 | 100 | 7.53 |" in overhead.markdown(report)
+    page = overhead.markdown(report)
+    assert "| 64 | 93 | 100 | 7.53 |" in page
+    assert "| query ring % |" in page and "| window | score |" in page
+    # There kernels run behind the calls: shares of the launches alone would pass for theirs.
+    report["settings"]["gpu"] = True
+    page = overhead.markdown(report)
+    head = next(text for text in page.splitlines() if text.startswith("| window"))
+    assert head.endswith("| floor ms | eviction, host time of launching % | scheduler % |")
+    assert page.count("| window") == 1 and "| 3 | 1 |\n" in page
+
+
+@pytest.mark.parametrize(
+    ("window", "steps"), [(16, 160), (32, 160), (64, 128), (128, 128), (256, 256)]
+)
+def test_a_trace_covers_whole_windows(
+    window: int, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However far the first round is when it begins, every request has as many as windows."""
+    seen: list[int] = []
+
+    async def burst(url: str, requests: list[load.Request]) -> None:
+        seen.extend(request.max_new_tokens for request in requests)
+
+    async def record(url: str, folder: Path, *, steps: int) -> Path:
+        seen.append(steps)
+        return folder
+
+    async def at_once(seconds: float, sleep: Any = asyncio.sleep) -> None:
+        await sleep(0)
+
+    monkeypatch.setattr(load, "burst", burst)
+    monkeypatch.setattr(traces, "record", record)
+    monkeypatch.setattr(traces, "kernel_seconds", lambda path: {})
+    monkeypatch.setattr(asyncio, "sleep", at_once)
+    chosen = overhead._parser().parse_args(["--windows", str(window), "--batch", "2"])
+    chosen.budget = 2048
+    worker: Any = SimpleNamespace(url="http://worker")
+    model = Model(Path("tiny"), True, SHAPES["tiny"])
+    assert asyncio.run(overhead.trace(worker, chosen, model, tmp_path)) == {}
+    assert seen == [3 * steps, 3 * steps, steps] and steps % window == 0
 
 
 def test_the_papers_numbers_stand_beside_ours() -> None:
