@@ -103,6 +103,12 @@ def stages(model_config: str) -> tuple[Stage, ...]:
             minutes=7,
         ),
         _benchmark("overhead", "overhead", *model, minutes=5),
+        # The others have no prefix cache; in this one first rounds leave its tree.
+        _benchmark(
+            "overhead_prefix_cache",
+            *("overhead", *model, "--windows", "64", "--prefix-cache"),
+            minutes=3,
+        ),
         # Whole answers of this length do not fit the time of a stage.
         _benchmark("serving", "serving", *model, "--seconds", "90", "--cut", minutes=7),
         _benchmark("saturation", "saturation", *model, "--seconds", "120", minutes=7),

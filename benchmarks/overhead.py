@@ -1,6 +1,6 @@
 """What eviction costs when memory is no constraint, per window, and where the time goes.
 
-    python -m benchmarks.overhead [--windows 16 32 64 128 256] [--rounds 2]
+    python -m benchmarks.overhead [--windows 16 32 64 128 256] [--rounds 2] [--prefix-cache]
 
 One worker with timers (`benchmarks.timers`) and room for everything. For each window R, in turn:
 
@@ -9,7 +9,8 @@ One worker with timers (`benchmarks.timers`) and room for everything. For each w
 
 So both see the same context lengths, budget to budget + R, and the ratio of their decode steps, by
 the worker's clock, is eviction with all that comes with it. (Clients see the first token late,
-which weighs more in short answers.) Prefill is in neither. The parts are host times; on a GPU
+which weighs more in short answers.) Prefill is in neither. With `--prefix-cache` the prompts lie in
+the prefix tree, and each request's first round copies its own. The parts are host times; on a GPU
 kernels run behind them, so there only the hooks and the launching of rounds are shown, and the rest
 comes from a trace of SGLang's profiler.
 
@@ -83,12 +84,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=256, help="decode steps of a run, about")
     add("--rounds", type=int, default=2, help="turns of all arms")
     add("--policy", choices=POLICIES, default="vase-attnv")
+    add("--prefix-cache", action="store_true", help="leave SGLang's radix cache on")
     return made
 
 
 def _slots(chosen: argparse.Namespace) -> int:
     """Of the pool: room for all requests at once, with what SGLang's admission wants beside."""
-    return int(chosen.batch * (chosen.budget + max(chosen.windows) + 8) + 64)
+    copied = chosen.budget if chosen.prefix_cache else 0  # of a prompt, in the first round
+    return int(chosen.batch * (chosen.budget + max(chosen.windows) + copied + 8) + 64)
 
 
 def _spec(chosen: argparse.Namespace) -> WorkerSpec:
@@ -98,8 +101,9 @@ def _spec(chosen: argparse.Namespace) -> WorkerSpec:
         *("--max-total-tokens", str(_slots(chosen)), "--max-running-requests", str(chosen.batch)),
         # One prefill for all prompts, or the first answers would wait for the last prompts.
         *("--chunked-prefill-size", str(prefill), "--max-prefill-tokens", str(prefill)),
-        "--disable-radix-cache",
     )
+    if not chosen.prefix_cache:
+        flags += ("--disable-radix-cache",)
     if chosen.gpu:
         # SGLang sets 1.5 MB aside for every token of a prefill: with one so long, hardly a slot is
         # left on an H100.
@@ -261,7 +265,8 @@ def markdown(report: Report) -> str:
     parts = _HOST_PARTS if chosen["gpu"] else _PARTS
     lines = [
         f"{chosen['model']}. Batch {chosen['batch']}, budget {chosen['budget']}, policy "
-        f"{chosen['policy']}, {chosen['rounds']} round(s). Copy bandwidth "
+        f"{chosen['policy']}, {chosen['rounds']} round(s)"
+        f"{', prefix cache on' if chosen.get('prefix_cache') else ''}. Copy bandwidth "
         f"{report['copy_bytes_per_second'] / 1e9:.1f} GB/s. {machine_line(report['environment'])}. "
         "Columns from `eviction` on: % of decode time.",
         "",

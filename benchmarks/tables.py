@@ -41,7 +41,7 @@ COMMANDS = {
         f"gpu/{name}": f"python -m benchmarks.gpu --only {name}"
         for name in (
             *("kernels", "flashinfer", "determinism", "overhead", "serving", "saturation"),
-            *("paper_16384", "paper_32768", "paper_dkv", "tuning"),
+            *("overhead_prefix_cache", "paper_16384", "paper_32768", "paper_dkv", "tuning"),
         )
     },
 }

@@ -13,6 +13,7 @@ import pytest
 from benchmarks import determinism, environment, gpu, overhead, paper, saturation, serving
 from benchmarks.model_configs import SHAPES, write_config
 from vase_sgl.engine.server import value_of
+from vase_sgl.eviction.params import reserved_slots
 
 MAINS = {
     "benchmarks.serving": serving.main,
@@ -107,6 +108,18 @@ def test_the_pool_of_overhead_is_not_left_to_sglang_on_a_gpu(tmp_path: Path) -> 
     assert overhead.main(["--gpu", *given]) == 0
     (command,) = json.loads((tmp_path / "overhead.json").read_text())["commands"].values()
     assert command[-1] == "--mem-fraction-static=0.5"  # the last one counts
+
+
+def test_one_stage_has_the_prefix_cache_on(tmp_path: Path) -> None:
+    """And room for what first rounds copy, or requests would wait for one another."""
+    name = "overhead_prefix_cache"
+    (stage,) = (stage for stage in STAGES if stage.name == name)
+    (command,) = _dry_run(stage, tmp_path)["commands"].values()
+    assert "--disable-radix-cache" not in command
+    slots = reserved_slots(
+        2048, 257, budget=2048, window=64, prompt="evict", prefix_cache=True, page_size=1
+    )
+    assert int(value_of(command, "--max-total-tokens")) >= 16 * slots
 
 
 def test_what_the_stages_run_is_installed_with_the_documented_extras() -> None:

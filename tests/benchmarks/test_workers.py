@@ -46,8 +46,9 @@ def test_serving(model: list[str]) -> None:
             assert sample["retractions"] > 0 or sample["peak_running"] < 6
 
 
-def test_overhead(model: list[str]) -> None:
-    arguments = ["--windows", "8", "--budget", "24", "--batch", "4", "--steps", "32"]
+@pytest.mark.parametrize("prefix_cache", [[], ["--prefix-cache"]])
+def test_overhead(model: list[str], prefix_cache: list[str]) -> None:
+    arguments = ["--windows", "8", "--budget", "24", "--batch", "4", "--steps", "32", *prefix_cache]
     assert overhead.main([*model, *arguments, "--rounds", "1"]) == 0
     report = _result(model, "overhead")
     (line,) = report["summary"]
@@ -56,6 +57,7 @@ def test_overhead(model: list[str]) -> None:
     assert timers["round"][0] >= 4 and timers["round.score"][0] >= 4
     # Every step of every request is seen, and the parts fit into the whole.
     assert timers["decode.requests"][0] == 4 * (4 * 8 + 1)
+    assert timers["step.run"][0] == 4 * 8 + 1  # none waited for another
     parts = ("eviction", "query ring", "scheduler", "attention", "linear", "sampling")
     assert all(line["shares"][part] > 0 for part in ("eviction", "query ring", "scheduler"))
     assert sum(line["shares"][part] for part in parts) < 1
