@@ -21,6 +21,7 @@ from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.managers.io_struct import PauseGenerationReqInput, UpdateWeightFromDiskReqInput
 from sglang.srt.managers.multi_tokenizer_mixin import TokenizerWorker
 from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.managers.scheduler_components import invariant_checker
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.observability.metrics_collector import SchedulerMetricsCollector
 from sglang.srt.plugins.hook_registry import HookRegistry
@@ -294,6 +295,31 @@ def test_an_answer_bears_the_fingerprint_that_it_ends_with(
             stamps.append(stepped.answers["stock"].stamp)
     assert stamps[0] == told
     assert stamps[1] == server_info.describe(stepped.scheduler)["fingerprint_stamp"] != told
+
+
+def test_the_watchdogs_last_words_quote_no_request(
+    stepped: SteppedScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it logs of a scheduler that hangs, before it ends the worker."""
+    scheduler = stepped.scheduler
+    monkeypatch.setattr(invariant_checker, "WatchdogRaw", lambda **given: given["dump_info"])
+    last_words = invariant_checker.create_scheduler_watchdog(scheduler, 1.0)
+    monkeypatch.setattr(scheduler, "is_initializing", False, raising=False)
+    vase = {"budget": 9, "window": 2, "seed": 717171}
+    with torch.inference_mode():
+        stepped.submit("hung", [211, 212, 213], max_new_tokens=8, vase=vase, sampling_seed=818181)
+        stepped.step()
+        stepped.step()
+        monkeypatch.setattr(
+            scheduler, "cur_batch_for_debug", scheduler.running_batch, raising=False
+        )
+        text = last_words()
+        (req,) = stepped.running
+        answer = list(req.output_ids)
+        stepped.run()
+    assert f"reqs=[Req(rid=hung, 3 prompt and {len(answer)} output tokens)]" in text and answer
+    for secret in (str(req.origin_input_ids), str(answer), "211", "717171", "818181", "vase"):
+        assert secret not in text
 
 
 def test_sglang_itself_is_unmodified() -> None:

@@ -35,6 +35,7 @@ from vase_sgl.engine import (
     lifecycle,
     limits,
     linear_cpu,
+    logged_request,
     output,
     penalties,
     platform_cpu,
@@ -124,6 +125,13 @@ HOOKS: tuple[Hook, ...] = (
         HookType.AFTER,
         admission.forget_refused,
         "a refused request reserves nothing, so its answer waits for nobody",
+    ),
+    Hook(
+        "managers.schedule_batch.Req.__repr__",
+        ("self",),
+        HookType.AROUND,
+        logged_request.without_content,
+        "the watchdog's last words hold no prompts, answers or seeds",
     ),
     Hook(
         "managers.scheduler.Scheduler.get_prefill_adder_class",
