@@ -7,7 +7,10 @@ import json
 import logging
 import signal
 import socket
+import threading
 import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,8 @@ from vase_sgl.client import (
     VaseError,
 )
 from vase_sgl.gateway import observability, tenants
+from vase_sgl.gateway.config import TelemetrySection
+from vase_sgl.gateway.metrics import Metrics
 from vase_sgl.gateway.server import PortInUse
 from vase_sgl.rpc.v1 import gateway_pb2 as pb
 from vase_sgl.rpc.v1 import gateway_pb2_grpc
@@ -178,13 +183,13 @@ async def test_nobody_writes_a_line_of_the_log(tmp_path: Path) -> None:
 
 
 async def scrape(running: Running) -> dict[tuple[str, ...], float]:
-    """(sample name, sorted label values that are ours) -> value."""
+    """(sample name, sorted label values) -> value."""
     url = f"http://127.0.0.1:{running.gateway.metrics_port}/metrics"
     async with aiohttp.ClientSession() as http, http.get(url) as answer:
         assert answer.status == 200
         text = await answer.text()
     return {
-        (s.name, *sorted(v for k, v in s.labels.items() if not k.startswith("otel_"))): s.value
+        (s.name, *sorted(s.labels.values())): s.value
         for family in text_string_to_metric_families(text)
         for s in family.samples
     }
@@ -247,6 +252,41 @@ async def test_the_page_for_prometheus(tmp_path: Path) -> None:
         with pytest.raises(PortInUse, match="--metrics-port"):
             async with run_gateway(tmp_path / "other", telemetry=taken):
                 pass
+
+
+@asynccontextmanager
+async def page() -> AsyncIterator[tuple[Metrics, Callable[[], Awaitable[str]]]]:
+    """Instruments, and a scrape of them."""
+    seen = observability.Observability(TelemetrySection(metrics_port=0))
+    url = f"http://127.0.0.1:{await seen.open_page('127.0.0.1', 0)}/metrics"
+    async with aiohttp.ClientSession() as http:
+
+        async def scraped() -> str:
+            async with http.get(url) as answer:
+                return await answer.text()
+
+        yield Metrics(seen.meters), scraped
+    await seen.close()
+
+
+async def test_streams_go_on_while_the_page_is_made() -> None:
+    async with page() as (metrics, scrape_page):
+        went_on = threading.Event()
+        seen: list[bool] = []
+
+        def waiting() -> int:
+            seen.append(went_on.wait(5))
+            return 7
+
+        metrics.watch(list, waiting)
+        scrapes = [asyncio.create_task(scrape_page()) for _ in range(3)]
+        await asyncio.sleep(0.1)
+        went_on.set()
+        pages = await asyncio.gather(*scrapes)
+        assert seen == [True] * 3
+        # At the same time too, each has every line, once.
+        assert all(text.count("\nvase_queue_waiting 7.0\n") == 1 for text in pages)
+        assert not any("otel_scope" in text for text in pages)
 
 
 async def test_the_logs_of_a_process_are_json_and_hold_no_secrets(tmp_path: Path) -> None:

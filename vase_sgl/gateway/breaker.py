@@ -51,9 +51,10 @@ class CircuitBreaker:
     @property
     def open_seconds(self) -> float:
         """Seconds until it lets a request through again; 0 if it does."""
-        if self._opened is None:
+        opened = self._opened  # which another thread, that of the metrics, may see change
+        if opened is None:
             return 0.0
-        return max(self._opened + self._settings.open_seconds - self._clock(), 0.0)
+        return max(opened + self._settings.open_seconds - self._clock(), 0.0)
 
     @property
     def allows(self) -> bool:

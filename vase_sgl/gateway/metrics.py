@@ -85,7 +85,10 @@ class Metrics:
     def watch(
         self, workers: Callable[[], Iterable[WorkerStatus]], waiting: Callable[[], int]
     ) -> None:
-        """Observe the workers and the queue from now on."""
+        """Observe the workers and the queue from now on.
+
+        Both are called from other threads.
+        """
 
         def gauge(name: str, value: Callable[[WorkerStatus], int], description: str) -> None:
             def observe(_: CallbackOptions) -> list[Observation]:
