@@ -289,6 +289,25 @@ async def test_streams_go_on_while_the_page_is_made() -> None:
         assert not any("otel_scope" in text for text in pages)
 
 
+async def test_no_tenant_of_many_is_left_out() -> None:
+    outcomes = ("OK", "CANCELLED", "UNAVAILABLE")
+    async with otlp_receiver() as collector:
+        seen = observability.Observability(
+            TelemetrySection(metrics_port=0, otlp_endpoint=collector.url)
+        )
+        metrics = Metrics(seen.meters)
+        for number in range(1000):
+            for outcome in outcomes:
+                metrics.ended(f"tenant-{number}", "generate", outcome)
+        families = {family.name: family for family in seen._registry.collect()}
+        await seen.close()
+        sent = collector.latest_metrics()
+    tenants = {f"tenant-{number}" for number in range(1000)}
+    requests = families["vase_requests"].samples
+    assert len(requests) == 3000 and {s.labels["vase_tenant"] for s in requests} == tenants
+    assert len(sent["vase.requests"].sum.data_points) == 3000
+
+
 async def test_the_logs_of_a_process_are_json_and_hold_no_secrets(tmp_path: Path) -> None:
     """Everything it says at level debug, over a run with good, bad and failing calls."""
     file = tmp_path / ".vase-sgl" / "tenants.yaml"

@@ -11,8 +11,12 @@ from opentelemetry import metrics, trace
 from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.exporter.prometheus import PrometheusMetricReader
-from opentelemetry.sdk.metrics import MeterProvider
-from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetricReader
+from opentelemetry.sdk.metrics import Counter, Histogram, MeterProvider
+from opentelemetry.sdk.metrics.export import (
+    CardinalityLimits,
+    MetricReader,
+    PeriodicExportingMetricReader,
+)
 from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
@@ -27,6 +31,10 @@ from vase_sgl.gateway.config import TelemetrySection
 _EXPORT_SECONDS = 3.0
 #: Seconds for what is left at the end: a collector that is away does not hold up a restart.
 _LAST_SECONDS = 5.0
+#: Label sets of one metric. OpenTelemetry's 2000 are those of some 250 tenants; all further ones
+#: get a single series, without a tenant.
+_LABEL_SETS = 100_000
+_LIMITS: CardinalityLimits = {Counter: _LABEL_SETS, Histogram: _LABEL_SETS}
 
 
 class Observability:
@@ -45,7 +53,9 @@ class Observability:
         if settings.metrics_port is not None:
             # Without labels that say on every line what is the same for all.
             readers.append(
-                PrometheusMetricReader(scope_info_enabled=False, registry=self._registry)
+                PrometheusMetricReader(
+                    scope_info_enabled=False, registry=self._registry, cardinality_limits=_LIMITS
+                )
             )
         if settings.otlp_endpoint is not None:
             collector: dict[str, Any] = {
@@ -57,6 +67,7 @@ class Observability:
                 PeriodicExportingMetricReader(
                     OTLPMetricExporter(**collector),
                     export_interval_millis=settings.export_interval_seconds * 1000,
+                    cardinality_limits=_LIMITS,
                 )
             )
             self._spans = OTLPSpanExporter(**collector)
