@@ -31,6 +31,7 @@ _MAX_TEXT_BYTES = 1500
 class GatewayError(Exception):
     """A failure with a text for the client. `str(error)` is that text, cut where it is too long.
 
+    own_words: of it what may be logged: not what a worker said, which may quote a prompt.
     retry_seconds: when the client may come back; None: nothing is known about that.
     request_id: of the generation that it ended; None: it ended none.
     final: output had come, so that another try would be another generation, charged like this one.
@@ -38,11 +39,13 @@ class GatewayError(Exception):
 
     code: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
 
-    def __init__(self, message: str, *, retry_seconds: float | None = None) -> None:
-        # What a client sent or a worker answered may be quoted in it.
-        text = message.encode(errors="replace")
+    def __init__(self, message: str, *, said: str = "", retry_seconds: float | None = None) -> None:
+        """said: what a worker answered, which the text ends with."""
+        # What a client sent may be quoted in it, too.
+        text = (f"{message}: {said}" if said else message).encode(errors="replace")
         cut = text[:_MAX_TEXT_BYTES].decode(errors="ignore")
         super().__init__(cut if len(text) <= _MAX_TEXT_BYTES else f"{cut} …")
+        self.own_words = message
         self.retry_seconds = retry_seconds
         self.request_id: str | None = None
         self.final = False
@@ -59,9 +62,13 @@ class Defect(GatewayError):
 
 
 class InvalidRequest(GatewayError):
-    """A field of the request is wrong or above a ceiling."""
+    """A field of the request is wrong or above a ceiling. Its text may quote the field."""
 
     code = grpc.StatusCode.INVALID_ARGUMENT
+
+    def __init__(self, message: str, *, said: str = "") -> None:
+        super().__init__(message, said=said)
+        self.own_words = "a field is wrong or above a ceiling"
 
 
 class Unauthenticated(GatewayError):

@@ -22,6 +22,8 @@ from vase_sgl.gateway.errors import (
     Defect,
     GatewayError,
     InvalidRequest,
+    LimitExceeded,
+    PermissionDenied,
     WorkerAborted,
     WorkerUnavailable,
 )
@@ -95,6 +97,7 @@ class _Run:
         self.latest = WorkerChunk(text="", token_ids=())
         #: The worker it runs on. None: it has not reached one.
         self.info: WorkerInfo | None = None
+        self.worker = ""
         #: Names of workers that failed before their first token.
         self.failed: set[str] = set()
 
@@ -170,19 +173,21 @@ class Generations:
         """
         run = _Run()
         with telemetry.span("vase.generate", tenant=passage.tenant.name) as span, run.errors():
-            plan = await self._plan(passage.tenant, request, run.request_id, clip)
-            telemetry.describe_eviction(span, plan.request.eviction)
             try:
+                plan = await self._plan(passage.tenant, request, run.request_id, clip)
+                telemetry.describe_eviction(span, plan.request.eviction)
                 async with Outbox(send) as outbox:
                     await self._stream(passage, plan, run, outbox)
             except BaseException as error:
-                await self._store_unfinished(plan, run, error)
+                if run.info is None:
+                    _tell_of_none(run, error)
+                else:
+                    await self._store_unfinished(plan, run, error)
                 raise
             record = _record(plan, run, RecordStatus.COMPLETED)
             span.set_attribute("vase.rounds", record.cache.rounds if record.cache else 0)
-            self._tell(record, None)
             # Shielded: a client that leaves now does not undo a generation that completed.
-            await asyncio.shield(self._background.spawn(self._store.append(record)))
+            await asyncio.shield(self._background.spawn(self._end(record, run.worker, None)))
             return record
 
     async def _plan(
@@ -258,7 +263,7 @@ class Generations:
                 if run.info is None:
                     run.clock.queue_seconds = run.clock.elapsed()
                     outbox.announce(_started(plan.request))
-                run.info = lease.info
+                run.info, run.worker = lease.info, lease.worker.name
                 try:
                     await self._stream_from(lease, passage, plan, run, outbox)
                     return
@@ -270,7 +275,10 @@ class Generations:
                         raise
                     self._metrics.retried()
                     logger.warning(
-                        "generation %s goes to another worker: %s", plan.request.request_id, error
+                        "generation %s goes from worker %s to another: %s",
+                        run.request_id,
+                        run.worker,
+                        error.own_words,
                     )
 
     def _may_retry(self, run: _Run) -> bool:
@@ -308,31 +316,48 @@ class Generations:
 
     async def _store_unfinished(self, plan: _Plan, run: _Run, error: BaseException) -> None:
         """Record a generation that reached a worker and did not complete."""
-        if run.info is None:
-            return
         run.clock.total_seconds = run.clock.elapsed()
-        failed = isinstance(error, GatewayError) and not isinstance(error, ClientStalled)
-        status = RecordStatus.FAILED if failed else RecordStatus.ABORTED
-        record = _record(plan, run, status, str(error) if failed else "")
-        self._tell(record, error)
-        storing = self._background.spawn(self._store.append(record))
+        failed = isinstance(error, Exception) and not isinstance(error, (ClientGone, ClientStalled))
         if failed:
-            await asyncio.shield(storing)
+            failure = str(error) if isinstance(error, GatewayError) else _DEFECT
+            record = _record(plan, run, RecordStatus.FAILED, failure)
+        else:
+            record = _record(plan, run, RecordStatus.ABORTED)
+        storing = self._background.spawn(self._end(record, run.worker, error))
+        if failed:
+            await asyncio.wait({storing})  # whose own failure does not take the place of this one
 
-    def _tell(self, record: Record, error: BaseException | None) -> None:
+    async def _end(self, record: Record, worker: str, error: BaseException | None) -> None:
+        """Store the record, then tell how its generation ended: one that is lost did not complete.
+
+        Raises what the store raises.
+        """
+        try:
+            await self._store.append(record)
+        except Exception as unstored:
+            self._tell(record, worker, error or unstored)
+            raise
+        self._tell(record, worker, error)
+
+    def _tell(self, record: Record, worker: str, error: BaseException | None) -> None:
         """Count the generation, and log one line about it."""
-        code = None
-        if error is not None:
-            code = error.code.name if isinstance(error, GatewayError) else "CANCELLED"
+        status, code = record.status, None if error is None else _code(error)
+        if code is not None and status is RecordStatus.COMPLETED:
+            status = RecordStatus.FAILED
         self._metrics.generated(record, _operation(record.input_kind), code)
         timings = record.timings
-        logger.info(
-            "generation %s %s",
+        logger.log(
+            logging.WARNING if status is RecordStatus.FAILED else logging.INFO,
+            "generation %s %s on worker %s%s",
             record.record_id,
-            record.status,
+            status,
+            worker,
+            "" if error is None else f": {_reason(error)}",
             extra={
                 "vase": {
-                    "status": record.status.value,
+                    "status": status.value,
+                    "worker": worker,
+                    **({} if code is None else {"code": code}),
                     "prompt_tokens": len(record.prompt_token_ids),
                     "output_tokens": len(record.output_token_ids),
                     "queue_seconds": round(timings.queue_seconds, 6),
@@ -342,6 +367,42 @@ class Generations:
                 }
             },
         )
+
+
+#: What a record and the log say of an error that was not foreseen; the log has its stack, too.
+_DEFECT = "a defect inside the gateway"
+
+#: What the caller or a limit caused: no fault of gateway or workers.
+_EXPECTED = (InvalidRequest, LimitExceeded, PermissionDenied)
+
+
+def _tell_of_none(run: _Run, error: BaseException) -> None:
+    """Log one line about a generation that ended before it had a worker, which has no record."""
+    expected = isinstance(error, _EXPECTED) or _code(error) == "CANCELLED"
+    logger.log(
+        logging.INFO if expected else logging.WARNING,
+        "generation %s ended before it had a worker: %s",
+        run.request_id,
+        _reason(error),
+        extra={"vase": {"code": _code(error)}},
+    )
+
+
+def _code(error: BaseException) -> str:
+    """The name of the gRPC status that belongs to an error."""
+    if isinstance(error, GatewayError):
+        return error.code.name
+    if isinstance(error, Exception) and not isinstance(error, ClientGone):
+        return "INTERNAL"
+    return "CANCELLED"
+
+
+def _reason(error: BaseException) -> str:
+    """Why a generation ended, for the log."""
+    code = _code(error)
+    if isinstance(error, GatewayError):
+        return f"{code}: {error.own_words}"
+    return f"{code}: {_DEFECT}" if code == "INTERNAL" else code
 
 
 def _operation(input_kind: str) -> str:
@@ -369,11 +430,11 @@ def raise_if_aborted(finish: Finish | None) -> None:
     reason = finish.message or "it gave no reason"
     match finish.status_code:
         case 400:
-            raise InvalidRequest(f"the worker refused the request: {reason}")
+            raise InvalidRequest("the worker refused the request", said=reason)
         case 503:
-            raise WorkerUnavailable(f"the worker is overloaded: {reason}; try again later")
+            raise WorkerUnavailable("the worker is overloaded; try again later", said=reason)
         case _:
-            raise WorkerAborted(f"the worker gave the request up: {reason}")
+            raise WorkerAborted("the worker gave the request up", said=reason)
 
 
 def incidents(info: WorkerInfo, last: WorkerChunk) -> dict[str, str]:

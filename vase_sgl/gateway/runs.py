@@ -38,7 +38,8 @@ class Background:
 
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, GatewayError):  # those were logged already
             logger.error("background work failed", exc_info=error)
 
 

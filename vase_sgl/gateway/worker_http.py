@@ -198,10 +198,9 @@ class HttpWorker:
                 f"worker {self.name} refuses this gateway's key; give both the same {WORKER_KEY}"
             )
         if response.status in (400, 413, 422):
-            raise InvalidRequest(f"the worker refused the request: {message or call}")
+            raise InvalidRequest("the worker refused the request", said=message or call)
         raise WorkerUnavailable(
-            f"worker {self.name} answered {call} with status {response.status}"
-            + (f": {message}" if message else "")
+            f"worker {self.name} answered {call} with status {response.status}", said=message
         )
 
     def _lost(self, error: Exception) -> GatewayError:
@@ -325,8 +324,8 @@ def _raise_for_error(event: Mapping[str, Any]) -> None:
     message = _error_message(event)
     code = event["error"].get("code") if isinstance(event["error"], Mapping) else None
     if code in (None, 400, 422):
-        raise InvalidRequest(f"the worker refused the request: {message}")
-    raise WorkerUnavailable(f"the worker gave up: {message}")
+        raise InvalidRequest("the worker refused the request", said=message)
+    raise WorkerUnavailable("the worker gave up", said=message)
 
 
 def _cache(vase: Mapping[str, Any]) -> CacheStats:

@@ -19,7 +19,7 @@ class RecordStatus(enum.StrEnum):
     COMPLETED = "completed"
     #: The client cancelled, disconnected or passed its deadline.
     ABORTED = "aborted"
-    #: The worker failed.
+    #: The worker failed, or the gateway.
     FAILED = "failed"
 
 
