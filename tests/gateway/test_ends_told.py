@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator
@@ -16,6 +17,7 @@ from tests.gateway.scripted_worker import ScriptedWorker
 from tests.gateway.test_observability import scrape
 from vase_sgl.client import Unavailable, VaseError
 from vase_sgl.gateway import logs, worker_http
+from vase_sgl.gateway.audit import store
 
 LABELS = ("alice", "scripted", "text_completion", "vase_sgl")
 DURATIONS = "gen_ai_server_request_duration_seconds_count"
@@ -121,6 +123,7 @@ async def test_an_answer_whose_record_is_lost_did_not_complete(
     assert {key[1:] for key in counted if key[0] == DURATIONS} == {
         tuple(sorted((*LABELS, "UNAVAILABLE")))
     }
+    assert counted["vase_audit_commit_duration_seconds_count",] == 1
 
 
 async def test_one_that_fails_unrecorded_keeps_its_own_error(
@@ -152,6 +155,37 @@ async def test_a_defect_is_not_taken_for_the_clients_leaving(
     (line,) = ends(caplog, error.value.request_id)
     assert (line["level"], line["code"]) == ("warning", "INTERNAL")
     assert (await scrape(seen))[DURATIONS, *sorted((*LABELS, "INTERNAL"))] == 1
+
+
+async def test_the_first_token_is_counted_when_it_comes(seen: Running) -> None:
+    seen.worker.token_seconds = 0.01
+    stream = seen.client.generate("tell me", max_new_tokens=4000)
+    await anext(aiter(stream))
+    counted = await scrape(seen)
+    assert counted["gen_ai_server_time_to_first_token_seconds_count", *LABELS] == 1
+    assert not [key for key in counted if key[0] == DURATIONS]
+    stream.cancel()
+    await seen.worker.wait_for_abort()
+
+
+async def test_a_slow_store_is_told_of(
+    seen: Running, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = seen.gateway._store._write
+
+    async def slow(*arguments: Any, **options: Any) -> Any:
+        await asyncio.sleep(0.3)
+        return await write(*arguments, **options)
+
+    await seen.client.generate_once("tell me", max_new_tokens=2)
+    assert "is slow" not in caplog.text
+    monkeypatch.setattr(store, "_SLOW_SECONDS", 0.1)
+    monkeypatch.setattr(seen.gateway._store, "_write", slow)
+    await seen.client.generate_once("tell me", max_new_tokens=2)
+    assert caplog.text.count("the audit store is slow: 1 records took ") == 1
+    counted = await scrape(seen)
+    assert counted["vase_audit_commit_duration_seconds_count",] == 2
+    assert counted["vase_audit_commit_duration_seconds_sum",] > 0.3
 
 
 async def test_the_log_says_which_worker_another_one_stood_in_for(

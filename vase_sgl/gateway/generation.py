@@ -62,11 +62,13 @@ class _Clock:
     def elapsed(self) -> float:
         return time.monotonic() - self._start
 
-    def tick(self, chunk: WorkerChunk) -> None:
-        """Output has come."""
+    def tick(self, chunk: WorkerChunk) -> float | None:
+        """Output has come. The seconds to the first token, if this has it."""
         self.total_seconds = self.elapsed()
-        if self.ttft_seconds is None and chunk.token_ids:
-            self.ttft_seconds = self.total_seconds
+        if self.ttft_seconds is not None or not chunk.token_ids:
+            return None
+        self.ttft_seconds = self.total_seconds
+        return self.ttft_seconds
 
     def timings(self) -> Timings:
         return Timings(self.queue_seconds, self.ttft_seconds, self.total_seconds)
@@ -299,7 +301,10 @@ class Generations:
                 passage.used(request, run.latest)
                 async for chunk in chunks:
                     run.latest = chunk
-                    run.clock.tick(chunk)
+                    if (seconds := run.clock.tick(chunk)) is not None:
+                        self._metrics.answered(
+                            plan.tenant.name, plan.operation, info.fingerprint, seconds
+                        )
                     span.see(chunk)
                     passage.used(request, chunk)
                     raise_if_aborted(chunk.finish)
@@ -332,12 +337,16 @@ class Generations:
 
         Raises what the store raises.
         """
+        begun = time.monotonic()
         try:
             await self._store.append(record)
         except Exception as unstored:
             self._tell(record, worker, error or unstored)
             raise
-        self._tell(record, worker, error)
+        else:
+            self._tell(record, worker, error)
+        finally:
+            self._metrics.stored(time.monotonic() - begun)
 
     def _tell(self, record: Record, worker: str, error: BaseException | None) -> None:
         """Count the generation, and log one line about it."""

@@ -6,7 +6,7 @@ holds names from the tenants file: who is not known has no tenant.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation
@@ -54,7 +54,7 @@ class Metrics:
         self._duration = meter.create_histogram(
             "gen_ai.server.request.duration",
             unit="s",
-            description="Arrival of a request to its end.",
+            description="Arrival of a request to the end of its output.",
             explicit_bucket_boundaries_advisory=_SECONDS,
         )
         self._ttft = meter.create_histogram(
@@ -74,6 +74,12 @@ class Metrics:
             unit="{token}",
             description="Prompt (input) and output tokens of a request.",
             explicit_bucket_boundaries_advisory=_TOKENS,
+        )
+        self._commit = meter.create_histogram(
+            "vase.audit.commit.duration",
+            unit="s",
+            description="Wait of a request that ended for its record to be stored.",
+            explicit_bucket_boundaries_advisory=_SECONDS,
         )
         self.open_requests = 0
         meter.create_observable_gauge(
@@ -146,22 +152,25 @@ class Metrics:
         """A request left the queue, with a worker or without."""
         self._queue.record(seconds, {"vase.tenant": tenant})
 
+    def answered(
+        self, tenant: str, operation: str, fingerprint: Mapping[str, str], seconds: float
+    ) -> None:
+        """The first token of a generation came from a worker of this fingerprint."""
+        self._ttft.record(seconds, _labels(tenant, operation, fingerprint))
+
+    def stored(self, seconds: float) -> None:
+        """A record was stored, or could not be."""
+        self._commit.record(seconds)
+
     def generated(self, record: Record, operation: str, error: str | None) -> None:
         """A generation ended. `error`: the name of its gRPC status, unless it completed."""
         timings, output = record.timings, len(record.output_token_ids)
-        labels = {
-            "gen_ai.operation.name": operation,
-            "gen_ai.provider.name": PROVIDER,
-            "gen_ai.request.model": record.fingerprint.get("model", ""),
-            "vase.tenant": record.tenant,
-        }
+        labels = _labels(record.tenant, operation, record.fingerprint)
         failed = {} if error is None else {"error.type": error}
         self._duration.record(timings.total_seconds, labels | failed)
-        if timings.ttft_seconds is not None:
-            self._ttft.record(timings.ttft_seconds, labels)
-            if output > 1:
-                rest = timings.total_seconds - timings.ttft_seconds
-                self._tpot.record(rest / (output - 1), labels)
+        if timings.ttft_seconds is not None and output > 1:
+            rest = timings.total_seconds - timings.ttft_seconds
+            self._tpot.record(rest / (output - 1), labels)
         prompt = len(record.prompt_token_ids)
         self._tokens.record(prompt, labels | {"gen_ai.token.type": "input"})
         self._tokens.record(output, labels | {"gen_ai.token.type": "output"})
@@ -169,3 +178,13 @@ class Metrics:
             evicted = {"vase.tenant": record.tenant, "vase.policy": str(record.eviction["policy"])}
             self._rounds.add(record.cache.rounds, evicted)
             self._evicted.add(record.cache.evicted_tokens, evicted)
+
+
+def _labels(tenant: str, operation: str, fingerprint: Mapping[str, str]) -> dict[str, str]:
+    """Of the metrics that the GenAI conventions name."""
+    return {
+        "gen_ai.operation.name": operation,
+        "gen_ai.provider.name": PROVIDER,
+        "gen_ai.request.model": fingerprint.get("model", ""),
+        "vase.tenant": tenant,
+    }

@@ -29,6 +29,9 @@ _REFUSING_SECONDS = 2.0
 #: Seconds before the one retry of a failed batch.
 _RETRY_SECONDS = 0.2
 
+#: Seconds from which on a commit is worth a warning.
+_SLOW_SECONDS = 1.0
+
 #: What a database that is away, full or overloaded raises; anything else is a defect.
 _TROUBLE = (SQLAlchemyError, OSError, TimeoutError)
 #: What one record that cannot be stored causes, whatever else is in its batch.
@@ -139,6 +142,7 @@ class AuditStore:
                 yield connection
 
     async def _commit(self, batch: Sequence[Sealed]) -> list[StoredRecord]:
+        begun = time.monotonic()
         try:
             try:
                 stored = await self._write(batch)
@@ -158,6 +162,12 @@ class AuditStore:
             self.write_failures += 1
             raise
         self._failed_at = None
+        if (seconds := time.monotonic() - begun) > _SLOW_SECONDS:
+            logger.warning(
+                "the audit store is slow: %d records took %.1f s, for which their answers waited",
+                len(batch),
+                seconds,
+            )
         return stored
 
     async def _write(self, batch: Sequence[Sealed], *, again: bool = False) -> list[StoredRecord]:
