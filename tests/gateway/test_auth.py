@@ -179,11 +179,12 @@ async def test_who_knows_an_id_holds_up_no_other_key(tmp_path: Path) -> None:
 
 
 async def test_a_check_that_fails_says_nothing_of_the_key(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As for want of memory: the outcome of a check is remembered for good."""
     key = add_tenant(tmp_path / "t.yaml", "bob")
-    authenticator = KeyAuthenticator(tmp_path / "t.yaml")
+    refusals: list[str] = []
+    authenticator = KeyAuthenticator(tmp_path / "t.yaml", on_refusal=refusals.append)
 
     def no_memory(*_: object) -> None:
         raise argon2.exceptions.VerificationError("Memory allocation error")
@@ -192,6 +193,8 @@ async def test_a_check_that_fails_says_nothing_of_the_key(
         patched.setattr(argon2.PasswordHasher, "verify", no_memory)
         with pytest.raises(KeyNotChecked, match="try again in a moment"):
             await authenticator.tenant_of(Credential(key))
+    assert refusals == ["key_not_checked"]
+    assert caplog.messages == ["an API key could not be checked: Memory allocation error"]
     assert (await authenticator.tenant_of(Credential(key))).name == "bob"
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vase_sgl.gateway import keys, tenants
-from vase_sgl.gateway.errors import PermissionDenied, Unauthenticated
+from vase_sgl.gateway.errors import KeyNotChecked, PermissionDenied, Unauthenticated
 from vase_sgl.gateway.key_checks import KeyChecks
 from vase_sgl.gateway.tenants import (
     Role,
@@ -71,11 +71,12 @@ class KeyAuthenticator:
     def __init__(
         self,
         path: Path,
-        on_refusal: Callable[[], None] = lambda: None,
+        on_refusal: Callable[[str], None] = lambda reason: None,
     ) -> None:
         """Raises `TenantFileError` if the file is missing or wrong.
 
-        `on_refusal` is called for each credential that is refused.
+        `on_refusal` is called, with the metric label of the reason, for each credential that is
+        refused.
         """
         self._on_refusal = on_refusal
         self._path = path
@@ -88,13 +89,19 @@ class KeyAuthenticator:
         self._use(tenants.load(path))
 
     async def tenant_of(self, credential: Credential) -> Tenant:
-        """The tenant of a key, or without one of a certificate. Raises `Unauthenticated`."""
+        """The tenant of a key, or without one of a certificate.
+
+        Raises `Unauthenticated` and `KeyNotChecked`.
+        """
         if _stamp(self._path) != self._stamp:
             await self._reload()
         try:
             return await self._find(credential)
         except Unauthenticated:
-            self._on_refusal()
+            self._on_refusal("unauthenticated")
+            raise
+        except KeyNotChecked:
+            self._on_refusal("key_not_checked")
             raise
 
     async def _find(self, credential: Credential) -> Tenant:

@@ -8,12 +8,15 @@ import collections
 import contextlib
 import functools
 import hmac
+import logging
 import secrets
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 
 from vase_sgl.gateway import keys
 from vase_sgl.gateway.errors import KeyNotChecked
+
+logger = logging.getLogger(__name__)
 
 #: argon2 checks at once of keys whose id is known. Each takes 19 MiB.
 _PARALLEL_CHECKS = 4
@@ -99,7 +102,10 @@ class KeyChecks:
         del running[digest]
         if not running:
             del self._running[stored_hash]
-        if outcome.cancelled() or outcome.exception() is not None:
+        if outcome.cancelled():
+            return
+        if (error := outcome.exception()) is not None:
+            logger.error("an API key could not be checked: %s", error)
             return
         if outcome.result():
             self._proven[stored_hash] = digest

@@ -124,9 +124,7 @@ class Gateway:
         authenticator: Authenticator = (
             NoAuthenticator()
             if config.insecure_no_auth
-            else KeyAuthenticator(
-                config.tenants_file, on_refusal=lambda: metrics.rejected("unauthenticated")
-            )
+            else KeyAuthenticator(config.tenants_file, on_refusal=metrics.rejected)
         )
         server = grpc.aio.server(
             interceptors=[
