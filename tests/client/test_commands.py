@@ -336,6 +336,10 @@ async def test_audit_verify_export_prune(running: Running, tmp_path: Path) -> No
     piped, _ = await run(running, "audit", "export", *url, "--tenant", "alice")
     assert piped == Path(file).read_text()
 
+    early, _ = await run(running, "audit", "prune", *url, "--before", "2020-01-01", "--by", "me")
+    assert re.fullmatch(
+        r"alice: 0 records removed; sequence 1, of 20\d\d-\d\d-\d\dT[\d:]{8}\+00:00, stays\n", early
+    )
     dry, _ = await run(running, "audit", "prune", *url, "--older-than", "0m", "--dry-run")
     assert dry == "alice: 3 records would be removed, up to sequence 3\n"
     pruned, _ = await run(running, "audit", "prune", *url, "--before", "2100-01-01", "--by", "me")

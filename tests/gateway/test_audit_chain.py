@@ -288,6 +288,7 @@ async def test_pruning_keeps_the_chain(store: AuditStore, audit_url: str) -> Non
         first = await pruning.prune(engine, "alice", before_unix_micros=3000, by="me")
         again = await pruning.prune(engine, "alice", before_unix_micros=3000, by="me")
     assert (first.records, first.last_sequence, again.records) == (2, 2, 0)
+    assert first.first_kept == again.first_kept == (3, 3000)
     assert [s.sequence for s in await store.latest("alice", before=None, count=9)] == [5, 4, 3]
     assert await problems(audit_url) == {"alice": None, "bob": None}
     assert (await store.append(numbered(6, created_unix_micros=9000))).sequence == 6
@@ -296,6 +297,7 @@ async def test_pruning_keeps_the_chain(store: AuditStore, audit_url: str) -> Non
         async with reading.snapshot(engine) as connection:
             checkpoints = await reading.checkpoints_of(connection, "alice")
     assert (everything.records, everything.last_sequence) == (4, 6)
+    assert everything.first_kept is None
     assert await problems(audit_url) == {"alice": None, "bob": None}
     assert (await store.append(numbered(7))).sequence == 7
     assert await problems(audit_url) == {"alice": None, "bob": None}

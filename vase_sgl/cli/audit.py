@@ -27,6 +27,7 @@ Url = Annotated[
     str, typer.Option("--url", envvar="VASE_AUDIT__URL", help="The gateway's audit.url.")
 ]
 DEFAULT_URL = "sqlite+aiosqlite:///.vase-sgl/audit.sqlite3"
+_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 OneTenant = Annotated[
     str | None, typer.Option("--tenant", help="Only this tenant.", show_default="all")
 ]
@@ -257,7 +258,16 @@ async def _prune_one(
         found = await pruning.prune(engine, tenant, before_unix_micros=cutoff, by=by, force=force)
     verb = "would be removed" if dry else "removed"
     up_to = f", up to sequence {found.last_sequence}" if found.records else ""
-    typer.echo(f"{tenant}: {found.records} records {verb}{up_to}")
+    typer.echo(f"{tenant}: {found.records} records {verb}{up_to}{_kept(found.first_kept)}")
+
+
+def _kept(first: tuple[int, int] | None) -> str:
+    """Where a prune ends. It goes no further than a record that a wrong clock has dated ahead."""
+    if first is None:
+        return ""
+    sequence, unix_micros = first
+    moment = _EPOCH + datetime.timedelta(microseconds=unix_micros)
+    return f"; sequence {sequence}, of {moment.isoformat(timespec='seconds')}, stays"
 
 
 async def _migrate(url: str) -> str:
@@ -295,5 +305,4 @@ def _place(head: str | None) -> tuple[int, str] | None:
 
 
 def _unix_micros(moment: datetime.datetime) -> int:
-    epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
-    return (moment - epoch) // datetime.timedelta(microseconds=1)
+    return (moment - _EPOCH) // datetime.timedelta(microseconds=1)

@@ -20,11 +20,16 @@ _CHUNK = 1000
 
 @dataclasses.dataclass(frozen=True)
 class Pruned:
-    """What a prune removed, or would remove. last_sequence: 0 if nothing."""
+    """What a prune removed, or would remove. last_sequence: 0 if nothing.
+
+    first_kept: sequence and arrival of the record that it stopped at, by the clock of that one's
+        gateway. None: it went to the end.
+    """
 
     tenant: str
     records: int
     last_sequence: int
+    first_kept: tuple[int, int] | None
 
 
 async def due(connection: AsyncConnection, tenant: str, before_unix_micros: int) -> Pruned:
@@ -32,16 +37,20 @@ async def due(connection: AsyncConnection, tenant: str, before_unix_micros: int)
 
     A chain loses its beginning only, so an old record behind a newer one stays for now.
     """
-    first_kept = await connection.scalar(
-        select(func.min(records.c.sequence)).where(
-            records.c.tenant == tenant, records.c.created_unix_micros >= before_unix_micros
+    first_kept = (
+        await connection.execute(
+            select(records.c.sequence, records.c.created_unix_micros)
+            .where(records.c.tenant == tenant, records.c.created_unix_micros >= before_unix_micros)
+            .order_by(records.c.sequence)
+            .limit(1)
         )
-    )
+    ).first()
     query = select(func.count(), func.max(records.c.sequence)).where(records.c.tenant == tenant)
     if first_kept is not None:
-        query = query.where(records.c.sequence < first_kept)
+        query = query.where(records.c.sequence < first_kept.sequence)
     count, last = (await connection.execute(query)).one()
-    return Pruned(tenant, count, last or 0)
+    kept = None if first_kept is None else (first_kept[0], first_kept[1])
+    return Pruned(tenant, count, last or 0, kept)
 
 
 async def prune(
