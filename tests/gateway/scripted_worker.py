@@ -70,6 +70,7 @@ class ScriptedWorker:
         self.context_length = 8192
         self.hides_vocabulary = False
         self.can_inspect = True
+        self.total_slots = 10_000
         self.available_slots = 9_000
         #: Pause before each token. Without one, tokens reach the gateway many at a time.
         self.token_seconds = 0.0
@@ -205,7 +206,7 @@ class ScriptedWorker:
             "inspect": self.can_inspect,
             "default": self.default_eviction,
             "slots": {
-                "total": 10_000,
+                "total": self.total_slots,
                 "available": self.available_slots,
                 "reserved": 1_000,
                 "query_ring": 24.0,

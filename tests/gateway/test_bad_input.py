@@ -172,6 +172,26 @@ async def test_a_prompt_too_long_for_its_tenant_is_not_tokenized(running: Runnin
 SYSTEM = {"role": "system", "content": "x" * 184}
 
 
+@pytest.mark.parametrize(
+    ("tokens", "options", "text"),
+    [
+        # Of 500 slots; SGLang wants 7 beside a prompt, the engine two beside a budget's.
+        (494, {}, "of 494 tokens the request needs 1 KV slots more than a worker has; shorten it"),
+        (9, {"budget": 470, "window": 20}, "needs 1 KV slots more .*; shorten it or lower the bud"),
+    ],
+)
+async def test_what_no_worker_could_ever_run_is_refused_at_once(
+    running: Running, tokens: int, options: dict[str, int], text: str
+) -> None:
+    """Otherwise it would wait, and have a worker emptied that then refuses it."""
+    running.worker.total_slots = 500
+    await running.worker.noticed()
+    with pytest.raises(InvalidRequest, match=f"^input: with this prompt .*{text}"):
+        await running.client.generate_once([1] * tokens, max_new_tokens=1000, **options)  # type: ignore[arg-type]
+    assert not running.worker.bodies
+    await running.client.generate_once([1] * (tokens - 1), max_new_tokens=1000, **options)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("stranger", [False, True])
 async def test_a_message_larger_than_anybody_needs_is_not_parsed(
     running: Running, stranger: bool

@@ -208,6 +208,19 @@ async def test_a_cancelled_waiter_is_granted_nothing() -> None:
     assert len(free) == 1
 
 
+async def test_when_the_first_gives_up_the_next_is_looked_at() -> None:
+    """At once: nothing else may happen for a while."""
+    line = queue()
+    with line.place("t") as large, line.place("t") as small:
+        first = asyncio.create_task(large.wait(lambda: None))
+        await asyncio.sleep(0)
+        second = asyncio.create_task(small.wait(Token))
+        await asyncio.sleep(0)
+        assert not second.done()
+        first.cancel()
+        assert isinstance(await asyncio.wait_for(second, 2), Token)
+
+
 async def test_an_error_reaches_the_waiter_and_the_next_goes_on() -> None:
     line = queue()
 

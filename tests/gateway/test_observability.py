@@ -308,6 +308,32 @@ async def test_no_tenant_of_many_is_left_out() -> None:
     assert len(sent["vase.requests"].sum.data_points) == 3000
 
 
+async def test_what_a_full_gateway_refuses_is_counted(tmp_path: Path) -> None:
+    async with run_gateway(
+        tmp_path,
+        telemetry={"metrics_port": 0},
+        grpc={"max_concurrent_calls": 1},
+        http={"port": 0},
+    ) as running:
+        running.worker.token_seconds = 0.02
+        stream = running.client.generate("tell me", max_new_tokens=4000)
+        await stream.started()
+        with pytest.raises(RateLimited):
+            await running.client.capacity()
+        assert (await scrape(running))["vase_rejections_total", "", "calls"] == 1
+        body = {"model": "scripted", "prompt": "tell me", "max_tokens": 4000, "stream": True}
+        headers = {"Authorization": f"Bearer {running.key}"}
+        url = f"{running.http_url}/v1/completions"
+        async with (
+            aiohttp.ClientSession(headers=headers) as http,
+            http.post(url, json=body),
+            http.get(f"{running.http_url}/v1/models") as refused,
+        ):
+            assert refused.status == 429
+        assert (await scrape(running))["vase_rejections_total", "", "calls"] == 2
+        stream.cancel()
+
+
 async def test_the_logs_of_a_process_are_json_and_hold_no_secrets(tmp_path: Path) -> None:
     """Everything it says at level debug, over a run with good, bad and failing calls."""
     file = tmp_path / ".vase-sgl" / "tenants.yaml"

@@ -15,7 +15,9 @@ import pytest
 from tests.gateway.running import run_gateway, until
 from vase_sgl.client import NEVER, AsyncClient
 from vase_sgl.gateway import fair_queue
+from vase_sgl.gateway.breaker import Trial
 from vase_sgl.gateway.config import WorkerSection
+from vase_sgl.gateway.errors import WorkerUnavailable
 from vase_sgl.gateway.fair_queue import FairQueue
 from vase_sgl.gateway.need import Need
 from vase_sgl.gateway.router import Lease, WorkerRouter
@@ -173,20 +175,44 @@ async def test_what_answers_have_grown_by_is_free_when_they_end(
         assert big.done()
 
 
-async def test_a_request_larger_than_a_worker_gets_one_to_itself(
+async def test_a_worker_that_is_too_small_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Idle it would refuse the request with a 400. Where none is larger, nothing waits."""
+    with fleet(monkeypatch, "ab") as f:
+        with pytest.raises(WorkerUnavailable, match="allow less than this request needs"):
+            (await f.ask("bob", 994)).result()  # SGLang wants 7 beside a prompt
+        f.router._entries["b"].info = dataclasses.replace(INFO, total_slots=2000)
+        before = [await f.served("mallory", 800) for _ in "ab"]
+        big = await f.ask("bob", 1500)
+        overtakers = [await f.served("mallory", slots) for slots in (600, 100)]
+        assert {lease.worker.name for lease in overtakers} == {"b"}
+        for lease in before:
+            lease.release()
+        assert (await f.served("mallory", 100)).worker.name == "a"
+        await f.after(11)
+        assert f.kept() == "b" and not big.done()
+        for lease in overtakers:
+            lease.release()
+        await settle()
+        assert big.result().worker.name == "b"
+
+
+async def test_a_worker_that_is_being_tried_is_not_kept_before_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with fleet(monkeypatch, "a") as f:
-        before = await f.served("mallory", 100)
-        big = await f.ask("bob", 1500)
-        overtakers = [await f.served("mallory", 100) for _ in range(3)]
-        before.release()
+    """The trial may hang, and meanwhile the request would be overtaken on all others."""
+    with fleet(monkeypatch, "ab") as f:
+        blockers = [await f.served("alice", 900) for _ in "ab"]
+        big = await f.ask("bob", 950)
+        overtakers = [await f.served("mallory", slots) for slots in (100, 60)]
+        for blocker in blockers:
+            blocker.release()
+        least = overtakers[1].worker.name
+        monkeypatch.setattr(f.router._entries[least].breaker, "_opened", -1000.0)
+        monkeypatch.setattr(f.router._entries[least].breaker, "_trial", Trial())
         await f.after(11)
-        assert not (await f.ask("mallory", 100)).done()
-        for overtaker in overtakers:
-            assert not big.done()
-            overtaker.release()
-            await settle()
+        assert f.kept() == overtakers[0].worker.name != least
+        overtakers[0].release()
+        await settle()
         assert big.done()
 
 

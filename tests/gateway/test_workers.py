@@ -460,7 +460,7 @@ async def test_requests_wait_for_a_trial_and_its_first_output_lets_the_next_thro
         for _ in range(2):
             trials.append(taken(router))
             assert router.take(NEED) is None and router.take(NEED, only="told") is None
-            assert len(router.ready()) == 1 and router.has_other(())
+            assert len(router.ready()) == 1 and router.has_other(NEED, ())
             told.clear()
             trials[-1].answered(output)
             trials[-1].answered(output)
@@ -642,6 +642,42 @@ async def test_a_replay_whose_worker_leaves_while_it_waits_goes_to_its_equal(
                         await verdict
 
 
+async def test_a_replay_does_not_wait_for_a_worker_that_left_and_still_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It runs what it has to the end, and is given nothing more."""
+    addresses = ["127.0.0.1"]
+
+    async def answer(host: str) -> Sequence[str]:
+        return list(addresses)
+
+    monkeypatch.setattr("vase_sgl.gateway.server.resolve", answer)
+    async with ScriptedWorker() as one:
+        port = int(one.url.rpartition(":")[2])
+        async with ScriptedWorker(port, host="127.0.0.2") as two:
+            section = {
+                "urls": [],
+                "dns": [f"http://workers.test:{port}"],
+                "dns_interval_seconds": 0.1,
+            }
+            async with run_gateway(tmp_path, worker=section) as running:
+                router = running.gateway._router
+                done = await running.client.generate_once("tell me", max_new_tokens=20)
+                one.token_seconds = 0.05
+                stream = running.client.generate("tell me", max_new_tokens=4000)
+                await stream.started()
+                await until(lambda: bool(one.running))
+                one.available_slots = 0
+                verdict = asyncio.create_task(running.client.replay(done.request_id).verdict())
+                await asyncio.sleep(0.3)
+                assert not verdict.done()
+                addresses[:] = ["127.0.0.2"]
+                await until(lambda: [s.name for s in router.statuses()] == [two.url])
+                assert (await asyncio.wait_for(verdict, 10)).outcome == "MATCH"
+                assert len(two.bodies) == 1 and one.running
+                stream.cancel()
+
+
 async def test_a_closed_worker_opens_no_connection_again() -> None:
     async with ScriptedWorker() as one:
         for used in (True, False):
@@ -793,6 +829,7 @@ def test_data_parallel_ranks_are_one_worker() -> None:
     told = Told(
         max_running_requests=14,
         max_query_requests=4,
+        rank_slots=10,
         fingerprint={"model": "m"},
         model_name="m",
         total_slots=20,

@@ -26,6 +26,7 @@ from vase_sgl.engine.request_cache import (
     evicting_cache_of,
 )
 from vase_sgl.eviction import EvictionParams, ParameterError
+from vase_sgl.eviction.params import SPARE_PAGES
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -141,17 +142,13 @@ def bound_max_new_tokens(original: Callable[..., None], scheduler: Scheduler, re
     room = scheduler.model_config.context_len - 1 - len(req.origin_input_ids) - 1
     sampling.max_new_tokens = max(0, min(wanted, room))
     sampling.min_new_tokens = min(sampling.min_new_tokens, sampling.max_new_tokens)
-    slots = cache.max_slots(sampling.max_new_tokens) + _ADMISSION_SLACK * cache.page_size
+    slots = cache.max_slots(sampling.max_new_tokens) + SPARE_PAGES * cache.page_size
     if slots > scheduler.max_total_num_tokens:
         req.set_finish_with_abort(
             f"the request needs {slots} KV slots (prompt {cache.prompt_tokens}, budget "
             f"{cache.params.budget}, window {cache.params.window}) but the pool holds "
             f"{scheduler.max_total_num_tokens}; lower the budget or shorten the prompt"
         )
-
-
-#: Pages: PrefillAdder wants one more than it needs, and strictly less than what is free.
-_ADMISSION_SLACK = 2
 
 
 class ReservingPrefillAdder(PrefillAdder):

@@ -146,7 +146,9 @@ class WorkerTarget:
 
     def __init__(self, worker: HttpWorker) -> None:
         self._worker = worker
+        #: What its model and it allow, once it was asked.
         self._limits: EvictionLimits | None = None
+        self._context_length = 0
         #: Of the fingerprint at the connection; None also for a worker that does not tell.
         self._stamp: str | None = None
 
@@ -165,6 +167,7 @@ class WorkerTarget:
         if self._limits is None:
             self._stamp = info.stamp
         self._limits = EvictionLimits(info.max_budget, info.max_window)
+        self._context_length = info.context_length
         retractions = await _retractions(self._worker.name)
         if retractions is not None:
             counters["retractions"] = retractions
@@ -202,7 +205,10 @@ class WorkerTarget:
             return _worker_answer(request_id, seeds, len(tokens), last, ttft)
 
         try:
-            tokens = await self._worker.tokenize_chat([dict(m) for m in messages])  # type: ignore[arg-type]
+            tokens = await self._worker.tokenize_chat(
+                [dict(m) for m in messages],  # type: ignore[arg-type]
+                max_tokens=self._context_length,
+            )
             request = WorkerRequest(
                 request_id=request_id,
                 prompt_token_ids=tokens,

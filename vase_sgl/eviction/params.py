@@ -160,6 +160,11 @@ def reserved_slots(
     return _in_pages(first_round, page_size) + _in_pages(copied, page_size)
 
 
+#: Pages beside these that an idle worker must have to let a request in: SGLang's PrefillAdder wants
+#: one more than it needs, and strictly less than what is free.
+SPARE_PAGES = 2
+
+
 def _first_round(prompt_tokens: int, budget: int, window: int, prompt: str) -> int:
     """Cached tokens at which the first round is due."""
     if prompt == "keep":

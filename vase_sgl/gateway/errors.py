@@ -104,7 +104,7 @@ class FailedPrecondition(GatewayError):
 class LimitExceeded(GatewayError):
     """A limit of the tenant, the length or time of the queue, or the number of calls.
 
-    `reason` is its metric label; calls that were one too many are not counted there.
+    `reason` is its metric label.
     """
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED

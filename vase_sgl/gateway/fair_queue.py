@@ -154,12 +154,11 @@ class FairQueue(Generic[T]):
                 return await waiter.granted
         except BaseException as error:
             granted = waiter.granted
-            if not granted.done():
-                self._leave(waiter)
-            elif not granted.cancelled() and granted.exception() is None:
+            if granted.done() and not granted.cancelled() and granted.exception() is None:
                 granted.result().release()  # granted in the moment it was given up
             else:
                 self._leave(waiter)
+                self.dispatch()  # the next one may need less
             if isinstance(error, TimeoutError):
                 raise self._full(
                     f"no worker had room within {self._max_wait:g} s", "queue_time", self.waiting

@@ -34,11 +34,12 @@ from vase_sgl.gateway.router import Lease, WorkerRouter
 from vase_sgl.gateway.runs import Background, running
 from vase_sgl.gateway.seeds import Seeds, seeds_for
 from vase_sgl.gateway.tenants import Tenant
-from vase_sgl.gateway.validation import Prompt
+from vase_sgl.gateway.tokenizing import Tokenizing
 from vase_sgl.gateway.workers import (
     CHANGED,
     RETRACTIONS,
     Finish,
+    Model,
     Worker,
     WorkerChunk,
     WorkerInfo,
@@ -80,6 +81,7 @@ class _Plan:
 
     tenant: Tenant
     request: WorkerRequest
+    need: Need
     input_kind: str
     seeds: Seeds
     sample_index: int
@@ -88,6 +90,18 @@ class _Plan:
     def operation(self) -> str:
         """What the GenAI semantic conventions call it."""
         return _operation(self.input_kind)
+
+
+class Shared:
+    """What all samples of one request have in common: the model, and the prompt's tokens for it."""
+
+    def __init__(self, model_name: str | None = None) -> None:
+        """`model_name`: what the request calls its model; None: it leaves the choice."""
+        self.model_name = model_name
+        self.model: Model | None = None
+        self.token_ids: tuple[int, ...] | None = None
+        #: Held while the first of them has the prompt tokenized.
+        self.tokenizing = asyncio.Lock()
 
 
 class _Run:
@@ -136,6 +150,7 @@ class Generations:
         router: WorkerRouter,
         store: AuditStore,
         background: Background,
+        tokenizing: Tokenizing,
         default_eviction: Mapping[str, Any] | None,
         retries: int,
         metrics: Metrics,
@@ -151,6 +166,7 @@ class Generations:
         self._router = router
         self._store = store
         self._background = background
+        self._tokenizing = tokenizing
         self._default_eviction = default_eviction
         self._retries = retries
         self._metrics = metrics
@@ -164,19 +180,22 @@ class Generations:
         send: Send,
         *,
         clip: bool = False,
+        shared: Shared | None = None,
     ) -> Record:
         """Generate, sending every message but the result; returns when the record is durable.
 
         `send` is awaited before more is read from the worker, so a slow client slows the worker
         and nothing piles up here. `clip`: max_new_tokens is a default, which gives way to the
-        tenant's ceiling and to the context; a client's own that is above them is refused. Raises
-        `GatewayError`. Failed and cancelled generations are recorded too, unless they failed
-        before they reached a worker.
+        tenant's ceiling and to the context; a client's own that is above them is refused. `shared`:
+        with other samples of the same request. Raises `GatewayError`. Failed and cancelled
+        generations are recorded too, unless they failed before they reached a worker.
         """
         run = _Run()
         with telemetry.span("vase.generate", tenant=passage.tenant.name) as span, run.errors():
             try:
-                plan = await self._plan(passage.tenant, request, run.request_id, clip)
+                plan = await self._plan(
+                    passage.tenant, request, run.request_id, clip, shared or Shared()
+                )
                 telemetry.describe_eviction(span, plan.request.eviction)
                 async with Outbox(send) as outbox:
                     await self._stream(passage, plan, run, outbox)
@@ -193,7 +212,12 @@ class Generations:
             return record
 
     async def _plan(
-        self, tenant: Tenant, request: pb.GenerateRequest, request_id: str, clip: bool
+        self,
+        tenant: Tenant,
+        request: pb.GenerateRequest,
+        request_id: str,
+        clip: bool,
+        shared: Shared,
     ) -> _Plan:
         self._store.check()
         prompt = validation.prompt_of(request, tenant)
@@ -206,8 +230,9 @@ class Generations:
             request_seed=request.seed if request.HasField("seed") else None,
             sample_index=request.sample_index,
         )
-        # All workers serve the same model with the same flags: any one's ceilings are right.
-        _, info = self._router.ready()[0]
+        workers = self._workers_for(shared)
+        # All workers with one model have the same flags: any one's ceilings are right.
+        _, info = workers[0]
         validation.check_min_p(sampling["min_p"], info)
         validation.check_prompt_bytes(prompt, tenant, info)
         # Whatever applies is made explicit, so that the record is complete.
@@ -221,37 +246,50 @@ class Generations:
             validation.check_inspect(
                 eviction, tenant=tenant, info=info, allowed=self._allow_inspect
             )
-        token_ids = await self._tokenize(prompt)
+        async with shared.tokenizing:
+            if shared.token_ids is None:
+                shared.token_ids = await self._tokenizing.tokens(tenant.name, prompt, workers)
+        token_ids = shared.token_ids
         validation.check_prompt_tokens(prompt.kind, token_ids, tenant, info)
         max_new_tokens = validation.within_context(max_new_tokens, len(token_ids), info, clip=clip)
+        to_worker = WorkerRequest(
+            request_id=request_id,
+            prompt_token_ids=token_ids,
+            sampling={
+                "max_new_tokens": max_new_tokens,
+                **sampling,
+                "sampling_seed": seeds.sampling,
+            },
+            eviction=None if eviction is None else eviction.to_mapping(),
+            inspect=request.inspect,
+            cache_salt=None if self._share_prefix_cache else cache_salt(tenant),
+        )
+        need = Need.of(to_worker, info.model)
+        validation.check_slots(need, (info for _, info in workers))
         return _Plan(
             tenant=tenant,
-            request=WorkerRequest(
-                request_id=request_id,
-                prompt_token_ids=token_ids,
-                sampling={
-                    "max_new_tokens": max_new_tokens,
-                    **sampling,
-                    "sampling_seed": seeds.sampling,
-                },
-                eviction=None if eviction is None else eviction.to_mapping(),
-                inspect=request.inspect,
-                cache_salt=None if self._share_prefix_cache else cache_salt(tenant),
-            ),
+            request=to_worker,
+            need=need,
             input_kind=prompt.kind,
             seeds=seeds,
             sample_index=request.sample_index,
         )
 
-    async def _tokenize(self, prompt: Prompt) -> tuple[int, ...]:
-        """The prompt's tokens, from the first worker that answers."""
-        if prompt.kind == "token_ids":
-            return prompt.token_ids
-        candidates = self._router.ready()[: self._retries + 1]
-        for worker, _ in candidates[:-1]:
-            with contextlib.suppress(WorkerUnavailable):
-                return await _tokenize(worker, prompt)
-        return await _tokenize(candidates[-1][0], prompt)
+    def _workers_for(self, shared: Shared) -> list[tuple[Worker, WorkerInfo]]:
+        """All ready workers with one model: the request's if it was chosen, else it is now.
+
+        Each model has its own tokenizer, so there is no way from one to the other after this.
+        """
+        ready = self._router.ready()
+        if shared.model is None:
+            named = (i.model for _, i in ready if shared.model_name in (None, i.model_name))
+            shared.model = next(named, None)
+        workers = [(worker, info) for worker, info in ready if info.model == shared.model]
+        if not workers:
+            raise WorkerUnavailable(
+                "no worker with the request's model is ready any more; try again", retry_seconds=1.0
+            )
+        return workers
 
     async def _stream(self, passage: Passage, plan: _Plan, run: _Run, outbox: Outbox) -> None:
         """Stream to the client from one worker, or from others while nothing has come yet.
@@ -259,9 +297,8 @@ class Generations:
         Each gets the very same request, seeds and budget included: which of them answers makes no
         difference to a replay.
         """
-        need = Need.of(plan.request)
         while True:
-            async with passage.worker(need, exclude=run.failed) as lease:
+            async with passage.worker(plan.need, exclude=run.failed) as lease:
                 if run.info is None:
                     run.clock.queue_seconds = run.clock.elapsed()
                     outbox.announce(_started(plan.request))
@@ -273,7 +310,7 @@ class Generations:
                     if not run.latest.token_ids:
                         passage.tokens = 0  # no tenant pays for a worker that gave it nothing
                     run.failed.add(lease.worker.name)
-                    if not self._may_retry(run):
+                    if not self._may_retry(plan, run):
                         raise
                     self._metrics.retried()
                     logger.warning(
@@ -283,11 +320,11 @@ class Generations:
                         error.own_words,
                     )
 
-    def _may_retry(self, run: _Run) -> bool:
+    def _may_retry(self, plan: _Plan, run: _Run) -> bool:
         return (
             not run.latest.token_ids
             and len(run.failed) <= self._retries
-            and self._router.has_other(run.failed)
+            and self._router.has_other(plan.need, run.failed)
         )
 
     async def _stream_from(
@@ -424,12 +461,6 @@ def _started(request: WorkerRequest) -> pb.GenerateResponse:
             request_id=request.request_id, prompt_tokens=len(request.prompt_token_ids)
         )
     )
-
-
-async def _tokenize(worker: Worker, prompt: Prompt) -> tuple[int, ...]:
-    if prompt.kind == "chat":
-        return await worker.tokenize_chat(prompt.chat)
-    return await worker.tokenize_text(prompt.text)
 
 
 def raise_if_aborted(finish: Finish | None) -> None:

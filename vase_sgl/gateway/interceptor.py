@@ -42,12 +42,18 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
     """
 
     def __init__(
-        self, authenticator: Authenticator, *, client_stall_seconds: float, max_calls: int
+        self,
+        authenticator: Authenticator,
+        *,
+        client_stall_seconds: float,
+        max_calls: int,
+        on_full: Callable[[], None],
     ) -> None:
+        """`on_full` is called for each call that is refused for being one too many."""
         self._authenticator = authenticator
         self._patience = Patience(seconds=client_stall_seconds, max_calls=max_calls)
-        self._calls = _Calls(max_calls)
-        self._probes = _Calls(max_calls)
+        self._calls = _Calls(max_calls, on_full)
+        self._probes = _Calls(max_calls, on_full)
 
     async def intercept_service(
         self,
@@ -134,14 +140,16 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
 class _Calls:
     """The calls of one kind that there are now."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, on_full: Callable[[], None]) -> None:
         self._most = most
+        self._on_full = on_full
         self._open = 0
 
     @asynccontextmanager
     async def one(self, context: Context) -> AsyncIterator[None]:
         """Count the call for the body, its end included, or end it if there are too many."""
         if self._open >= self._most:
+            self._on_full()
             error = LimitExceeded(
                 f"{self._most} calls run already, which is as many as may; try again",
                 reason="calls",

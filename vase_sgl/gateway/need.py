@@ -6,9 +6,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from vase_sgl.eviction.params import reserved_slots
+from vase_sgl.eviction.params import SPARE_PAGES, reserved_slots
 from vase_sgl.eviction.policies import POLICIES
-from vase_sgl.gateway.workers import WorkerInfo, WorkerRequest
+from vase_sgl.gateway.workers import Model, WorkerInfo, WorkerRequest
+
+#: Slots that SGLang wants a prompt to leave, at least.
+_BESIDE_PROMPT = 7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,15 +20,17 @@ class Need:
 
     eviction: as in `WorkerRequest`, but None if nothing is ever evicted.
     reads_queries: its policy needs one of the worker's query rings.
+    model: what it was tokenized for; None: any, as the caller looks at it.
     """
 
     prompt_token_ids: tuple[int, ...]
     max_new_tokens: int
     eviction: Mapping[str, Any] | None
     reads_queries: bool
+    model: Model | None = None
 
     @classmethod
-    def of(cls, request: WorkerRequest) -> Need:
+    def of(cls, request: WorkerRequest, model: Model | None = None) -> Need:
         """The need of a request."""
         eviction, reads_queries = request.eviction, False
         if eviction is not None:
@@ -35,7 +40,7 @@ class Need:
                 reads_queries = policy.needs_queries
                 eviction = eviction if policy.evicts else None
         max_new_tokens = int(request.sampling["max_new_tokens"])
-        return cls(request.prompt_token_ids, max_new_tokens, eviction, reads_queries)
+        return cls(request.prompt_token_ids, max_new_tokens, eviction, reads_queries, model)
 
     def slots(self, info: WorkerInfo) -> int:
         """KV slots it surely takes there: what the worker reserves for it.
@@ -59,8 +64,21 @@ class Need:
             page_size=info.page_size,
         )
 
+    def is_for(self, info: WorkerInfo) -> bool:
+        """Whether the worker serves its model."""
+        return self.model in (None, info.model)
+
+    def excess_slots(self, info: WorkerInfo) -> int:
+        """Slots that the worker lacks to run it at all. Above zero it refuses it, busy or idle."""
+        slots = len(self.prompt_token_ids) + _BESIDE_PROMPT
+        if self.eviction is not None:
+            slots = max(slots, self.slots(info) + SPARE_PAGES * info.page_size)
+        return slots - (info.rank_slots or info.total_slots)
+
     def fits(self, info: WorkerInfo) -> bool:
-        """Whether the worker's own ceilings allow it at all."""
+        """Whether the worker's model is the one, and its own ceilings and slots allow it at all."""
+        if not self.is_for(info) or self.excess_slots(info) > 0:
+            return False
         if len(self.prompt_token_ids) + self.max_new_tokens > info.context_length:
             return False
         return self.eviction is None or (

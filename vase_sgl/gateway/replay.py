@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import re
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -28,6 +27,7 @@ from vase_sgl.gateway.workers import (
     WorkerChunk,
     WorkerInfo,
     WorkerRequest,
+    weights_are_known,
 )
 
 #: Entry of the fingerprint: whether equal requests have equal answers there, in any company.
@@ -97,7 +97,7 @@ def fingerprint_differences(
     the folder's name of a model whose weights were read: their digest says more.
     """
     ignored = {RETRACTIONS}
-    if re.fullmatch("[0-9a-f]{32}", recorded.get("weights_digest", "")):
+    if weights_are_known(recorded):
         ignored.add("model")
     return tuple(
         Difference(key, recorded.get(key), current.get(key))
@@ -341,13 +341,18 @@ class Replays:
 
         Raises `_Incomparable`, at once if there is none now, later if it is gone by its turn.
         """
-        need = Need.of(request)
+        need = Need.of(request)  # of any model: the recorded fingerprint is looked for
         worker, _ = await self._worker_for(record)
 
         async def look() -> WorkerInfo:
             nonlocal worker
             try:
                 info = await worker.info()
+                # One that left its name, or fails its checks, may answer this all the same.
+                if all(worker is not ready for ready, _ in self._router.ready()):
+                    raise WorkerUnavailable(
+                        f"worker {worker.name} is no longer ready; try again later"
+                    )
             except WorkerUnavailable as lost:
                 try:
                     worker, info = await self._worker_for(record)

@@ -138,7 +138,11 @@ class Claim:
         if self._kept not in able:
             self.drop()
             if able:
-                self._kept = min(able, key=lambda entry: entry.missing_slots(self._need))
+                self._kept = min(
+                    able,
+                    # One that is being tried has no room until the trial has output, if ever.
+                    key=lambda entry: (not entry.breaker.allows, entry.missing_slots(self._need)),
+                )
                 self._kept.kept_for = self
 
     def drop(self) -> bool:
@@ -239,7 +243,8 @@ class WorkerRouter:
         self._leaving: set[_Entry] = set()
         self._closing: set[asyncio.Task[None]] = set()
         self._was_ready = False
-        self._turn = itertools.count()
+        #: Whose turn it is to be asked, and to be leased.
+        self._turn, self._lease_turn = itertools.count(), itertools.count()
         self._lease_numbers = itertools.count()
         self._reporting = asyncio.Lock()
         self._watches: dict[_Entry, asyncio.Task[None]] = {}
@@ -310,6 +315,12 @@ class WorkerRouter:
         if not possible:
             raise WorkerUnavailable("no other worker is ready; try again later", retry_seconds=1.0)
         able = [entry for entry in possible if entry.info and need.fits(entry.info)]
+        if not any(entry.info and need.is_for(entry.info) for entry in possible):
+            raise WorkerUnavailable(
+                "no other worker with the model that the request was tokenized for is ready; try "
+                "again",
+                retry_seconds=1.0,
+            )
         if not able:
             raise WorkerUnavailable(
                 "the workers that are ready allow less than this request needs; try again later, "
@@ -327,10 +338,10 @@ class WorkerRouter:
         first = next(self._turn) % len(entries)
         return [(e.worker, e.info) for e in entries[first:] + entries[:first] if e.info]
 
-    def has_other(self, exclude: Collection[str]) -> bool:
-        """Whether a worker outside `exclude` takes requests."""
+    def has_other(self, need: Need, exclude: Collection[str]) -> bool:
+        """Whether a worker outside `exclude` could serve."""
         try:
-            return any(entry.worker.name not in exclude for entry in self._available())
+            return bool(self._able(need, exclude))
         except WorkerUnavailable:
             return False
 
@@ -396,7 +407,7 @@ class WorkerRouter:
         return tried
 
     def _order(self, entries: list[_Entry], prompt: tuple[int, ...]) -> list[_Entry]:
-        turn = next(self._turn) % max(len(entries), 1)
+        turn = next(self._lease_turn) % max(len(entries), 1)
         rotated = entries[turn:] + entries[:turn]
         ordered = sorted(rotated, key=_load)  # stable: equals keep their turn
         width = self._settings.affinity_tokens

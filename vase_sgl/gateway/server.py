@@ -32,6 +32,7 @@ from vase_sgl.gateway.replay_gate import ReplayGate
 from vase_sgl.gateway.router import Lease, WorkerRouter
 from vase_sgl.gateway.runs import Background
 from vase_sgl.gateway.service import GatewayService
+from vase_sgl.gateway.tokenizing import Tokenizing
 from vase_sgl.gateway.worker_embedded import EmbeddedWorker, Progress, worker_command
 from vase_sgl.gateway.worker_http import HttpWorker
 from vase_sgl.rpc.keepalive import keepalive
@@ -84,10 +85,14 @@ class Gateway:
         )
         self._admissions = Admissions(usage, self._queue, self._router, self._background, metrics)
         metrics.watch(self._router.statuses, lambda: self._queue.waiting)
+        self._tokenizing = Tokenizing(
+            retries=config.worker.retries, max_wait_seconds=config.queue.max_wait_seconds
+        )
         self._generations = Generations(
             self._router,
             store,
             self._background,
+            self._tokenizing,
             config.default_eviction,
             config.worker.retries,
             metrics,
@@ -103,6 +108,7 @@ class Gateway:
             client_stall_seconds=config.grpc.client_stall_seconds,
             max_body_bytes=config.grpc.max_receive_bytes,
             max_concurrent=config.grpc.max_concurrent_calls,
+            on_full=lambda: metrics.rejected("calls"),
         )
         self.port = port
         #: Port of the OpenAI-compatible door. None: it is shut.
@@ -132,6 +138,7 @@ class Gateway:
                     authenticator,
                     client_stall_seconds=config.grpc.client_stall_seconds,
                     max_calls=config.grpc.max_concurrent_calls,
+                    on_full=lambda: metrics.rejected("calls"),
                 )
             ],
             options=_options(config),
@@ -169,6 +176,7 @@ class Gateway:
             self._door.drain(self._config.drain_seconds),
         )
         await self._door.close()
+        await self._tokenizing.close()
         await self._background.settle()
         await self._router.close()
         await self._usage.close()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from vase_sgl.eviction import EvictionLimits, EvictionParams, ParameterError
 from vase_sgl.gateway.errors import InvalidRequest, PermissionDenied
+from vase_sgl.gateway.need import Need
 from vase_sgl.gateway.seeds import MAX_SEED
 from vase_sgl.gateway.tenants import Role, Tenant
 from vase_sgl.gateway.wire import PROMPT_MODES
@@ -103,10 +104,15 @@ def check_messages(field: str, count: int) -> None:
     )
 
 
+def prompt_bytes(prompt: Prompt) -> int:
+    """Bytes of a text or chat in UTF-8."""
+    chat = sum(len(text.encode()) for message in prompt.chat for text in message.values())
+    return len(prompt.text.encode()) + chat
+
+
 def check_prompt_bytes(prompt: Prompt, tenant: Tenant, info: WorkerInfo) -> None:
     """A text or chat is no longer than as many tokens as may be can be; before it is tokenized."""
-    size = len(prompt.text.encode())
-    size += sum(len(text.encode()) for message in prompt.chat for text in message.values())
+    size = prompt_bytes(prompt)
     tokens, owner = min(
         (tenant.limits.max_prompt_tokens, f"the ceiling of tenant {tenant.name}"),
         (info.context_length, "the model's context length"),
@@ -150,6 +156,17 @@ def within_context(max_new_tokens: int, prompt_tokens: int, info: WorkerInfo, *,
         "shorten the prompt",
     )
     return max_new_tokens
+
+
+def check_slots(need: Need, infos: Iterable[WorkerInfo]) -> None:
+    """A worker could run it, if it had nothing else to do. Otherwise it would wait for one."""
+    excess = min(need.excess_slots(info) for info in infos)
+    cure = "shorten it" if need.eviction is None else "shorten it or lower the budget"
+    require(
+        excess <= 0,
+        f"input: with this prompt of {len(need.prompt_token_ids)} tokens the request needs "
+        f"{excess} KV slots more than a worker has; {cure}",
+    )
 
 
 def _check_count(count: int, tenant: Tenant) -> None:

@@ -47,6 +47,8 @@ DONE = b"[DONE]"
 READ_AHEAD_BYTES = 2**16
 #: Bytes the answer to a short call, or the body of an error, may have.
 MAX_BODY_BYTES = 64 * 2**20
+#: Bytes of JSON that a token id takes, at most, and what else is in the answer with the ids.
+_TOKEN_BYTES, _OTHER_BYTES = 16, 2**10
 
 
 class HttpWorker:
@@ -76,11 +78,14 @@ class HttpWorker:
     def name(self) -> str:
         return self._url
 
-    async def tokenize_text(self, text: str) -> tuple[int, ...]:
-        return await self._tokenize({"prompt": text})
+    async def tokenize_text(self, text: str, *, max_tokens: int) -> tuple[int, ...]:
+        return await self._tokenize({"prompt": text}, max_tokens)
 
-    async def tokenize_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
-        return await self._tokenize({"messages": list(messages), "add_generation_prompt": True})
+    async def tokenize_chat(
+        self, messages: Sequence[Mapping[str, str]], *, max_tokens: int
+    ) -> tuple[int, ...]:
+        body = {"messages": list(messages), "add_generation_prompt": True}
+        return await self._tokenize(body, max_tokens)
 
     async def generate(self, request: WorkerRequest) -> AsyncGenerator[WorkerChunk, None]:
         sampling = dict(request.sampling)
@@ -147,21 +152,33 @@ class HttpWorker:
         if self._session is not None:
             await self._session.close()
 
-    async def _tokenize(self, body: Mapping[str, Any]) -> tuple[int, ...]:
+    async def _tokenize(self, body: Mapping[str, Any], max_tokens: int) -> tuple[int, ...]:
         try:
-            answer = await self._call("POST", "/v1/tokenize", body, timeout=SHORT_TIMEOUT)
+            answer = await self._call(
+                "POST",
+                "/v1/tokenize",
+                body,
+                timeout=SHORT_TIMEOUT,
+                max_bytes=max_tokens * _TOKEN_BYTES + _OTHER_BYTES,
+            )
         except WorkerUnavailable as error:
-            if isinstance(error.__cause__, aiohttp.ConnectionTimeoutError) or not isinstance(
-                error.__cause__, TimeoutError
-            ):
-                raise
-            raise TokenizingTimeout(
-                f"worker {self.name} did not tokenize the prompt in {SHORT_TIMEOUT:g} s; shorten "
-                "it, or try again later"
-            ) from error
+            match error.__cause__:
+                case _TooLong():
+                    raise InvalidRequest(
+                        "input: the prompt has more tokens than the model's context length of "
+                        f"{max_tokens}; shorten it"
+                    ) from error
+                case aiohttp.ConnectionTimeoutError():
+                    raise
+                case TimeoutError():
+                    raise TokenizingTimeout(
+                        f"worker {self.name} did not tokenize the prompt in {SHORT_TIMEOUT:g} s; "
+                        "shorten it, or try again later"
+                    ) from error
+            raise
         try:
-            return tuple(int(token) for token in answer["tokens"])
-        except (KeyError, TypeError, ValueError) as error:
+            return _token_ids(answer["tokens"])
+        except (KeyError, TypeError) as error:
             raise self._lost(error) from error
 
     async def _call(
@@ -171,6 +188,7 @@ class HttpWorker:
         body: Mapping[str, Any] | None = None,
         *,
         timeout: float = SHORT_TIMEOUT,
+        max_bytes: int = MAX_BODY_BYTES,
     ) -> Any:
         """The JSON answer of one short call, or None if the answer is not JSON."""
         try:
@@ -185,14 +203,14 @@ class HttpWorker:
                 await self._raise_for_status(response, path.rpartition("/")[2])
                 if response.content_type != "application/json":
                     return None
-                return json.loads(await _body(response))
+                return json.loads(await _body(response, max_bytes))
         except (aiohttp.ClientError, TimeoutError, ValueError, RecursionError) as error:
             raise self._lost(error) from error
 
     async def _raise_for_status(self, response: aiohttp.ClientResponse, call: str) -> None:
         if response.status < 300:
             return
-        message = _error_text(await _body(response))
+        message = _error_text(await _body(response, MAX_BODY_BYTES))
         if response.status == 401:
             raise WorkerUnavailable(
                 f"worker {self.name} refuses this gateway's key; give both the same {WORKER_KEY}"
@@ -308,14 +326,25 @@ class _Output:
 _NOT_UNDERSTOOD = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
-async def _body(response: aiohttp.ClientResponse) -> bytes:
-    """The whole body. Raises `ValueError` if it is too long."""
+class _TooLong(ValueError):
+    """A body is longer than may be."""
+
+
+async def _body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
+    """The whole body. Raises `_TooLong`."""
     body = bytearray()
     async for block in response.content.iter_any():
         body += block
-        if len(body) > MAX_BODY_BYTES:
-            raise ValueError(f"a body is longer than {MAX_BODY_BYTES} bytes")
+        if len(body) > max_bytes:
+            raise _TooLong(f"a body is longer than {max_bytes} bytes")
     return bytes(body)
+
+
+def _token_ids(tokens: Any) -> tuple[int, ...]:
+    """Raises `TypeError` for what is no list of integers. Quick: this is on the event loop."""
+    if not isinstance(tokens, list) or set(map(type, tokens)) - {int}:
+        raise TypeError("tokens that are no integers")
+    return tuple(tokens)
 
 
 def _raise_for_error(event: Mapping[str, Any]) -> None:
@@ -345,6 +374,7 @@ def worker_info(answer: Mapping[str, Any]) -> WorkerInfo:
     vocab_size = first.get("vocab_size")
     default = first.get("default")
     ring = first["slots"].get("query_ring")
+    totals = [int(state["slots"]["total"]) for state in states]
     return WorkerInfo(
         fingerprint={str(k): str(v) for k, v in first["fingerprint"].items()},
         default_eviction=None if default is None else dict(default),
@@ -352,7 +382,7 @@ def worker_info(answer: Mapping[str, Any]) -> WorkerInfo:
         max_window=int(first["limits"]["max_window"]),
         context_length=int(first["context_length"]),
         vocab_size=None if vocab_size is None else int(vocab_size),
-        total_slots=sum(int(state["slots"]["total"]) for state in states),
+        total_slots=sum(totals),
         available_slots=sum(int(state["slots"]["available"]) for state in states),
         reserved_slots=sum(int(state["slots"]["reserved"]) for state in states),
         running_requests=sum(int(state["running_requests"]) for state in states),
@@ -366,6 +396,7 @@ def worker_info(answer: Mapping[str, Any]) -> WorkerInfo:
         prefix_cache=bool(first.get("prefix_cache", True)),
         page_size=int(first.get("page_size", 1)),
         can_inspect=bool(first.get("inspect", False)),
+        rank_slots=max(totals),
     )
 
 

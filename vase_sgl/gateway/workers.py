@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import islice
 from typing import Any, Protocol, overload
 
@@ -99,6 +101,18 @@ RETRACTIONS = "num_retractions"
 CHANGED = "changed_to"
 
 
+#: What clients call a model, its weights and its tokenizer; by digest, or where a worker could not
+#: read them by the weights' folder, and not at all.
+Model = tuple[str, str, str]
+
+_DIGEST = re.compile("[0-9a-f]{32}")
+
+
+def weights_are_known(fingerprint: Mapping[str, str]) -> bool:
+    """Whether the weights were read, and are those of no other digest."""
+    return _DIGEST.fullmatch(fingerprint.get("weights_digest", "")) is not None
+
+
 @dataclasses.dataclass(frozen=True)
 class WorkerInfo:
     """What a worker is and how busy it is. Lengths and slots in tokens.
@@ -113,6 +127,7 @@ class WorkerInfo:
     query_ring_slots: what each of them has beside its slots, in slots, if it says so.
     prefix_cache, page_size: how its slots are shared and handed out.
     can_inspect: it has a folder for what inspected requests kept.
+    rank_slots: of `total_slots` those of one data-parallel rank, as a request does not span two.
     """
 
     fingerprint: Mapping[str, str]
@@ -135,6 +150,18 @@ class WorkerInfo:
     prefix_cache: bool = True
     page_size: int = 1
     can_inspect: bool = False
+    rank_slots: int | None = None
+
+    @cached_property
+    def model(self) -> Model:
+        """Which model it serves. A request stays with the one that it was tokenized for."""
+        told = self.fingerprint
+        tokenizer = told.get("tokenizer_digest", "")
+        return (
+            self.model_name,
+            told["weights_digest"] if weights_are_known(told) else told.get("model", ""),
+            tokenizer if _DIGEST.fullmatch(tokenizer) else "",
+        )
 
     @property
     def unreserved_slots(self) -> int:
@@ -149,13 +176,16 @@ class Worker(Protocol):
     def name(self) -> str:
         """For logs and error texts."""
 
-    async def tokenize_text(self, text: str) -> tuple[int, ...]:
+    async def tokenize_text(self, text: str, *, max_tokens: int) -> tuple[int, ...]:
         """Token ids of `text`, special tokens included.
 
+        max_tokens: the model's context length; of far more tokens the answer is not read.
         Raises `InvalidRequest`, and `TokenizingTimeout` if it takes too long.
         """
 
-    async def tokenize_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+    async def tokenize_chat(
+        self, messages: Sequence[Mapping[str, str]], *, max_tokens: int
+    ) -> tuple[int, ...]:
         """Token ids of a conversation with the assistant's turn opened. Raises the same."""
 
     def generate(self, request: WorkerRequest) -> AsyncGenerator[WorkerChunk, None]:

@@ -27,7 +27,7 @@ from vase_sgl.gateway.errors import (
     NotFound,
     WorkerUnavailable,
 )
-from vase_sgl.gateway.generation import Generations
+from vase_sgl.gateway.generation import Generations, Shared
 from vase_sgl.gateway.openai import answers
 from vase_sgl.gateway.openai.answers import Answer, Kind
 from vase_sgl.gateway.openai.bodies import BodyReader
@@ -60,7 +60,9 @@ class OpenAIDoor:
         client_stall_seconds: float,
         max_body_bytes: int,
         max_concurrent: int,
+        on_full: Callable[[], None],
     ) -> None:
+        """`on_full` is called for each request that is refused for being one too many."""
         self._authenticator = authenticator
         self._admissions = admissions
         self._generations = generations
@@ -68,6 +70,7 @@ class OpenAIDoor:
         self._default_max_tokens = default_max_tokens
         self._client_stall = client_stall_seconds
         self._max_concurrent = max_concurrent
+        self._on_full = on_full
         self._patience = Patience(seconds=client_stall_seconds, max_calls=max_concurrent)
         self._bodies = BodyReader(max_body_bytes)
         self._running = 0
@@ -202,6 +205,7 @@ class OpenAIDoor:
         if self._draining:
             raise WorkerUnavailable("this gateway is shutting down; try again", retry_seconds=1.0)
         if self._running > self._max_concurrent:
+            self._on_full()
             raise LimitExceeded(
                 f"{self._max_concurrent} requests run already, which is as many as may; try again",
                 reason="calls",
@@ -224,6 +228,7 @@ class _Samples:
         self._request = request
         self._kind: Kind = kind
         self._call = call
+        self._shared = Shared(call.model)
         self._created = int(time.time())
         self._response: web.StreamResponse | None = None
         self._answer: Answer | None = None
@@ -279,6 +284,7 @@ class _Samples:
                     self._call.sample(index),
                     forward,
                     clip=self._call.max_tokens_field is None,
+                    shared=self._shared,
                 )
             if finish is not None:
                 await finish(index, record)
