@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +34,9 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+    """VASE_TEST_CONFIG: changes (JSON), for a run in a process of its own."""
+    changes = json.loads(os.environ.get("VASE_TEST_CONFIG", "{}"))
+    return write_tiny_model(tmp_path_factory.mktemp("tiny"), **changes)
 
 
 @pytest.fixture(scope="session")

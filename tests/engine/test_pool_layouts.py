@@ -4,13 +4,11 @@ because SGLang builds one scheduler a process."""
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests.engine.own_process import run_tests
 from vase_sgl.engine import limits
 
 _DECODER = "tests/engine/test_independent_decode.py::test_tokens_equal_the_independent_decoder"
@@ -46,15 +44,7 @@ _SLOW = pytest.mark.skipif("VASE_TEST_SLOW" not in os.environ, reason="set VASE_
     ids=["page-size-16", "bf16", "fp8-e5m2", "fp8-e4m3"],
 )
 def test_the_engine_on(variable: str, value: str, tests: tuple[str, ...]) -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", *tests],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, variable: value},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout[-3000:]
-    assert f"{len(tests)} passed" in result.stdout
+    run_tests(tests, {variable: value})
 
 
 def test_scaled_float8_entries_are_refused() -> None:

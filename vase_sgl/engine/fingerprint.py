@@ -24,7 +24,7 @@ from sglang.srt.server_args import ServerArgs
 from vase_kernels import REVISION
 
 from vase_sgl import __version__
-from vase_sgl.engine import linear_cpu, platform_cpu
+from vase_sgl.engine import linear_cpu, platform_cpu, rope
 from vase_sgl.engine.config import WORKER_TOKEN, engine_config
 from vase_sgl.engine.pool import BudgetPool
 from vase_sgl.engine.weights import WeightsNotFound, tokenizer_digest, weights_digest
@@ -159,6 +159,7 @@ def fingerprint(scheduler: Any) -> dict[str, str]:
         "device": _device_name(),
         "tp_size": str(args.tp_size),
         **(_of_cpu(runner.dtype) if platform_cpu.is_active() else _of_accelerators(scheduler)),
+        **rope.chosen_rope(runner.model),
         **_arithmetic(scheduler.server_args),
         **{name.lower(): os.environ[name] for name in _VARIABLES if name in os.environ},
     }

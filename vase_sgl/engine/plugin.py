@@ -42,6 +42,7 @@ from vase_sgl.engine import (
     positions,
     prometheus,
     request_checks,
+    rope,
     sampling_cpu,
     server_info,
     sizing,
@@ -203,6 +204,13 @@ HOOKS: tuple[Hook, ...] = (
         HookType.AFTER,
         positions.prepare_forward,
         "logical positions; due rounds run before the forward",
+    ),
+    Hook(
+        "model_executor.model_runner.ModelRunner.load_model",
+        ("self",),
+        HookType.AFTER,
+        rope.choose_long_rope,
+        "LongRoPE: a token's rotation does not depend on its company",
     ),
     Hook(
         "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
