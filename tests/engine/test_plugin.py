@@ -19,7 +19,6 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summ
 from sglang.srt.arg_groups.overrides import declare_resolution
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.managers.io_struct import PauseGenerationReqInput, UpdateWeightFromDiskReqInput
-from sglang.srt.managers.multi_tokenizer_mixin import TokenizerWorker
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components import invariant_checker
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
@@ -89,6 +88,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"enable_hierarchical_cache": True}, "leave out --enable-hierarchical-cache"),
     ({"enable_flexkv": True}, "leave out --enable-flexkv"),
     ({"radix_cache_backend": "flexkv"}, "leave out --radix-cache-backend"),
+    ({"tokenizer_worker_num": 2}, "use --tokenizer-worker-num 1"),
     ({"allow_auto_truncate": True}, "leave out --allow-auto-truncate"),
     ({"schedule_policy": "shortest-prefill-first"}, "use another --schedule-policy"),
 ]
@@ -196,12 +196,9 @@ def test_flags_that_others_turn_on_are_refused(tiny_model: Path) -> None:
         limits.refuse_unsupported_flags(args)
 
 
-@pytest.mark.parametrize("manager", [TokenizerManager, TokenizerWorker])
-async def test_a_pause_that_restarts_requests_is_refused(
-    stepped: SteppedScheduler, manager: type
-) -> None:
+async def test_a_pause_that_restarts_requests_is_refused(stepped: SteppedScheduler) -> None:
     with pytest.raises(HTTPException, match="use mode in_place or abort"):
-        await manager.pause_generation(None, PauseGenerationReqInput(mode="retract"))
+        await TokenizerManager.pause_generation(None, PauseGenerationReqInput(mode="retract"))
     for mode in ("in_place", "abort"):
         admission.refuse_retracting_pause(None, PauseGenerationReqInput(mode=mode))
 

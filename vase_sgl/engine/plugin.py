@@ -228,13 +228,6 @@ HOOKS: tuple[Hook, ...] = (
         "a pause must not rebuild caches that eviction has changed",
     ),
     Hook(
-        "managers.multi_tokenizer_mixin.TokenizerWorker.pause_generation",
-        ("self", "obj"),
-        HookType.BEFORE,
-        admission.refuse_retracting_pause,
-        "the same with several tokenizer processes",
-    ),
-    Hook(
         "managers.tokenizer_manager.TokenizerManager._create_tokenized_object",
         (
             "self",
