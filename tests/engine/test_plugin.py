@@ -18,12 +18,21 @@ from fastapi import HTTPException
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary
 from sglang.srt.arg_groups.overrides import declare_resolution
 from sglang.srt.layers.radix_attention import RadixAttention
-from sglang.srt.managers.io_struct import PauseGenerationReqInput, UpdateWeightFromDiskReqInput
+from sglang.srt.managers.io_struct import (
+    BeginWeightUpdateReqInput,
+    CheckWeightsReqInput,
+    EndWeightUpdateReqInput,
+    PauseGenerationReqInput,
+    ReleaseMemoryOccupationReqInput,
+    ResumeMemoryOccupationReqInput,
+    UpdateWeightFromDiskReqInput,
+)
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components import invariant_checker
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.observability.metrics_collector import SchedulerMetricsCollector
 from sglang.srt.plugins.hook_registry import HookRegistry
+from sglang.srt.runtime_context import get_exec
 from sglang.srt.server_args import ServerArgs
 
 from tests.engine.scheduler_harness import SteppedScheduler
@@ -268,6 +277,59 @@ def test_updated_weights_are_not_those_of_the_files(
         assert scheduler.weight_updater.update_weights_from_disk(update).success == succeeds
         digests.add(fingerprint.fingerprint(scheduler)["weights_digest"])
     assert len(digests) == 4
+
+
+def test_weights_that_others_write_into_are_not_those_of_the_files(
+    stepped: SteppedScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within a session; answers from before its end are those of neither."""
+    monkeypatch.setattr(fingerprint, "_updated", None)
+    updater = stepped.scheduler.weight_updater
+    monkeypatch.setattr(type(updater), "_select_runners", lambda *_: [])
+    digests = [fingerprint.fingerprint(stepped.scheduler)["weights_digest"]]
+    assert updater.begin_weight_update(BeginWeightUpdateReqInput()).success
+    digests.append(fingerprint.fingerprint(stepped.scheduler)["weights_digest"])
+    assert updater.end_weight_update(EndWeightUpdateReqInput()).success
+    digests.append(fingerprint.fingerprint(stepped.scheduler)["weights_digest"])
+    assert len(set(digests)) == 3
+
+
+@pytest.mark.parametrize(("action", "changes"), [("reset_tensors", True), ("checksum", False)])
+def test_a_check_that_overwrites_the_weights_is_noticed(
+    stepped: SteppedScheduler, monkeypatch: pytest.MonkeyPatch, action: str, changes: bool
+) -> None:
+    monkeypatch.setattr(fingerprint, "_updated", None)
+    updater = stepped.scheduler.weight_updater
+    monkeypatch.setattr(type(updater), "_select_runners", lambda *_: [])
+    assert updater.check_weights(CheckWeightsReqInput(action=action)).success
+    assert (fingerprint._updated is not None) == changes
+
+
+@pytest.mark.parametrize(
+    ("tags", "saver", "backup", "changes"),
+    [
+        (["weights"], True, False, True),
+        (None, True, False, True),  # all of them
+        (["kv_cache"], True, False, False),
+        (["weights"], True, True, False),
+        (["weights"], False, False, False),  # their memory was never given back
+    ],
+)
+def test_weights_whose_memory_was_given_back_are_others(
+    stepped: SteppedScheduler,
+    monkeypatch: pytest.MonkeyPatch,
+    tags: list[str] | None,
+    saver: bool,
+    backup: bool,
+    changes: bool,
+) -> None:
+    monkeypatch.setattr(fingerprint, "_updated", None)
+    updater = stepped.scheduler.weight_updater
+    with get_exec().features.override(enable_memory_saver=saver, enable_weights_cpu_backup=backup):
+        updater.release_memory_occupation(ReleaseMemoryOccupationReqInput(tags=tags))
+        assert fingerprint._updated is None
+        updater.resume_memory_occupation(ResumeMemoryOccupationReqInput(tags=tags))
+    assert (fingerprint._updated is not None) == changes
 
 
 def test_an_answer_bears_the_fingerprint_that_it_ends_with(

@@ -123,6 +123,21 @@ def test_unknown_weights_equal_no_other_process(
     assert fingerprint.begin_to_read_weights(args).result() == "dummy"
 
 
+def test_weights_of_another_instance_are_not_those_of_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = str(_write(tmp_path / "a", b"1"))
+    args = SimpleNamespace(
+        model_path=folder, revision=None, download_dir=None, load_format="remote_instance"
+    )
+    found = []
+    for worker in ("a", "b"):
+        fingerprint._of_another_instance.cache_clear()  # as another process
+        monkeypatch.setenv(WORKER_TOKEN, worker)
+        found.append(fingerprint.begin_to_read_weights(args).result())
+    assert found[0].startswith("unknown-") and found[0] != found[1]
+
+
 def test_weights_that_are_still_read_hold_nothing_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

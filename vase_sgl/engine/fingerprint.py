@@ -19,6 +19,8 @@ import msgspec
 import torch
 from sglang.srt.arg_groups.arg_utils import record_fields
 from sglang.srt.arg_groups.overrides import resolving_view
+from sglang.srt.constants import GPU_MEMORY_ALL_TYPES, GPU_MEMORY_TYPE_WEIGHTS
+from sglang.srt.runtime_context import get_exec
 from sglang.srt.sampling.watermarking.config import load_watermark_config
 from sglang.srt.server_args import ServerArgs
 from vase_kernels import REVISION
@@ -279,6 +281,8 @@ def begin_to_read_weights(server_args: Any) -> Future[str]:
     args = resolving_view(server_args)
     if args.load_format == "dummy":
         return _dummy
+    if args.load_format == "remote_instance":
+        return _of_another_instance()
     return _begin_to_read(args.model_path, args.revision, args.download_dir)
 
 
@@ -292,9 +296,35 @@ def note_updated_weights(*_: Any, **__: Any) -> None:
     _updated = f"updated-{_of_this_worker(f'update {_updates}')}"
 
 
+def note_reset_weights(manager: Any, request: Any) -> None:
+    """BEFORE `SchedulerWeightUpdaterManager.check_weights`; one of its actions overwrites them."""
+    if request.action == "reset_tensors":
+        note_updated_weights()
+
+
+def note_resumed_weights(manager: Any, request: Any) -> None:
+    """BEFORE `SchedulerWeightUpdaterManager.resume_memory_occupation`.
+
+    Without a backup its memory holds nothing that the weights were; upstream leaves it to an update
+    to fill it.
+    """
+    features = get_exec().features
+    has_lost = features.enable_memory_saver and not features.enable_weights_cpu_backup
+    if has_lost and GPU_MEMORY_TYPE_WEIGHTS in (request.tags or GPU_MEMORY_ALL_TYPES):
+        note_updated_weights()
+
+
 def _of_this_worker(what: str) -> str:
     """16 hex digits that no other worker has; its data-parallel schedulers all have them."""
     return hashlib.sha256(f"{os.environ[WORKER_TOKEN]} {what}".encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _of_another_instance() -> Future[str]:
+    """In place of the digest of weights that another worker sent, whose files nobody here knows."""
+    future: Future[str] = Future()
+    future.set_result(_unknown("its weights come from another instance"))
+    return future
 
 
 @functools.cache
@@ -314,5 +344,9 @@ def _weights(model_path: str, revision: str | None, download_dir: str | None) ->
     try:
         return weights_digest(model_path, revision=revision, download_dir=download_dir)
     except (WeightsNotFound, OSError) as error:
-        logger.warning("%s; replays of this process's answers will be INCOMPARABLE", error)
-        return f"unknown-{_of_this_worker('weights')}"
+        return _unknown(error)
+
+
+def _unknown(why: object) -> str:
+    logger.warning("%s; replays of this process's answers will be INCOMPARABLE", why)
+    return f"unknown-{_of_this_worker('weights')}"

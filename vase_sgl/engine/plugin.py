@@ -105,6 +105,8 @@ _INIT_NEW = (
     "write_cols",
 )
 
+_WEIGHT_UPDATER = "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+
 HOOKS: tuple[Hook, ...] = (
     Hook(
         "managers.scheduler.Scheduler._create_generation_req",
@@ -213,12 +215,39 @@ HOOKS: tuple[Hook, ...] = (
         "LongRoPE: a token's rotation does not depend on its company",
     ),
     Hook(
-        "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
-        "_observe_weight_load",
+        f"{_WEIGHT_UPDATER}._observe_weight_load",
         ("self", "source"),
         HookType.BEFORE,
         fingerprint.note_updated_weights,
         "answers of updated weights are not taken for those of the model's files",
+    ),
+    Hook(
+        f"{_WEIGHT_UPDATER}.begin_weight_update",
+        ("self", "recv_req"),
+        HookType.BEFORE,
+        fingerprint.note_updated_weights,
+        "until the end of such an update others may write into the weights",
+    ),
+    Hook(
+        f"{_WEIGHT_UPDATER}.end_weight_update",
+        ("self", "recv_req"),
+        HookType.BEFORE,
+        fingerprint.note_updated_weights,
+        "what was answered meanwhile is not taken for answers of the new weights",
+    ),
+    Hook(
+        f"{_WEIGHT_UPDATER}.check_weights",
+        ("self", "recv_req"),
+        HookType.BEFORE,
+        fingerprint.note_reset_weights,
+        "a check may overwrite the weights",
+    ),
+    Hook(
+        f"{_WEIGHT_UPDATER}.resume_memory_occupation",
+        ("self", "recv_req"),
+        HookType.BEFORE,
+        fingerprint.note_resumed_weights,
+        "memory that was given back without a backup holds other weights",
     ),
     Hook(
         "managers.tokenizer_manager.TokenizerManager.pause_generation",
