@@ -99,6 +99,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"radix_cache_backend": "flexkv"}, "leave out --radix-cache-backend"),
     ({"tokenizer_worker_num": 2}, "use --tokenizer-worker-num 1"),
     ({"allow_auto_truncate": True}, "leave out --allow-auto-truncate"),
+    ({"prefill_decode_interval": 14}, "use --prefill-decode-interval 0"),
     ({"schedule_policy": "shortest-prefill-first"}, "use another --schedule-policy"),
 ]
 

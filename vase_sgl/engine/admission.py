@@ -162,6 +162,9 @@ class ReservingPrefillAdder(PrefillAdder):
         return max(0, limit - cache.in_pages(req.kv.kv_allocated_len))
 
     def add_one_req(self, req: Req, *args: Any, **kwargs: Any) -> Any:
+        if self.new_chunked_req is not None:
+            # Of its prompt only this chunk is charged. An aligned cut leaves room in the step.
+            return AddReqResult.OTHER
         cache = cache_of(req)
         needs_ring = cache is not None and cache.params.policy.needs_queries
         ring = BudgetPool.of(self.tree_cache.req_to_token_pool).query_ring

@@ -25,6 +25,7 @@ _REQUIRED: dict[str, tuple[object, str]] = {
     "enable_unified_memory": (False, "leave out --enable-unified-memory"),
     "enable_session_radix_cache": (False, "leave out --enable-session-radix-cache"),
     "enable_priority_scheduling": (False, "leave out --enable-priority-scheduling"),
+    "prefill_decode_interval": (0, "use --prefill-decode-interval 0"),
     "disaggregation_mode": ("null", "leave out --disaggregation-mode"),
     "dllm_algorithm": (None, "leave out --dllm-algorithm"),
     "kv_canary": ("none", "leave out --kv-canary"),
