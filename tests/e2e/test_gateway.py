@@ -44,7 +44,7 @@ async def test_stream_record_and_replay(client: AsyncClient) -> None:
     stream = client.generate(
         PROMPT,
         max_new_tokens=60,
-        budget=32,
+        budget=40,
         window=8,
         policy="vase-attnv",
         seed=4,
@@ -59,9 +59,9 @@ async def test_stream_record_and_replay(client: AsyncClient) -> None:
         rounds.append(chunk.cache.rounds)
     result = stream.result
     assert len(tokens) == 60 == result.usage.completion_tokens
-    assert max(physical) <= 40
+    assert max(physical) <= 48
     assert max(rounds) >= 4 and rounds == sorted(rounds)
-    assert result.cache is not None and result.cache.reserved_slots == 40
+    assert result.cache is not None and result.cache.reserved_slots == 48
     assert len(result.round_digests) == result.cache.rounds
     assert result.full_kv_slots >= 60 + result.usage.prompt_tokens - 1
 
