@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.runtime_context import get_exec
 
 from tests.engine.scheduler_harness import Answer, SteppedScheduler
@@ -165,6 +166,24 @@ def test_where_replays_are_promised_the_tree_gets_rows_of_a_prefill_only(
     assert rows == [5, kept]
 
 
+def test_what_a_retracted_request_prefills_again_is_of_a_prefill(
+    production: SteppedScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer so far, too: the tree gets it when the request ends."""
+    for index in range(2):
+        production.submit(f"stock{index}", _prompt(index, 30), max_new_tokens=40)
+    for _ in range(20):
+        production.step()
+    checks = iter([False])  # no room once, whatever the pool says
+    monkeypatch.setattr(ScheduleBatch, "check_decode_mem", lambda *_, **__: next(checks, True))
+    production.step()
+    (retracted,) = production.scheduler.waiting_queue
+    again = len(retracted.origin_input_ids) + len(retracted.output_ids)
+    assert again > 40
+    production.run()
+    assert production.scheduler.tree_cache.evictable_size() == 30 + again
+
+
 @pytest.mark.parametrize("vase", [None, EVICT, KEEP], ids=["stock", "evict", "keep"])
 def test_a_cached_prompt_is_found_under_its_salt_alone(
     production: SteppedScheduler, vase: dict[str, Any] | None
@@ -210,7 +229,7 @@ def test_evict_leaves_the_tree_at_its_first_round(production: SteppedScheduler) 
         production.step()
         peak = max(peak, POOL - production.unowned_slots)
     (req,) = production.running
-    assert req.lock is None and req.kv.cache_protected_len == 0
+    assert req.lock is None and req.kv.cache_protected_len == req.kv.cache_inserted_len == 0
     assert tree.protected_size() == 0 and tree.evictable_size() == len(SHARED)
     assert production.free_slots == POOL - 32
     # Stated peak: prompt + budget + window (and one more window within that step).

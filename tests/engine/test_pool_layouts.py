@@ -23,6 +23,7 @@ _PAGED = (
     f"{_DECODER}[random-evict-12-False]",
     "tests/engine/test_schedules.py::test_random_schedules[True-True-60]",
     "tests/engine/test_failures_others_met.py::test_01_the_token_in_flight_has_a_slot_of_its_own",
+    "tests/engine/paged_pool.py",
 )
 _FLOAT8 = (
     *_CUTS,

@@ -106,6 +106,51 @@ def test_who_waits_for_slots_holds_no_ring(stepped: SteppedScheduler) -> None:
     assert len(stepped.answers["waits"].tokens) == 40
 
 
+def test_a_ring_is_its_owners_until_the_slots_are_back(
+    stepped: SteppedScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The overlap loop has a step of an aborted owner in flight, which writes the ring."""
+    ring = BudgetPool.of(stepped.scheduler.req_to_token_pool).query_ring
+    monkeypatch.setattr(ring, "_owners", [None])
+    stepped.answers.clear()
+    with torch.inference_mode():
+        stepped.configure(overlap=True)
+        stepped.submit("owner", PROMPT, max_new_tokens=40, vase=ATTNV)
+        for _ in range(4):
+            stepped.step()
+        (req,) = stepped.running
+        stepped.abort("owner")
+        seen = []
+        while not stepped.idle:
+            seen.append(req.kv.holds_kv)
+            assert ring.has_room() == (not req.kv.holds_kv)
+            stepped.step()
+        stepped.configure()
+    assert seen[0] and ring.has_room()
+
+
+def test_who_takes_a_former_owners_row_writes_no_ring(stepped: SteppedScheduler) -> None:
+    """Without a budget it is mapped nowhere when it begins to decode: nobody asks for rings."""
+    pool = stepped.scheduler.req_to_token_pool
+    ring = BudgetPool.of(pool).query_ring
+    stepped.answers.clear()
+    with torch.inference_mode():
+        stepped.configure()
+        stepped.submit("alone", PROMPT[:20], max_new_tokens=40, vase=ATTNV)
+        stepped.run()
+        alone = stepped.answers["alone"]
+        row = ring._mapped.index(1)
+        stepped.submit("stock", PROMPT, max_new_tokens=60)
+        for _ in range(4):
+            stepped.step()
+        assert [req.kv.req_pool_idx for req in stepped.running] == [row]
+        stepped.submit("beside", PROMPT[:20], max_new_tokens=40, vase=ATTNV)
+        stepped.run()
+    beside = stepped.answers["beside"]
+    assert (beside.tokens, beside.statistics) == (alone.tokens, alone.statistics)
+    assert beside.statistics is not None and beside.statistics["rounds"] > 0
+
+
 def _sizes(
     *, layers: int = 40, kv_heads: int = 8, heads: int = 40, head_dim: int = 128, **change: Any
 ) -> BufferSizes:

@@ -127,6 +127,7 @@ async def test_the_first_differing_token_is_named_and_the_replay_stops(running: 
 async def test_the_first_differing_round_is_named(running: Running) -> None:
     answer = await generate(running)
     running.worker.faults.other_digest_at_round = 3
+    running.worker.token_seconds = 0.002
     verdict = await replay(running, answer)
     assert (verdict.outcome, verdict.first_differing_round) == ("DIVERGED", 3)
     assert verdict.rounds_compared == 2 and verdict.first_differing_token is None
