@@ -186,13 +186,20 @@ def test_flags_that_change_what_is_drawn_are_entries() -> None:
     assert fingerprint._arithmetic(given) == {"enable_watermark": "True"}
 
 
+def test_flags_that_change_the_order_of_sums_are_entries() -> None:
+    given = ServerArgs(model_path="m", boundary_reduction="rs", attn_cp_size=2, moe_dp_size=2)
+    expected = {"boundary_reduction": "rs", "attn_cp_size": "2", "moe_dp_size": "2"}
+    assert fingerprint._arithmetic(given) == expected
+
+
 def test_variables_that_change_the_numbers_are_entries(
     stepped: SteppedScheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("MKL_CBWR", raising=False)
     plain = fingerprint.fingerprint(stepped.scheduler)
     monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
-    assert fingerprint.fingerprint(stepped.scheduler) == {**plain, "mkl_cbwr": "COMPATIBLE"}
+    monkeypatch.setenv("SGLANG_FORCE_FUSED_OP_BACKEND", "triton")
+    added = {"mkl_cbwr": "COMPATIBLE", "sglang_force_fused_op_backend": "triton"}
+    assert fingerprint.fingerprint(stepped.scheduler) == {**plain, **added}
     # Names that SGLang no longer knows would be read for nothing.
     source = Path(sglang.__file__).parent / "srt"
     text = "".join(path.read_text(encoding="utf-8") for path in source.rglob("*.py"))
@@ -205,10 +212,13 @@ def test_a_cpu_says_where_it_depends_on_company(
     def told() -> str:
         return fingerprint.fingerprint(stepped.scheduler)["deterministic"]
 
-    model = stepped.scheduler.tp_worker.model_runner.model
+    runner = stepped.scheduler.tp_worker.model_runner
     assert told() == "true"
     with monkeypatch.context() as patch:
-        patch.setattr(type(model), "__module__", "sglang.srt.models.mixtral")
+        patch.setattr(type(runner.model), "__module__", "sglang.srt.models.mixtral")
+        assert told() == "false"
+    with monkeypatch.context() as patch:  # only plain products go in tiles
+        patch.setattr(runner.model_config, "quantization", "w8a8_int8")
         assert told() == "false"
     # A file that SGLang gave up would be listed for nothing.
     assert all(importlib.util.find_spec(name) for name in fingerprint._INVARIANT_ON_CPU)
@@ -274,19 +284,41 @@ def test_an_accelerator_names_the_packages_of_its_kernels() -> None:
     scheduler = SimpleNamespace(
         chunked_prefill_size=8192, tree_cache=SimpleNamespace(page_size=1, disable=True)
     )
-    found = fingerprint._of_accelerators(scheduler)
+    args = SimpleNamespace(enable_deterministic_inference=True)
+    found = fingerprint._of_accelerators(scheduler, args)
     assert found["triton"] == triton.__version__
-    layout = {"chunked_prefill_size": "8192", "page_size": "1", "prefix_cache": "off"}
-    assert layout.items() <= found.items()
+    expected = {
+        "enable_deterministic_inference": "True",
+        "chunked_prefill_size": "8192",
+        "page_size": "1",
+        "prefix_cache": "off",
+    }
+    assert expected.items() <= found.items()
 
 
-@pytest.mark.parametrize("flag", [True, False])
-def test_an_accelerator_is_deterministic_if_it_was_asked_to_be(
-    monkeypatch: pytest.MonkeyPatch, flag: bool
+@pytest.mark.parametrize(
+    ("flag", "gemm", "quantization", "expected"),
+    [
+        (True, "auto", None, True),
+        (False, "auto", None, False),
+        (True, "gemv", None, False),
+        (True, "auto", "awq_marlin", False),
+    ],
+)
+def test_an_accelerator_is_deterministic_if_it_was_asked_to_be_and_can(
+    monkeypatch: pytest.MonkeyPatch,
+    flag: bool,
+    gemm: str,
+    quantization: str | None,
+    expected: bool,
 ) -> None:
+    """SGLang's flag takes quantised weights and a product for single rows, and changes neither."""
     monkeypatch.setattr(platform_cpu, "is_active", lambda: False)
-    args = SimpleNamespace(enable_deterministic_inference=flag)
-    assert fingerprint._is_deterministic(args, torch.nn.Linear(1, 1)) == flag
+    args = SimpleNamespace(enable_deterministic_inference=flag, bf16_gemm_backend=gemm)
+    runner = SimpleNamespace(
+        model=torch.nn.Linear(1, 1), model_config=SimpleNamespace(quantization=quantization)
+    )
+    assert fingerprint._is_deterministic(args, runner) == expected
 
 
 def test_what_decides_the_tokens_is_told(stepped: SteppedScheduler) -> None:

@@ -96,8 +96,8 @@ async def test_min_p_is_refused_where_the_workers_cannot_do_it(running: Running)
         return True
 
     assert await answers_with_min_p()
-    for device, expected in (("NVIDIA H100", False), ("cpu x", True)):
-        running.worker.fingerprint |= {"deterministic": "true", "device": device}
+    for flag, expected in (("True", False), ("False", True)):
+        running.worker.fingerprint["enable_deterministic_inference"] = flag
         async with asyncio.timeout(10):
             while await answers_with_min_p() != expected:  # until the gateway has asked it again
                 await asyncio.sleep(0.02)

@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 #: them, beside those with an entry of their own.
 _ARITHMETIC = (
     "model_impl",
+    "model_config_parser",
+    "decrypted_config_file",
     "json_model_override_args",
     "quantization",
     "rl_quant_profile",
@@ -59,12 +61,27 @@ _ARITHMETIC = (
     "bf16_gemm_backend",
     "moe_runner_backend",
     "moe_a2a_backend",
+    "flashinfer_mxfp4_moe_precision",
+    "disable_shared_experts_fusion",
+    "enforce_shared_experts_fusion",
+    "enable_fused_moe_sum_all_reduce",
     "ep_size",
+    "moe_dp_size",
+    "moe_dense_tp_size",
+    "attn_cp_size",
+    "enable_prefill_cp",
+    "enable_cp_decode_attn_tp",
+    "cp_strategy",
+    "enable_layernorm_sp",
+    "boundary_reduction",
     "disable_custom_all_reduce",
     "enable_mscclpp",
     "enable_nccl_nvls",
+    "enable_symm_mem",
     "enable_torch_symm_mem",
     "enable_flashinfer_allreduce_fusion",
+    "enforce_disable_flashinfer_allreduce_fusion",
+    "flashinfer_allreduce_fusion_backend",
     "enable_quant_communications",
     "rl_on_policy_target",
     "preferred_sampling_params",
@@ -75,9 +92,14 @@ _VARIABLES = (
     "SGLANG_BATCH_INVARIANT_OPS_ENABLE_MM_DEEPGEMM",
     "SGLANG_BATCH_INVARIANT_OPS_ENABLE_MM_FALLBACK_VARIANT",
     "SGLANG_DETERMINISTIC_NCCL_NCHANNELS",
+    "SGLANG_ENABLE_FP8_GEMM_CONFIG_TUNE",
+    "SGLANG_ENABLE_JIT_DEEPGEMM",
     "SGLANG_FLASHINFER_DECODE_SPLIT_TILE_SIZE",
     "SGLANG_FLASHINFER_PREFILL_SPLIT_TILE_SIZE",
     "SGLANG_FLASHINFER_USE_TENSOR_CORE",
+    "SGLANG_FORCE_FP8_MARLIN",
+    "SGLANG_FORCE_FUSED_OP_BACKEND",
+    "SGLANG_FP8_IGNORED_LAYERS",
     "SGLANG_OPT_USE_CUSTOM_ALL_REDUCE_V2",
     "SGLANG_OPT_USE_GUMBEL_SAMPLE",
     "SGLANG_ROPE_CACHE_FP32",
@@ -126,6 +148,8 @@ _INVARIANT_ON_CPU = frozenset(
         "qwen3",
     )
 )
+#: The `--bf16-gemm-backend` that multiplies single rows in another way than several.
+_SINGLE_ROWS = "gemv"
 #: What names a CPU there: x86's fields (virtual machines often hide the name), then Arm's.
 _CPU_FACTS = ("model name", "cpu family", "model", "CPU implementer", "CPU part")
 
@@ -145,6 +169,8 @@ def fingerprint(scheduler: Any) -> dict[str, str]:
     global _told
     args = resolving_view(scheduler.server_args)
     runner = scheduler.tp_worker.model_runner
+    on_cpu = platform_cpu.is_active()
+    of_platform = _of_cpu(runner.dtype) if on_cpu else _of_accelerators(scheduler, args)
     _told = {
         "model": Path(args.model_path).name,
         "weights_digest": _updated or _digest_of_weights(scheduler.server_args),
@@ -157,10 +183,10 @@ def fingerprint(scheduler: Any) -> dict[str, str]:
         "dtype": str(runner.dtype).removeprefix("torch."),
         "kv_cache_dtype": str(runner.token_to_kv_pool.dtype).removeprefix("torch."),
         "attention_backend": type(runner.attn_backend).__name__,
-        "deterministic": str(_is_deterministic(args, runner.model)).lower(),
+        "deterministic": str(_is_deterministic(args, runner)).lower(),
         "device": _device_name(),
         "tp_size": str(args.tp_size),
-        **(_of_cpu(runner.dtype) if platform_cpu.is_active() else _of_accelerators(scheduler)),
+        **of_platform,
         **rope.chosen_rope(runner.model),
         **_arithmetic(scheduler.server_args),
         **{name.lower(): os.environ[name] for name in _VARIABLES if name in os.environ},
@@ -188,13 +214,14 @@ def _of_cpu(dtype: torch.dtype) -> dict[str, str]:
     }
 
 
-def _of_accelerators(scheduler: Any) -> dict[str, str]:
+def _of_accelerators(scheduler: Any, args: Any) -> dict[str, str]:
     """What decides rounding in accelerators' kernels: how prompts are cut and stored, and packages.
 
     SGLang pins these packages, but nothing holds an installation to that; Triton compiles for
     itself. Our CPU platform needs none of it: tests show the same bits for every layout.
     """
     return {
+        "enable_deterministic_inference": str(args.enable_deterministic_inference),
         "chunked_prefill_size": str(scheduler.chunked_prefill_size),
         "page_size": str(scheduler.tree_cache.page_size),
         "prefix_cache": "off" if scheduler.tree_cache.disable else "on",
@@ -246,16 +273,23 @@ def _digest_of_tokenizer(server_args: Any) -> str:
     return _tokenizer(args.tokenizer_path or args.model_path, args.revision)
 
 
-def _is_deterministic(args: Any, model: torch.nn.Module) -> bool:
+def _is_deterministic(args: Any, runner: Any) -> bool:
     """Whether an answer does not depend on its company.
+
+    Not with quantised weights: some of their kernels add in any order, others have tiles chosen by
+    the number of rows, and SGLang's flag leaves them alone, as it does the backend for single rows.
 
     On our CPU platform by its own layers and sampling; not with SGLang's attention, nor for models
     with other layers, such as mixtures of experts, whose products have as many rows as tokens chose
     the expert.
     """
+    if runner.model_config.quantization is not None:
+        return False
     if not platform_cpu.is_active():
-        return bool(args.enable_deterministic_inference)
-    return engine_config().cpu_decode == "batched" and type(model).__module__ in _INVARIANT_ON_CPU
+        rows_alike = args.bf16_gemm_backend != _SINGLE_ROWS
+        return bool(args.enable_deterministic_inference) and rows_alike
+    by_module = type(runner.model).__module__ in _INVARIANT_ON_CPU
+    return engine_config().cpu_decode == "batched" and by_module
 
 
 @functools.cache

@@ -268,10 +268,9 @@ def sampling_of(params: pb.SamplingParams) -> dict[str, Any]:
 
 def check_min_p(min_p: float, info: WorkerInfo) -> None:
     """The worker's sampler knows min_p: SGLang's draw by seed does not, our CPU platform's does."""
-    by_seed = info.fingerprint.get("deterministic") == "true"
-    on_cpu = info.fingerprint.get("device", "").startswith("cpu ")
+    by_seed = info.fingerprint.get("enable_deterministic_inference") == "True"
     require(
-        min_p == 0 or not by_seed or on_cpu,
+        min_p == 0 or not by_seed,
         "sampling.min_p: cannot be used with workers that run on a GPU with "
         "--enable-deterministic-inference; leave it out, or use top_p",
     )
