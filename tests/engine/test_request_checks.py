@@ -65,6 +65,20 @@ ROW = [0.5] * 64
         ({"stop_token_ids": [7, 10**9]}, {}, "stop_token_ids: .* from 0 up to 256 exclusive"),
         ({"stop_token_ids": [256]}, {}, "stop_token_ids"),
         ({"stop_token_ids": [-1]}, {}, "stop_token_ids"),
+        (
+            {"stop_regex": r"(\w+\s?)+\x00"},
+            {},
+            "stop_regex: matching could take more than 1000 steps",
+        ),
+        ({"stop_regex": "a+b"}, {}, "stop_regex"),  # an a's steps grow with those after it
+        ({"stop_regex": "(?=a*)b"}, {}, "stop_regex"),
+        ({"stop_regex": "(a|b*)c"}, {}, "stop_regex"),
+        ({"stop_regex": "a?" * 20 + "a" * 20}, {}, "stop_regex"),
+        ({"stop_regex": "(a|aa)" * 10}, {}, "stop_regex"),
+        ({"stop_regex": r"(a{1,10}\s?){1,10}b"}, {}, "stop_regex"),
+        ({"stop_regex": "(?:){999999}"}, {}, "stop_regex"),
+        ({"stop_regex": r"(a)\1"}, {}, "stop_regex"),
+        ({"stop_regex": ["[ab]{0,600}", "c{0,600}"]}, {}, "stop_regex"),  # together
         ({}, {"top_logprobs_num": 10**6}, "top_logprobs_num: must be from 0 to 256"),
         ({}, {"top_logprobs_num": -3}, "top_logprobs_num"),
         ({}, {"logprob_start_len": -2}, "logprob_start_len: must be -1 "),
@@ -94,6 +108,11 @@ def test_what_would_end_the_scheduler_is_refused(
         ({}, {}),
         ({"top_k": -1, "min_p": 0.5, "repetition_penalty": 0.01}, {}),
         ({"temperature": 1, "max_new_tokens": None, "stop": "a", "stop_regex": ["a+"]}, {}),
+        (
+            {"stop_regex": ["</answer>", r"\n(?:Question|Q):\s*", r"(?i)^[a-z]{1,40}\.\d{1,9}\b"]},
+            {},
+        ),
+        ({"stop_regex": [r"\d{1,3}(\.\d{1,3}){3}", "(?<!a)b(?=c)", "(a|ab){3,}"]}, {}),
         ({"json_schema": "{}", "custom_params": {"a": {"b": {"c": [1]}}}}, {}),
         ({"temperature": 0, "logit_bias": {"1": -1e30, "255": 1e30}}, {}),
         ({"min_new_tokens": 1, "stop_token_ids": [0, 255, None]}, {}),

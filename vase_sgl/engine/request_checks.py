@@ -1,4 +1,4 @@
-"""Requests that would end the scheduler, refused in the tokenizer process.
+"""Requests that would end the scheduler, or hold it up, refused in the tokenizer process.
 
 SGLang's own checks let them through; an exception in its scheduler ends the whole worker.
 """
@@ -15,7 +15,7 @@ from sglang.srt.managers.io_struct import SessionParams, TokenizedGenerateReqInp
 from sglang.srt.runtime_context import get_exec
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from vase_sgl.engine import platform_cpu
+from vase_sgl.engine import platform_cpu, stop_regex
 
 _MAX_INT32 = 2**31 - 1
 #: Smaller ones, and larger biases, may overflow a logit, and probabilities are then no numbers.
@@ -115,6 +115,13 @@ _CHECKS: tuple[_Check, ...] = (
             0 <= token < model.vocab_size for token in request.sampling_params.stop_token_ids or ()
         ),
         "must be tokens of the model, from 0 up to {model.vocab_size} exclusive",
+    ),
+    (
+        "stop_regex",
+        lambda request, model: stop_regex.are_quick(request.sampling_params.stop_regex_strs),
+        f"matching could take more than {stop_regex.MAX_STEPS} steps at every character, while all "
+        "requests wait; let repeats without an upper bound (*, +) only end a pattern, bound the "
+        "others closely, and leave out back-references",
     ),
     (
         "top_logprobs_num",
