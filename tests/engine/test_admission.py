@@ -85,3 +85,56 @@ def test_a_least_output_is_bounded_as_the_most(stepped: SteppedScheduler) -> Non
     sampling.max_new_tokens, sampling.min_new_tokens = 10 * CONTEXT, 2 * CONTEXT
     stepped.scheduler.init_req_max_new_tokens(req)
     assert sampling.min_new_tokens == sampling.max_new_tokens == CONTEXT - 2 - 30
+
+
+@pytest.fixture
+def by_priority(stepped: SteppedScheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with --enable-priority-scheduling --disable-priority-preemption."""
+    assert not stepped.scheduler.enable_priority_preemption
+    monkeypatch.setattr(stepped.scheduler, "enable_priority_scheduling", True)
+    monkeypatch.setattr(stepped.scheduler.policy, "enable_priority_scheduling", True)
+
+
+def _submit(stepped: SteppedScheduler, rid: str, priority: int | None) -> None:
+    """All alike: 158 slots until the first round, then 32. Two fit at once."""
+    stepped.submit(rid, PROMPT[:150], max_new_tokens=60, vase=BUDGET, fields={"priority": priority})
+
+
+def _expect_equal_answers(stepped: SteppedScheduler, rids: set[str]) -> None:
+    answers = [stepped.answers[rid] for rid in rids]
+    assert all(answer.finish and answer.finish["type"] == "length" for answer in answers)
+    assert all(answer.tokens == answers[0].tokens for answer in answers)
+    assert all(answer.statistics == answers[0].statistics for answer in answers)
+
+
+def test_priorities_sort_who_waits_and_take_nobodys_slots(
+    stepped: SteppedScheduler, by_priority: None
+) -> None:
+    _submit(stepped, "first", 0)
+    _submit(stepped, "second", 0)
+    stepped.step()
+    for rid, priority in (("none", None), ("low", 1), ("middle", 2), ("high", 3)):
+        _submit(stepped, rid, priority)
+    order: list[str] = []
+    while not stepped.idle:
+        stepped.step()
+        order += [req.rid for req in stepped.running if req.rid not in order]
+    assert order == ["first", "second", "high", "middle", "low", "none"]
+    _expect_equal_answers(stepped, set(order))
+
+
+def test_who_waits_makes_way_for_a_higher_priority(
+    stepped: SteppedScheduler, by_priority: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With --max-queued-requests. Nobody who runs does."""
+    monkeypatch.setattr(stepped.scheduler, "max_queued_requests", 2)
+    for rid in ("first", "second"):
+        _submit(stepped, rid, 0)
+    stepped.step()
+    for rid, priority in (("low", 1), ("middle", 2), ("high", 3), ("late", 1)):
+        _submit(stepped, rid, priority)
+    for rid, text in (("low", "by a higher priority request"), ("late", "queue is full")):
+        finish = stepped.answers[rid].finish
+        assert finish is not None and finish["status_code"] == 503 and text in finish["message"]
+    stepped.run()
+    _expect_equal_answers(stepped, {"first", "second", "middle", "high"})

@@ -96,6 +96,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"disaggregation_mode": "decode"}, "leave out --disaggregation-mode"),
     ({"enable_hierarchical_cache": True}, "leave out --enable-hierarchical-cache"),
     ({"enable_flexkv": True}, "leave out --enable-flexkv"),
+    (
+        {"enable_unified_cache_external_linker": True},
+        "leave out --enable-unified-cache-external-linker",
+    ),
+    (
+        {"enable_priority_scheduling": True},
+        "use --enable-priority-scheduling with --disable-priority-preemption",
+    ),
     ({"radix_cache_backend": "flexkv"}, "leave out --radix-cache-backend"),
     ({"tokenizer_worker_num": 2}, "use --tokenizer-worker-num 1"),
     ({"allow_auto_truncate": True}, "leave out --allow-auto-truncate"),
@@ -111,6 +119,11 @@ def test_unsupported_flags_are_refused_by_name(
     limits.refuse_unsupported_flags(ServerArgs(model_path=str(tiny_model)))
     with pytest.raises(limits.UnsupportedConfiguration, match=cure):
         limits.refuse_unsupported_flags(ServerArgs(model_path=str(tiny_model), **flags))
+
+
+def test_priorities_without_preemption_are_not_refused(tiny_model: Path) -> None:
+    flags = {"enable_priority_scheduling": True, "disable_priority_preemption": True}
+    limits.refuse_unsupported_flags(ServerArgs(model_path=str(tiny_model), **flags))
 
 
 def test_the_scheduler_itself_refuses(stepped: SteppedScheduler, tiny_model: Path) -> None:
@@ -401,8 +414,8 @@ def test_the_table_of_refused_flags_is_complete() -> None:
     """docs/engine.md lists exactly what `limits` refuses."""
     text = (Path(__file__).parents[2] / "docs" / "engine.md").read_text()
     section = text.split("## Refused at start-up")[1].split("##")[0]
-    listed = re.findall(r"^\| `(\w+)` (?:`[\w-]+` )?\|", section, flags=re.MULTILINE)
-    assert sorted(listed) == sorted([*limits._REQUIRED, *limits._REFUSED])
+    listed = re.findall(r"^\| `(\w+)` (?:`[\w-]+` |without `[\w-]+` )?\|", section, re.MULTILINE)
+    assert sorted(listed) == sorted([*limits._REQUIRED, *limits._REFUSED, *limits._ONLY_WITH])
 
 
 def test_retractions_are_counted_from_zero_on(

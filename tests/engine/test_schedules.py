@@ -88,6 +88,15 @@ def test_random_schedules(
         stepped.configure()
 
 
+def test_random_schedules_with_priorities(
+    stepped: SteppedScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(stepped.scheduler, "enable_priority_scheduling", True)
+        patch.setattr(stepped.scheduler.policy, "enable_priority_scheduling", True)
+        test_random_schedules(stepped, overlap=True, prefix_cache=True, examples=30)
+
+
 def _check_schedule(stepped: SteppedScheduler, schedule: list[tuple[str, Any]]) -> None:
     submitted: list[tuple[str, dict[str, Any]]] = []
     aborted: set[str] = set()
@@ -97,7 +106,11 @@ def _check_schedule(stepped: SteppedScheduler, schedule: list[tuple[str, Any]]) 
             start = 0 if argument["shares_prompt"] else len(submitted)
             prompt = [2 + (7 * i + start) % (VOCAB - 2) for i in range(argument["prompt"])]
             stepped.submit(
-                rid, prompt, max_new_tokens=argument["max_new_tokens"], vase=argument["vase"]
+                rid,
+                prompt,
+                max_new_tokens=argument["max_new_tokens"],
+                vase=argument["vase"],
+                fields={"priority": argument["prompt"] % 3},
             )
             submitted.append((rid, argument))
         elif action == "step":

@@ -16,6 +16,10 @@ _REQUIRED: dict[str, tuple[object, str]] = {
     "enable_hisparse": (False, "leave out --enable-hisparse"),
     "enable_lmcache": (False, "leave out --enable-lmcache"),
     "enable_flexkv": (False, "leave out --enable-flexkv"),
+    "enable_unified_cache_external_linker": (
+        False,
+        "leave out --enable-unified-cache-external-linker",
+    ),
     "radix_cache_backend": (None, "leave out --radix-cache-backend"),
     "enable_dp_attention": (False, "leave out --enable-dp-attention"),
     "enable_pdmux": (False, "leave out --enable-pdmux"),
@@ -24,7 +28,6 @@ _REQUIRED: dict[str, tuple[object, str]] = {
     "enable_lora": (False, "leave out --enable-lora"),
     "enable_unified_memory": (False, "leave out --enable-unified-memory"),
     "enable_session_radix_cache": (False, "leave out --enable-session-radix-cache"),
-    "enable_priority_scheduling": (False, "leave out --enable-priority-scheduling"),
     "prefill_decode_interval": (0, "use --prefill-decode-interval 0"),
     "disaggregation_mode": ("null", "leave out --disaggregation-mode"),
     "dllm_algorithm": (None, "leave out --dllm-algorithm"),
@@ -39,6 +42,14 @@ _REQUIRED: dict[str, tuple[object, str]] = {
 #: flag -> (values that are refused, what to do)
 _REFUSED: dict[str, tuple[Collection[object], str]] = {
     "schedule_policy": (("shortest-prefill-first",), "use another --schedule-policy"),
+}
+
+#: flag -> (the flag without which it is refused, what to do)
+_ONLY_WITH: dict[str, tuple[str, str]] = {
+    "enable_priority_scheduling": (
+        "disable_priority_preemption",
+        "use --enable-priority-scheduling with --disable-priority-preemption",
+    ),
 }
 
 
@@ -61,6 +72,9 @@ def refuse_unsupported_flags(server_args: Any) -> None:
         value = getattr(resolved, name)
         if value in refused:
             cures.append(f"{cure} ({name} is {value!r})")
+    for name, (other, cure) in _ONLY_WITH.items():
+        if getattr(resolved, name) and not getattr(resolved, other):
+            cures.append(f"{cure} ({other} is False)")
     if cures:
         raise UnsupportedConfiguration("a static KV budget needs: " + "; ".join(cures))
 
