@@ -308,7 +308,7 @@ class TestSampling:
             need_top_k_sampling=top_k == 4,
             need_min_p_sampling=False,
             vocab_size=5,
-            sampling_seed=torch.arange(rows),
+            sampling_seed=torch.tensor([(1, seed) for seed in range(rows)]),
             sampling_mask_batch_indices=torch.arange(rows),
         )
         probs = self.probs.repeat(rows, 1)

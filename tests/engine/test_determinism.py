@@ -106,6 +106,7 @@ def test_sampling_seed_decides_the_tokens_at_temperature(stepped: SteppedSchedul
 
     assert tokens(1) == tokens(1)
     assert tokens(1) != tokens(2)
+    assert tokens(-1) == tokens(-1) != tokens(1)  # SGLang takes negative ones
     assert tokens(None) != tokens(None)  # without a seed: SGLang's own generator
 
 

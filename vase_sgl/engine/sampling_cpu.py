@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from vase_kernels.reference.philox import philox4x32
 
-#: Marks a row without a seed; seeds are non-negative.
-NO_SEED = -1
 #: First counter word: keeps these draws apart from eviction's, which put a layer index there.
 _SAMPLING_STREAM = 0xFFFFFFFF
 
@@ -24,14 +22,13 @@ _SAMPLING_STREAM = 0xFFFFFFFF
 def carry_seeds(result: Any, cls: type, batch: Any, vocab_size: int) -> Any:
     """AFTER `SamplingBatchInfo.from_schedule_batch`: put the requests' seeds into the batch.
 
+    int64 [rows, 2]: whether there is a seed, for which upstream takes any int64, and the seed.
     Always a tensor, because upstream merges batches field by field.
     """
     seeds = [req.sampling_params.sampling_seed for req in batch.reqs]
     result.sampling_seed = torch.tensor(
-        [NO_SEED if seed is None else seed for seed in seeds],
-        dtype=torch.int64,
-        device=batch.device,
-    )
+        [(seed is not None, seed or 0) for seed in seeds], dtype=torch.int64, device=batch.device
+    ).reshape(len(seeds), 2)
     return result
 
 
@@ -44,8 +41,8 @@ def sample_with_seeds(
     simple_sampling_case: bool,
 ) -> Any:
     """AROUND `Sampler._sample_from_probs`: stock draw for all rows, then seeded rows replaced."""
-    seeds = sampling_info.sampling_seed
-    seeded = (seeds != NO_SEED).nonzero().flatten()
+    has_seed, seeds = sampling_info.sampling_seed.unbind(dim=1)
+    seeded = has_seed.nonzero().flatten()
     stock_info = dataclasses.replace(sampling_info, sampling_seed=None)
     if seeded.numel() == 0:
         return original(sampler, probs, stock_info, positions, simple_sampling_case)
