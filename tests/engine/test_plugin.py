@@ -121,6 +121,14 @@ def test_unsupported_flags_are_refused_by_name(
         limits.refuse_unsupported_flags(ServerArgs(model_path=str(tiny_model), **flags))
 
 
+def test_a_server_without_hooks_is_refused(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SGLANG_RUST_SERVER", "1")
+    with pytest.raises(limits.UnsupportedConfiguration, match="unset SGLANG_RUST_SERVER"):
+        limits.refuse_unsupported_flags(ServerArgs(model_path=str(tiny_model)))
+
+
 def test_priorities_without_preemption_are_not_refused(tiny_model: Path) -> None:
     flags = {"enable_priority_scheduling": True, "disable_priority_preemption": True}
     limits.refuse_unsupported_flags(ServerArgs(model_path=str(tiny_model), **flags))

@@ -108,7 +108,11 @@ def test_unknown_weights_equal_no_other_process(
     cache: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = SimpleNamespace(
-        model_path="org/name", revision=None, download_dir=None, load_format="auto"
+        model_path="org/name",
+        revision=None,
+        download_dir=None,
+        load_format="auto",
+        weight_cache_mode="off",
     )
     names = []
     for worker in ("a", "b"):
@@ -123,16 +127,22 @@ def test_unknown_weights_equal_no_other_process(
     assert fingerprint.begin_to_read_weights(args).result() == "dummy"
 
 
-def test_weights_of_another_instance_are_not_those_of_the_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("load_format", "weight_cache_mode"), [("remote_instance", "off"), ("auto", "client")]
+)
+def test_weights_of_another_process_are_not_those_of_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load_format: str, weight_cache_mode: str
 ) -> None:
-    folder = str(_write(tmp_path / "a", b"1"))
     args = SimpleNamespace(
-        model_path=folder, revision=None, download_dir=None, load_format="remote_instance"
+        model_path=str(_write(tmp_path / "a", b"1")),
+        revision=None,
+        download_dir=None,
+        load_format=load_format,
+        weight_cache_mode=weight_cache_mode,
     )
     found = []
     for worker in ("a", "b"):
-        fingerprint._of_another_instance.cache_clear()  # as another process
+        fingerprint._of_another_process.cache_clear()  # as another process
         monkeypatch.setenv(WORKER_TOKEN, worker)
         found.append(fingerprint.begin_to_read_weights(args).result())
     assert found[0].startswith("unknown-") and found[0] != found[1]
@@ -145,7 +155,11 @@ def test_weights_that_are_still_read_hold_nothing_up(
     monkeypatch.setattr(fingerprint, "weights_digest", lambda *_, **__: slow.wait() and "digest")
     monkeypatch.setattr(fingerprint, "_PATIENCE_SECONDS", 0.01)
     args = SimpleNamespace(
-        model_path=str(tmp_path), revision=None, download_dir=None, load_format="auto"
+        model_path=str(tmp_path),
+        revision=None,
+        download_dir=None,
+        load_format="auto",
+        weight_cache_mode="off",
     )
     with pytest.raises(fingerprint.WeightsNotRead):
         fingerprint._digest_of_weights(args)

@@ -315,8 +315,8 @@ def begin_to_read_weights(server_args: Any) -> Future[str]:
     args = resolving_view(server_args)
     if args.load_format == "dummy":
         return _dummy
-    if args.load_format == "remote_instance":
-        return _of_another_instance()
+    if args.load_format == "remote_instance" or args.weight_cache_mode != "off":
+        return _of_another_process()
     return _begin_to_read(args.model_path, args.revision, args.download_dir)
 
 
@@ -354,10 +354,13 @@ def _of_this_worker(what: str) -> str:
 
 
 @functools.cache
-def _of_another_instance() -> Future[str]:
-    """In place of the digest of weights that another worker sent, whose files nobody here knows."""
+def _of_another_process() -> Future[str]:
+    """In place of the digest of weights that another worker, or a weight cache's daemon, holds.
+
+    Nobody here knows of what files they are.
+    """
     future: Future[str] = Future()
-    future.set_result(_unknown("its weights come from another instance"))
+    future.set_result(_unknown("its weights come from another process"))
     return future
 
 

@@ -60,6 +60,7 @@ class UnsupportedConfiguration(RuntimeError):
 def refuse_unsupported_flags(server_args: Any) -> None:
     """Raise `UnsupportedConfiguration` naming every refused flag and its cure."""
     from sglang.srt.arg_groups.overrides import resolving_view
+    from sglang.srt.environ import envs
 
     # Some flags turn on others, which SGLang notes beside what was given.
     resolved = resolving_view(server_args)
@@ -75,6 +76,9 @@ def refuse_unsupported_flags(server_args: Any) -> None:
     for name, (other, cure) in _ONLY_WITH.items():
         if getattr(resolved, name) and not getattr(resolved, other):
             cures.append(f"{cure} ({other} is False)")
+    if envs.SGLANG_RUST_SERVER.get():
+        # Its HTTP server asks none of the hooks that check requests and report their statistics.
+        cures.append("unset SGLANG_RUST_SERVER")
     if cures:
         raise UnsupportedConfiguration("a static KV budget needs: " + "; ".join(cures))
 
