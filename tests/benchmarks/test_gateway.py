@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from vase_sgl.gateway.router import DEFAULT_IN_FLIGHT
+from vase_sgl.gateway.leases import DEFAULT_IN_FLIGHT
 
 
 def test_alone(tmp_path: Path) -> None:

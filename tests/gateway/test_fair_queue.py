@@ -24,8 +24,8 @@ async def until_waiting(running: Running, count: int) -> None:
 
 def assert_nothing_is_held(running: Running) -> None:
     """What was leaked would be missing for good: the worker never gets full again."""
-    (entry,) = running.gateway._router._entries.values()
-    assert (entry.in_flight, entry.slots, entry.query_readers) == (0, 0, 0)
+    (load,) = running.gateway._fleet.loads.values()
+    assert (load.in_flight, load.slots, load.query_readers) == (0, 0, 0)
 
 
 async def test_tenants_take_turns(tmp_path: Path) -> None:

@@ -235,4 +235,4 @@ async def test_a_client_that_opens_and_leaves(target: Running) -> None:
     async with asyncio.timeout(10):
         while target.worker.running or target.gateway._metrics.open_requests:
             await asyncio.sleep(0.02)
-    assert all(status.in_flight == 0 for status in target.gateway._router.statuses())
+    assert all(status.in_flight == 0 for status in target.gateway._fleet.statuses())

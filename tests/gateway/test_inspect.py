@@ -56,7 +56,7 @@ async def test_who_may_not_is_told_why(tmp_path: Path) -> None:
         with pytest.raises(InvalidRequest, match="without eviction everything is kept; set a b"):
             await c.generate_once("a", inspect=True)
         running.worker.can_inspect = False
-        await running.gateway._router.check_all()
+        await running.gateway._fleet.check_all()
         with pytest.raises(InvalidRequest, match="start them with --vase-inspect-dir DIR, or"):
             await c.generate_once("a", **EVICT)
         assert running.worker.bodies == []
@@ -75,7 +75,7 @@ async def test_over_http(tmp_path: Path) -> None:
         httpx.AsyncClient(base_url=running.http_url) as http,
     ):
         running.worker.default_eviction = {"budget": 32, "window": 8}
-        await running.gateway._router.check_all()
+        await running.gateway._fleet.check_all()
         key = running.add_tenant("inspector", roles=["generate", "inspect"])
 
         async def complete(vase: object) -> httpx.Response:

@@ -19,8 +19,10 @@ from vase_sgl.gateway.breaker import Trial
 from vase_sgl.gateway.config import WorkerSection
 from vase_sgl.gateway.errors import WorkerUnavailable
 from vase_sgl.gateway.fair_queue import FairQueue
+from vase_sgl.gateway.fleet import Fleet as Workers
+from vase_sgl.gateway.leases import Lease
 from vase_sgl.gateway.need import Need
-from vase_sgl.gateway.router import Lease, WorkerRouter
+from vase_sgl.gateway.router import WorkerRouter
 from vase_sgl.gateway.workers import Worker, WorkerChunk, WorkerInfo
 
 #: 1000 slots.
@@ -47,20 +49,21 @@ class Fleet:
         async def tell(ready: bool) -> None:
             raise AssertionError("nothing is watched")
 
-        self.router = WorkerRouter(
+        self.workers = Workers(
             [cast(Worker, SimpleNamespace(name=name)) for name in names],
             WorkerSection(urls=("http://x:1",)),
             on_change=tell,
             on_room=self.queue.dispatch,
         )
-        for entry in self.router._entries.values():
-            entry.info = INFO
+        self.router = WorkerRouter(self.workers)
+        for load in self.workers.loads.values():
+            load.found_ready(INFO)
         self.tasks: list[asyncio.Task[Lease]] = []
 
     def kept(self) -> str:
         """Names of the workers that are kept for somebody."""
-        entries = self.router._entries.values()
-        return "".join(entry.worker.name for entry in entries if entry.kept_for is not None)
+        loads = self.workers.loads.values()
+        return "".join(load.worker.name for load in loads if load.kept_for is not None)
 
     async def ask(self, tenant: str, slots: int) -> asyncio.Task[Lease]:
         """One more request; it was served if the task is done."""
@@ -164,13 +167,13 @@ async def test_what_answers_have_grown_by_is_free_when_they_end(
         big = await f.ask("bob", 650)
         overtaker = await f.served("mallory", 100)
         overtaker.answered(WorkerChunk("", [1] * 300))
-        entry = f.router._entries["a"]
-        entry.info, entry.slots_at_check = dataclasses.replace(INFO, reserved_slots=800), 500
+        load = f.workers.loads["a"]
+        load.found_ready(dataclasses.replace(INFO, reserved_slots=800))
         before.release()
         await f.after(11)
         assert f.kept() == "a"
         overtaker.release()
-        entry.info, entry.slots_at_check = INFO, 300
+        load.found_ready(INFO)
         await f.after(1)
         assert big.done()
 
@@ -180,7 +183,7 @@ async def test_a_worker_that_is_too_small_is_not_kept(monkeypatch: pytest.Monkey
     with fleet(monkeypatch, "ab") as f:
         with pytest.raises(WorkerUnavailable, match="allow less than this request needs"):
             (await f.ask("bob", 994)).result()  # SGLang wants 7 beside a prompt
-        f.router._entries["b"].info = dataclasses.replace(INFO, total_slots=2000)
+        f.workers.loads["b"].found_ready(dataclasses.replace(INFO, total_slots=2000))
         before = [await f.served("mallory", 800) for _ in "ab"]
         big = await f.ask("bob", 1500)
         overtakers = [await f.served("mallory", slots) for slots in (600, 100)]
@@ -207,8 +210,8 @@ async def test_a_worker_that_is_being_tried_is_not_kept_before_others(
         for blocker in blockers:
             blocker.release()
         least = overtakers[1].worker.name
-        monkeypatch.setattr(f.router._entries[least].breaker, "_opened", -1000.0)
-        monkeypatch.setattr(f.router._entries[least].breaker, "_trial", Trial())
+        monkeypatch.setattr(f.workers.loads[least].breaker, "_opened", -1000.0)
+        monkeypatch.setattr(f.workers.loads[least].breaker, "_trial", Trial())
         await f.after(11)
         assert f.kept() == overtakers[0].worker.name != least
         overtakers[0].release()
@@ -273,7 +276,7 @@ async def test_another_worker_is_kept_when_that_one_is_lost(
     with fleet(monkeypatch, "abc") as f:
         big, overtakers = await three_workers(f)
         lost, then, _ = sorted(overtakers, key=lambda name: overtakers[name].slots)
-        f.router._entries[lost].info = None
+        f.workers.loads[lost].found_lost("it is gone")
         await f.after(0)
         assert f.kept() == then
         overtakers[then].release()

@@ -161,7 +161,7 @@ async def test_a_worker_has_to_show_a_certificate_of_the_authority(
         checked = worker.health_checks
         async with run_gateway(unknown, worker={"urls": [worker.url, plain.url]}) as running:
             await until(lambda: f"worker {worker.url} is not ready" in caplog.text)
-            (status,) = (s for s in running.gateway._router.statuses() if s.name == worker.url)
+            (status,) = (s for s in running.gateway._fleet.statuses() if s.name == worker.url)
             assert not status.ready and worker.health_checks == checked > 0
         assert "shows no certificate that is trusted here" in caplog.text
 

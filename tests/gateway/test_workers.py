@@ -21,8 +21,10 @@ from vase_sgl.gateway.breaker import BreakerState, CircuitBreaker
 from vase_sgl.gateway.config import BreakerSection, WorkerSection
 from vase_sgl.gateway.discovery import discover, resolve
 from vase_sgl.gateway.errors import WorkerUnavailable
+from vase_sgl.gateway.fleet import Fleet as Workers
+from vase_sgl.gateway.leases import Lease
 from vase_sgl.gateway.need import Need
-from vase_sgl.gateway.router import Lease, WorkerRouter
+from vase_sgl.gateway.router import WorkerRouter
 from vase_sgl.gateway.worker_http import HttpWorker, worker_info
 from vase_sgl.gateway.workers import CacheStats, WorkerChunk, WorkerInfo
 from vase_sgl.worker_key import WORKER_KEY
@@ -35,7 +37,7 @@ class Fleet:
     two: ScriptedWorker
 
     def states(self) -> dict[str, BreakerState]:
-        return {status.name: status.breaker for status in self.running.gateway._router.statuses()}
+        return {status.name: status.breaker for status in self.running.gateway._fleet.statuses()}
 
 
 @asynccontextmanager
@@ -329,10 +331,10 @@ async def routed(
         """Nobody asks."""
 
     section = WorkerSection(urls=("http://x:1",), **settings)
-    router = WorkerRouter(workers, section, on_change=ignore, on_room=on_room)  # type: ignore[arg-type]
-    await router.check_all()
-    yield router
-    await router.close()
+    watched = Workers(workers, section, on_change=ignore, on_room=on_room)  # type: ignore[arg-type]
+    await watched.check_all()
+    yield WorkerRouter(watched)
+    await watched.close()
 
 
 def taken(router: WorkerRouter, **options: Any) -> Lease:
@@ -368,20 +370,20 @@ async def test_room_that_a_first_round_makes_is_told_at_once() -> None:
             cache = CacheStats(50, 50, 0, 0, reserved_slots=slots, digest="")
             lease.answered(WorkerChunk("a", [1], cache))
             assert len(told) == times
-        assert router.statuses()[0].reserved_slots == 40
+        assert router._fleet.statuses()[0].reserved_slots == 40
         lease.release()
 
 
 async def test_a_worker_that_failed_is_looked_at_once_and_soon() -> None:
     worker = Told()
     async with routed(worker, health_interval_seconds=60) as router:
-        router.start()
+        router._fleet.start()
         await until(lambda: worker.checks == 2)
         worker.healthy = False
         lease = taken(router)
         lease.failed()
         lease.release()
-        await until(lambda: not router.statuses()[0].ready)
+        await until(lambda: not router._fleet.statuses()[0].ready)
         await asyncio.sleep(0.3)
         assert worker.checks == 3
 
@@ -395,12 +397,12 @@ async def test_a_worker_that_left_is_closed_after_its_last_request() -> None:
 
     worker = Told()
     async with routed(health_interval_seconds=0.02) as router:
-        router.start(discovered())
+        router._fleet.start(discovered())
         looks.put_nowait([worker])
         await until(lambda: worker.checks > 1)
         leases = [taken(router), taken(router)]
         looks.put_nowait([])
-        await until(lambda: not router.statuses())
+        await until(lambda: not router._fleet.statuses())
         for lease in leases:
             await asyncio.sleep(0.01)
             assert not worker.closed
@@ -421,7 +423,7 @@ async def test_a_worker_that_left_is_not_closed_in_the_name_of_its_last_request(
 
     async with routed(Closing()) as router:
         lease = taken(router)
-        router._leaving.add(router._entries.pop("told"))
+        router._fleet._let_go(router._fleet.loads.pop("told"))
         name.set("alice")
         lease.release()
         await until(lambda: seen)
@@ -435,7 +437,7 @@ async def test_the_client_may_come_back_when_the_first_breaker_lets_it_through()
             lease = taken(router, only=name)
             lease.failed()
             lease.release()
-        opened = router._entries["two"].breaker
+        opened = router._fleet.loads["two"].breaker
         assert opened._opened is not None
         opened._opened -= 15
         with pytest.raises(WorkerUnavailable, match="in 5 s") as error:
@@ -453,7 +455,7 @@ async def test_requests_wait_for_a_trial_and_its_first_output_lets_the_next_thro
         lost.release()
         with pytest.raises(WorkerUnavailable, match="every worker failed too often"):
             router.take(NEED)
-        opened = router._entries["told"].breaker
+        opened = router._fleet.loads["told"].breaker
         assert opened._opened is not None
         opened._opened -= 20
         trials = []
@@ -465,7 +467,7 @@ async def test_requests_wait_for_a_trial_and_its_first_output_lets_the_next_thro
             trials[-1].answered(output)
             trials[-1].answered(output)
             assert len(told) == 1
-        assert [status.breaker for status in router.statuses()] == [BreakerState.CLOSED]
+        assert [status.breaker for status in router._fleet.statuses()] == [BreakerState.CLOSED]
         trials += [taken(router), taken(router)]
         for trial in trials:
             trial.release()
@@ -480,7 +482,7 @@ async def test_a_trial_that_fails_sends_away_who_waited_for_it() -> None:
                 assert router.take(NEED) is None
             trial.failed()
             trial.release()
-            opened = router._entries["told"].breaker
+            opened = router._fleet.loads["told"].breaker
             with pytest.raises(WorkerUnavailable, match="in 20 s"):
                 router.take(NEED)
             assert opened._opened is not None
@@ -493,7 +495,7 @@ async def test_a_worker_that_is_back_serves_others_beside_a_long_trial(tmp_path:
         worker, client = running.worker, running.client
 
         def state() -> BreakerState:
-            return running.gateway._router.statuses()[0].breaker
+            return running.gateway._fleet.statuses()[0].breaker
 
         async def cut_off() -> None:
             with pytest.raises(Unavailable):
@@ -586,7 +588,7 @@ async def test_workers_are_found_by_name_and_let_go(
             }
             async with run_gateway(tmp_path, worker=section) as running:
                 router = running.gateway._router
-                assert [s.name for s in router.statuses()] == [one.url]
+                assert [s.name for s in router._fleet.statuses()] == [one.url]
                 addresses.append("127.0.0.2")
                 await until(lambda: len(router.ready()) == 2)
                 for _ in range(4):
@@ -597,7 +599,7 @@ async def test_workers_are_found_by_name_and_let_go(
                 for stream in streams:
                     await stream.started()
                 addresses.remove("127.0.0.1")
-                await until(lambda: [s.name for s in router.statuses()] == [two.url])
+                await until(lambda: [s.name for s in router._fleet.statuses()] == [two.url])
                 for stream in streams:  # the one on the worker that is gone runs on
                     assert sum([len(c.token_ids) async for c in stream]) == 60
                 addresses.clear()  # a DNS outage takes nothing away
@@ -633,7 +635,7 @@ async def test_a_replay_whose_worker_leaves_while_it_waits_goes_to_its_equal(
                 await asyncio.sleep(0.3)
                 two.fingerprint["sglang"] = "0" if equal else "1"
                 addresses[:] = ["127.0.0.2"]
-                await until(lambda: [s.name for s in router.statuses()] == [two.url])
+                await until(lambda: [s.name for s in router._fleet.statuses()] == [two.url])
                 if equal:
                     assert (await verdict).outcome == "MATCH"
                     assert len(two.bodies) == 1
@@ -672,7 +674,7 @@ async def test_a_replay_does_not_wait_for_a_worker_that_left_and_still_answers(
                 await asyncio.sleep(0.3)
                 assert not verdict.done()
                 addresses[:] = ["127.0.0.2"]
-                await until(lambda: [s.name for s in router.statuses()] == [two.url])
+                await until(lambda: [s.name for s in router._fleet.statuses()] == [two.url])
                 assert (await asyncio.wait_for(verdict, 10)).outcome == "MATCH"
                 assert len(two.bodies) == 1 and one.running
                 stream.cancel()
@@ -715,7 +717,7 @@ async def test_a_worker_that_hangs_does_not_hide_the_others(
 
 
 def ready_names(running: Running) -> list[str]:
-    return [status.name for status in running.gateway._router.statuses() if status.ready]
+    return [status.name for status in running.gateway._fleet.statuses() if status.ready]
 
 
 async def test_a_worker_that_hangs_when_it_is_found_does_not_hide_the_others(
@@ -746,16 +748,16 @@ async def test_readiness_is_told_change_by_change() -> None:
 
     async with ScriptedWorker() as one:
         worker = HttpWorker(one.url, stall_seconds=1)
-        router = WorkerRouter([worker], WorkerSection(urls=(one.url,)), on_change=tell)
-        first = asyncio.create_task(router.check_all())
+        watched = Workers([worker], WorkerSection(urls=(one.url,)), on_change=tell)
+        first = asyncio.create_task(watched.check_all())
         await until(lambda: told)
         one.faults.healthy = False
-        second = asyncio.create_task(router.check_all())
-        await until(lambda: not router.statuses()[0].ready)
+        second = asyncio.create_task(watched.check_all())
+        await until(lambda: not watched.statuses()[0].ready)
         going_on.set()
         await asyncio.gather(first, second)
         assert told == ["begins: True", "ends: True", "begins: False", "ends: False"]
-        await router.close()
+        await watched.close()
 
 
 async def test_a_real_name_is_resolved() -> None:
@@ -787,8 +789,9 @@ async def test_workers_that_are_replaced_leave_no_gap() -> None:
             await check()
 
         new.check_health = slow_check  # type: ignore[method-assign]
-        router = WorkerRouter([], WorkerSection(dns=("http://x:1",)), on_change=tell)
-        router.start(discovered())
+        watched = Workers([], WorkerSection(dns=("http://x:1",)), on_change=tell)
+        router = WorkerRouter(watched)
+        watched.start(discovered())
         looks.put_nowait([old])
         await until(lambda: told == [True])
         looks.put_nowait([new])
@@ -797,7 +800,7 @@ async def test_workers_that_are_replaced_leave_no_gap() -> None:
             names = {name.name for name, _ in router.ready()}  # raises if there is none
             await asyncio.sleep(0.01)
         assert told == [True]
-        await router.close()
+        await watched.close()
 
 
 async def test_discovery_that_ends_is_told(caplog: pytest.LogCaptureFixture) -> None:
@@ -808,11 +811,11 @@ async def test_discovery_that_ends_is_told(caplog: pytest.LogCaptureFixture) -> 
     async def tell(ready: bool) -> None:
         raise AssertionError("no worker is there")
 
-    router = WorkerRouter([], WorkerSection(dns=("http://x:1",)), on_change=tell)
-    router.start(broken())
+    watched = Workers([], WorkerSection(dns=("http://x:1",)), on_change=tell)
+    watched.start(broken())
     await until(lambda: bool(caplog.records))
     assert "workers are looked up no more" in caplog.text and "a defect" in caplog.text
-    await router.close()
+    await watched.close()
 
 
 def test_data_parallel_ranks_are_one_worker() -> None:

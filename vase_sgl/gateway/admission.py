@@ -12,10 +12,11 @@ from contextlib import ExitStack, asynccontextmanager, contextmanager
 from vase_sgl.gateway import logs, telemetry
 from vase_sgl.gateway.errors import ClientGone, GatewayError, LimitExceeded, LimitsUnavailable
 from vase_sgl.gateway.fair_queue import FairQueue, Place
+from vase_sgl.gateway.leases import Lease
 from vase_sgl.gateway.limits.usage import Usage
 from vase_sgl.gateway.metrics import Metrics
 from vase_sgl.gateway.need import Need
-from vase_sgl.gateway.router import Lease, WorkerRouter
+from vase_sgl.gateway.router import WorkerRouter
 from vase_sgl.gateway.runs import Background
 from vase_sgl.gateway.tenants import Tenant
 from vase_sgl.gateway.workers import WorkerChunk, WorkerRequest

@@ -27,10 +27,11 @@ from vase_sgl.gateway.errors import (
     WorkerAborted,
     WorkerUnavailable,
 )
+from vase_sgl.gateway.leases import Lease
 from vase_sgl.gateway.metrics import Metrics
 from vase_sgl.gateway.need import Need
 from vase_sgl.gateway.outbox import Outbox, Send
-from vase_sgl.gateway.router import Lease, WorkerRouter
+from vase_sgl.gateway.router import WorkerRouter
 from vase_sgl.gateway.runs import Background, running
 from vase_sgl.gateway.seeds import Seeds, seeds_for
 from vase_sgl.gateway.tenants import Tenant

@@ -16,7 +16,7 @@ from vase_sgl.gateway.telemetry import PROVIDER
 
 if TYPE_CHECKING:
     from vase_sgl.gateway.audit import Record
-    from vase_sgl.gateway.router import WorkerStatus
+    from vase_sgl.gateway.fleet import WorkerStatus
 
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)

@@ -14,9 +14,10 @@ from vase_sgl.gateway.audit import AuditStore, Record, RecordStatus
 from vase_sgl.gateway.cache_salt import cache_salt
 from vase_sgl.gateway.errors import FailedPrecondition, NotFound, WorkerUnavailable
 from vase_sgl.gateway.generation import raise_if_aborted
+from vase_sgl.gateway.leases import Lease
 from vase_sgl.gateway.need import Need
 from vase_sgl.gateway.replay_gate import ReplayGate, Waiting
-from vase_sgl.gateway.router import Lease, WorkerRouter
+from vase_sgl.gateway.router import WorkerRouter
 from vase_sgl.gateway.runs import Background, running
 from vase_sgl.gateway.seeds import SeedCheck, check_seeds
 from vase_sgl.gateway.tenants import Retention, Tenant

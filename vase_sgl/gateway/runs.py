@@ -10,7 +10,7 @@ from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeVar
 
 from vase_sgl.gateway.errors import GatewayError, WorkerUnavailable
-from vase_sgl.gateway.router import Lease
+from vase_sgl.gateway.leases import Lease
 from vase_sgl.gateway.workers import Worker, WorkerChunk, WorkerRequest
 
 logger = logging.getLogger(__name__)

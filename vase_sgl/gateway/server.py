@@ -18,9 +18,11 @@ from vase_sgl.gateway.auth import Authenticator, KeyAuthenticator, NoAuthenticat
 from vase_sgl.gateway.config import Audit, ConfigError, GatewayConfig, Tls, WorkerSection
 from vase_sgl.gateway.discovery import discover, resolve
 from vase_sgl.gateway.fair_queue import FairQueue
+from vase_sgl.gateway.fleet import Fleet
 from vase_sgl.gateway.generation import Generations
 from vase_sgl.gateway.health import MAX_WATCHES, GatewayHealth
 from vase_sgl.gateway.interceptor import AuthInterceptor
+from vase_sgl.gateway.leases import Lease
 from vase_sgl.gateway.limits.local import LocalUsage
 from vase_sgl.gateway.limits.shared import SharedUsage
 from vase_sgl.gateway.limits.usage import Usage
@@ -29,7 +31,7 @@ from vase_sgl.gateway.observability import Observability
 from vase_sgl.gateway.openai.door import OpenAIDoor
 from vase_sgl.gateway.replay import Replays
 from vase_sgl.gateway.replay_gate import ReplayGate
-from vase_sgl.gateway.router import Lease, WorkerRouter
+from vase_sgl.gateway.router import WorkerRouter
 from vase_sgl.gateway.runs import Background
 from vase_sgl.gateway.service import GatewayService
 from vase_sgl.gateway.tokenizing import Tokenizing
@@ -77,14 +79,15 @@ class Gateway:
             max_waiting_per_tenant=config.queue.max_waiting_per_tenant,
             max_wait_seconds=config.queue.max_wait_seconds,
         )
-        self._router = WorkerRouter(
+        self._fleet = Fleet(
             [self._embedded] if self._embedded else [self._remote(u) for u in config.worker.urls],
             config.worker,
             on_change=self._health.announce,
             on_room=self._queue.dispatch,
         )
+        self._router = WorkerRouter(self._fleet, affinity_tokens=config.worker.affinity_tokens)
         self._admissions = Admissions(usage, self._queue, self._router, self._background, metrics)
-        metrics.watch(self._router.statuses, lambda: self._queue.waiting)
+        metrics.watch(self._fleet.statuses, lambda: self._queue.waiting)
         self._tokenizing = Tokenizing(
             retries=config.worker.retries, max_wait_seconds=config.queue.max_wait_seconds
         )
@@ -153,7 +156,7 @@ class Gateway:
             undo.push_async_callback(store.close)
             metrics.watch_store(lambda: store.write_failures)
             gateway = cls(config, server, store, usage, authenticator, observability, metrics, port)
-            undo.push_async_callback(gateway._router.close)
+            undo.push_async_callback(gateway._fleet.close)
             undo.push_async_callback(gateway._door.close)
             if config.http.port is not None:
                 gateway.http_port = await _open_door(gateway._door, config)
@@ -178,7 +181,7 @@ class Gateway:
         await self._door.close()
         await self._tokenizing.close()
         await self._background.settle()
-        await self._router.close()
+        await self._fleet.close()
         await self._usage.close()
         await self._store.close()
         await self._observability.close()
@@ -221,9 +224,9 @@ class Gateway:
         await self._server.start()
         if self._embedded is not None:
             await self._embedded.start(progress)
-            await self._router.check_all()
+            await self._fleet.check_all()
         dns = self._config.worker.dns
-        self._router.start(
+        self._fleet.start(
             discover(
                 dns,
                 interval_seconds=self._config.worker.dns_interval_seconds,
