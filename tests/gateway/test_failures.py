@@ -20,7 +20,8 @@ from vase_sgl.gateway import logs, worker_http
 from vase_sgl.gateway.audit import AuditStore
 from vase_sgl.gateway.config import load_config
 from vase_sgl.gateway.errors import LimitExceeded
-from vase_sgl.gateway.server import Gateway, PortInUse
+from vase_sgl.gateway.listening import PortInUse
+from vase_sgl.gateway.server import Gateway
 
 
 async def health_becomes(channel: grpc.aio.Channel, wanted: int) -> None:

@@ -34,8 +34,8 @@ from vase_sgl.client import (
 )
 from vase_sgl.gateway import observability, tenants
 from vase_sgl.gateway.config import TelemetrySection
+from vase_sgl.gateway.listening import PortInUse
 from vase_sgl.gateway.metrics import Metrics
-from vase_sgl.gateway.server import PortInUse
 from vase_sgl.rpc.v1 import gateway_pb2 as pb
 from vase_sgl.rpc.v1 import gateway_pb2_grpc
 

@@ -75,7 +75,7 @@ def serve(
     from vase_sgl.gateway.audit import AuditError
     from vase_sgl.gateway.config import ConfigError, load_config
     from vase_sgl.gateway.limits.shared import SharedUsageError
-    from vase_sgl.gateway.server import PortInUse
+    from vase_sgl.gateway.listening import PortInUse
     from vase_sgl.gateway.tenants import TenantFileError
     from vase_sgl.gateway.worker_embedded import WorkerStartError
 

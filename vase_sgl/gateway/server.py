@@ -6,7 +6,6 @@ import asyncio
 import logging
 import ssl
 from contextlib import AsyncExitStack
-from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
@@ -15,7 +14,7 @@ from grpc_reflection.v1alpha import reflection
 from vase_sgl.gateway.admission import Admissions
 from vase_sgl.gateway.audit import AuditStore, KeyRing
 from vase_sgl.gateway.auth import Authenticator, KeyAuthenticator, NoAuthenticator
-from vase_sgl.gateway.config import Audit, ConfigError, GatewayConfig, Tls, WorkerSection
+from vase_sgl.gateway.config import Audit, ConfigError, GatewayConfig, WorkerSection
 from vase_sgl.gateway.discovery import discover, resolve
 from vase_sgl.gateway.fair_queue import FairQueue
 from vase_sgl.gateway.fleet import Fleet
@@ -26,6 +25,7 @@ from vase_sgl.gateway.leases import Lease
 from vase_sgl.gateway.limits.local import LocalUsage
 from vase_sgl.gateway.limits.shared import SharedUsage
 from vase_sgl.gateway.limits.usage import Usage
+from vase_sgl.gateway.listening import bind, channel_options, open_door, open_page
 from vase_sgl.gateway.metrics import Metrics
 from vase_sgl.gateway.observability import Observability
 from vase_sgl.gateway.openai.door import OpenAIDoor
@@ -37,16 +37,11 @@ from vase_sgl.gateway.service import GatewayService
 from vase_sgl.gateway.tokenizing import Tokenizing
 from vase_sgl.gateway.worker_embedded import EmbeddedWorker, Progress, worker_command
 from vase_sgl.gateway.worker_http import HttpWorker
-from vase_sgl.rpc.keepalive import keepalive
 from vase_sgl.rpc.v1 import gateway_pb2, gateway_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
 SERVICE_NAME: str = gateway_pb2.DESCRIPTOR.services_by_name["VaseGateway"].full_name
-
-
-class PortInUse(Exception):
-    """The listen address cannot be bound. The text says what to do."""
 
 
 class Gateway:
@@ -144,11 +139,11 @@ class Gateway:
                     on_full=lambda: metrics.rejected("calls"),
                 )
             ],
-            options=_options(config),
+            options=channel_options(config.grpc),
         )
         async with AsyncExitStack() as undo:
             undo.push_async_callback(observability.close)
-            port = _bind(server, config)
+            port = bind(server, config)
             undo.push_async_callback(server.stop, None)
             usage = await _usage(config)
             undo.push_async_callback(usage.close)
@@ -159,9 +154,9 @@ class Gateway:
             undo.push_async_callback(gateway._fleet.close)
             undo.push_async_callback(gateway._door.close)
             if config.http.port is not None:
-                gateway.http_port = await _open_door(gateway._door, config)
+                gateway.http_port = await open_door(gateway._door, config)
             if config.telemetry.metrics_port is not None:
-                gateway.metrics_port = await _open_page(observability, config)
+                gateway.metrics_port = await open_page(observability, config)
             await gateway._serve(progress)
             undo.pop_all()
         logger.info("serving on %s:%d", config.listen.host, gateway.port)
@@ -278,97 +273,3 @@ def _worker_tls(section: WorkerSection) -> ssl.SSLContext | None:
         return ssl.create_default_context(cafile=section.ca_file)
     except (OSError, ssl.SSLError) as error:
         raise ConfigError(f"worker.ca_file: {section.ca_file} cannot be used: {error}") from error
-
-
-def _bind(server: grpc.aio.Server, config: GatewayConfig) -> int:
-    """Bind the listen address; the port that was taken. Raises `PortInUse` or `ConfigError`."""
-    host, port = config.listen.host, config.listen.port
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    try:
-        if config.tls is None:
-            if host not in ("127.0.0.1", "::1", "localhost"):
-                logger.warning("API keys travel in clear text on %s; set tls", address)
-            return server.add_insecure_port(address)
-        credentials = _credentials(config.tls)
-        _context(config.tls)  # gRPC says of a wrong certificate or key what it says of a taken port
-        return server.add_secure_port(address, credentials)
-    except RuntimeError as error:
-        raise _in_use(address, "listen.port or --grpc-port") from error
-
-
-async def _open_door(door: OpenAIDoor, config: GatewayConfig) -> int:
-    """Open the HTTP door; the port that was taken. Raises `PortInUse` or `ConfigError`."""
-    host, port = config.listen.host, config.http.port or 0
-    try:
-        return await door.open(host, port, None if config.tls is None else _context(config.tls))
-    except OSError as error:
-        raise _in_use(f"{host}:{port}", "http.port or --http-port") from error
-
-
-async def _open_page(observability: Observability, config: GatewayConfig) -> int:
-    """Open the page for Prometheus; the port that was taken. Raises `PortInUse`."""
-    host, port = config.listen.host, config.telemetry.metrics_port or 0
-    try:
-        return await observability.open_page(host, port)
-    except OSError as error:
-        raise _in_use(f"{host}:{port}", "telemetry.metrics_port or --metrics-port") from error
-
-
-def _in_use(address: str, option: str) -> PortInUse:
-    return PortInUse(
-        f"cannot listen on {address}: the port is taken or the address is not this machine's; "
-        f"stop the other process, or choose another port with {option}"
-    )
-
-
-def _context(tls: Tls) -> ssl.SSLContext:
-    """The door's TLS, as strict as gRPC's."""
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    try:
-        # With an empty password an encrypted key is an error; without one it is asked for.
-        context.load_cert_chain(tls.certificate, tls.key, password="")
-    except OSError as error:  # SSL's errors are such
-        raise ConfigError(
-            f"tls: {tls.certificate} cannot be used: {error}; it has to be PEM, with a certificate "
-            "and its private key, not encrypted; tls.key names the key if it is another file"
-        ) from error
-    if tls.client_ca is not None:
-        try:
-            context.load_verify_locations(tls.client_ca)
-        except OSError as error:
-            raise ConfigError(f"tls.client_ca: {tls.client_ca} cannot be used: {error}") from error
-        context.verify_mode = ssl.CERT_REQUIRED
-    return context
-
-
-def _credentials(tls: Tls) -> grpc.ServerCredentials:
-    def read(path: Path) -> bytes:
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            raise ConfigError(f"tls: cannot read {path}: {error.strerror}") from error
-
-    return grpc.ssl_server_credentials(
-        [(read(tls.key or tls.certificate), read(tls.certificate))],
-        root_certificates=read(tls.client_ca) if tls.client_ca else None,
-        require_client_auth=tls.client_ca is not None,
-    )
-
-
-def _options(config: GatewayConfig) -> list[tuple[str, int]]:
-    settings = config.grpc
-    return [
-        ("grpc.max_receive_message_length", settings.max_receive_bytes),
-        ("grpc.max_send_message_length", settings.max_send_bytes),
-        *keepalive(settings.keepalive_seconds, settings.keepalive_timeout_seconds),
-        ("grpc.keepalive_permit_without_calls", 1),
-        # Clients may ping as well; gRPC's own default would cut them off after a few. One that
-        # pings faster than this is cut off after `max_ping_strikes`.
-        (
-            "grpc.http2.min_ping_interval_without_data_ms",
-            int(settings.min_ping_interval_seconds * 1000),
-        ),
-        ("grpc.http2.max_ping_strikes", 2),
-        # Otherwise a second gateway binds the same port and takes half of the calls.
-        ("grpc.so_reuseport", 0),
-    ]
