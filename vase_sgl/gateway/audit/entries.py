@@ -141,11 +141,6 @@ def unseal(row: Row, keys: KeyRing, *, content: bool = True) -> StoredRecord:
     return StoredRecord(record, row.sequence, entry["previous_hash"], row.hash)
 
 
-def placed_at(record: Record, row: Row) -> StoredRecord:
-    """A record and its place in the chain, as its row says."""
-    return StoredRecord(record, row.sequence, json.loads(row.entry)["previous_hash"], row.hash)
-
-
 _PLAIN = (
     *("record_id", "tenant", "created_unix_micros", "failure", "input_kind", "eviction"),
     *("sample_index", "finish_reason", "fingerprint"),

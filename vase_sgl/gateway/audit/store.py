@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from vase_sgl.gateway.audit import database
 from vase_sgl.gateway.audit.encryption import KeyRing
-from vase_sgl.gateway.audit.entries import GENESIS, Row, Sealed, placed_at, seal, unseal
+from vase_sgl.gateway.audit.entries import GENESIS, Row, Sealed, seal, unseal
 from vase_sgl.gateway.audit.group_commit import GroupCommit
 from vase_sgl.gateway.audit.records import Record, StoredRecord
 from vase_sgl.gateway.audit.tables import chains, records
@@ -80,8 +80,8 @@ class AuditStore:
                 "the audit store cannot be written, so nothing is generated; try again later"
             )
 
-    async def append(self, record: Record) -> StoredRecord:
-        """Store a record at the end of its tenant's chain; durable on return.
+    async def append(self, record: Record) -> int:
+        """Store a record at the end of its tenant's chain; its sequence there. Durable on return.
 
         Raises `AuditUnavailable` if the database cannot be written; nothing is promised then.
         """
@@ -141,11 +141,11 @@ class AuditStore:
             async with self._engine.connect() as connection:
                 yield connection
 
-    async def _commit(self, batch: Sequence[Sealed]) -> list[StoredRecord]:
+    async def _commit(self, batch: Sequence[Sealed]) -> list[int]:
         begun = time.monotonic()
         try:
             try:
-                stored = await self._write(batch)
+                sequences = await self._write(batch)
             except _ITEM_FAULTS:
                 raise
             except _TROUBLE as error:
@@ -156,7 +156,7 @@ class AuditStore:
                     await database.drop_connections(self._appending)
                 with _unavailable("written"):
                     # The commit may have succeeded and its confirmation been lost.
-                    stored = await self._write(batch, again=True)
+                    sequences = await self._write(batch, again=True)
         except AuditUnavailable:
             self._failed_at = time.monotonic()
             self.write_failures += 1
@@ -168,10 +168,10 @@ class AuditStore:
                 len(batch),
                 seconds,
             )
-        return stored
+        return sequences
 
-    async def _write(self, batch: Sequence[Sealed], *, again: bool = False) -> list[StoredRecord]:
-        """Append all of `batch` in one transaction."""
+    async def _write(self, batch: Sequence[Sealed], *, again: bool = False) -> list[int]:
+        """Append all of `batch` in one transaction; the sequences."""
         rows: list[Row] = []
         async with database.writing(self._appending) as connection:
             ends = await self._lock(connection, {sealed.record.tenant for sealed in batch})
@@ -193,8 +193,8 @@ class AuditStore:
                         .where(chains.c.tenant == tenant)
                         .values(sequence=sequence, hash=last_hash)
                     )
-        placed = {**done, **{row.record_id: row for row in rows}}
-        return [placed_at(sealed.record, placed[sealed.record.record_id]) for sealed in batch]
+        placed = {**done, **{row.record_id: row.sequence for row in rows}}
+        return [placed[sealed.record.record_id] for sealed in batch]
 
     async def _lock(
         self, connection: AsyncConnection, tenants: set[str]
@@ -223,12 +223,12 @@ class AuditStore:
             found = (await connection.execute(query)).all()
         return {row.tenant: (row.sequence, row.hash) for row in found}
 
-    async def _stored(self, connection: AsyncConnection, batch: Sequence[Sealed]) -> dict[str, Row]:
-        """Those of `batch` that are stored, by record id."""
+    async def _stored(self, connection: AsyncConnection, batch: Sequence[Sealed]) -> dict[str, int]:
+        """The sequences of those of `batch` that are stored, by record id."""
         ids = [sealed.record.record_id for sealed in batch]
-        query = select(records).where(records.c.record_id.in_(ids))
-        rows = (await connection.execute(query)).mappings().all()
-        return {row["record_id"]: _row(row) for row in rows}
+        query = select(records.c.record_id, records.c.sequence)
+        rows = await connection.execute(query.where(records.c.record_id.in_(ids)))
+        return {row.record_id: row.sequence for row in rows}
 
 
 def _row(values: RowMapping) -> Row:
