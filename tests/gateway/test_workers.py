@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -22,7 +23,7 @@ from vase_sgl.gateway.config import BreakerSection, WorkerSection
 from vase_sgl.gateway.discovery import discover, resolve
 from vase_sgl.gateway.errors import WorkerUnavailable
 from vase_sgl.gateway.fleet import Fleet as Workers
-from vase_sgl.gateway.leases import Lease
+from vase_sgl.gateway.leases import Lease, WorkerLoad
 from vase_sgl.gateway.need import Need
 from vase_sgl.gateway.router import WorkerRouter
 from vase_sgl.gateway.worker_http import HttpWorker, worker_info
@@ -372,6 +373,22 @@ async def test_room_that_a_first_round_makes_is_told_at_once() -> None:
             assert len(told) == times
         assert router._fleet.statuses()[0].reserved_slots == 40
         lease.release()
+
+
+async def test_a_worker_may_be_lost_while_the_metrics_are_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They are read in a thread of their own."""
+    async with routed(Told(reserved_slots=7)) as router:
+        told = router._fleet.loads["told"].info
+        for count in range(4):
+            reads = itertools.chain([told] * count, itertools.repeat(None))
+            with monkeypatch.context() as patch:
+                patch.setattr(
+                    WorkerLoad, "info", property(lambda _, reads=reads: next(reads)), raising=False
+                )
+                (status,) = router._fleet.statuses()
+            assert status.reserved_slots in (0, 7)
 
 
 async def test_a_worker_that_failed_is_looked_at_once_and_soon() -> None:

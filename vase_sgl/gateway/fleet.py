@@ -90,7 +90,7 @@ class Fleet:
                 load.info is not None,
                 load.breaker.state,
                 load.in_flight,
-                load.reserved if load.info else 0,
+                load.reserved,
             )
             for load in tuple(self.loads.values())  # may be called from another thread
         ]

@@ -75,9 +75,11 @@ class WorkerLoad:
 
     @property
     def reserved(self) -> int:
-        """Reserved slots: as reported, corrected by what this gateway did since."""
-        assert self.info is not None
-        return max(self.info.reserved_slots + self.slots - self._slots_at_check, self.slots)
+        """Reserved slots: as reported, corrected by what this gateway did since. Not ready: 0."""
+        info = self.info  # which the metrics' thread may see change
+        if info is None:
+            return 0
+        return max(info.reserved_slots + self.slots - self._slots_at_check, self.slots)
 
     def has_room(self, need: Need, *, without_leases_from: int | None = None) -> bool:
         """Whether one more request with that need may be sent.
