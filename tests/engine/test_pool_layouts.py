@@ -24,6 +24,7 @@ _PAGED = (
     "tests/engine/test_schedules.py::test_random_schedules[True-True-60]",
     "tests/engine/test_failures_others_met.py::test_01_the_token_in_flight_has_a_slot_of_its_own",
     "tests/engine/paged_pool.py",
+    "tests/engine/test_reserved_slots.py::test_the_longest_prompt_runs_and_a_longer_one_does_not",
 )
 _FLOAT8 = (
     *_CUTS,

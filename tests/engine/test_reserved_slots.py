@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from tests.engine.scheduler_harness import SteppedScheduler
+from tests.engine.tiny_model import CONTEXT
 from vase_sgl.engine.pool import BudgetPool
 from vase_sgl.engine.server_info import describe
 from vase_sgl.eviction import EvictionParams
-from vase_sgl.gateway.need import Need
+from vase_sgl.gateway.need import Need, max_prompt_tokens
 from vase_sgl.gateway.worker_http import worker_info
 from vase_sgl.gateway.workers import WorkerRequest
 
@@ -45,3 +46,29 @@ def test_gateway_and_engine_agree(
     assert info().reserved_slots == Need.of(request).slots(idle)
     stepped.run()
     assert info().reserved_slots == 0
+
+
+@pytest.mark.parametrize("context", [100, CONTEXT], ids=["bound by context", "bound by slots"])
+def test_the_longest_prompt_runs_and_a_longer_one_does_not(
+    stepped: SteppedScheduler, monkeypatch: pytest.MonkeyPatch, context: int
+) -> None:
+    stepped.configure()
+    stepped.answers.clear()
+    scheduler = stepped.scheduler
+    for owner in (scheduler, scheduler.tp_worker):
+        monkeypatch.setattr(owner.model_config, "context_len", context)
+    max_req_len, max_req_input_len = scheduler.tp_worker.get_worker_info()[4:6]
+    monkeypatch.setattr(scheduler, "max_req_len", max_req_len)
+    monkeypatch.setattr(scheduler, "max_req_input_len", max_req_input_len)
+    longest = max_prompt_tokens(worker_info({"internal_states": [{"vase": describe(scheduler)}]}))
+    for name, length in (("longest", longest), ("longer", longest + 1)):
+        prompt = [2 + (7 * i) % 250 for i in range(length)]
+        stepped.submit(name, prompt, max_new_tokens=1)
+        for _ in range(5):
+            stepped.step()
+        stepped.abort("")  # what waits would wait for ever
+        stepped.run()
+    ends = {
+        name: answer.finish and answer.finish["type"] for name, answer in stepped.answers.items()
+    }
+    assert ends == {"longest": "length", "longer": "abort"}

@@ -186,6 +186,7 @@ async def test_what_no_worker_could_ever_run_is_refused_at_once(
     """Otherwise it would wait, and have a worker emptied that then refuses it."""
     running.worker.total_slots = 500
     await running.worker.noticed()
+    assert (await running.client.capacity()).max_prompt_tokens == 493
     with pytest.raises(InvalidRequest, match=f"^input: with this prompt .*{text}"):
         await running.client.generate_once([1] * tokens, max_new_tokens=1000, **options)  # type: ignore[arg-type]
     assert not running.worker.bodies

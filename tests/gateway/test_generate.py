@@ -210,7 +210,7 @@ async def test_capacity_says_how_many_requests_fit(running: Running) -> None:
     # 200 + 32 up to the first round, which copies 128 + 32 of a prompt that is shared.
     assert capacity.slots_per_request == 392 and capacity.requests_that_fit == 9_000 // 392
     assert capacity.max_budget == 4096 and "vase-attnv" in capacity.policies
-    assert capacity.query_ring_slots == 24
+    assert capacity.query_ring_slots == 24 and capacity.max_prompt_tokens == 8192 - 7
     assert (await running.client.capacity()).requests_that_fit is None
     for alone in ({"window": 32}, {"prompt_tokens": 5}, {"prompt_mode": "keep"}):
         with pytest.raises(InvalidRequest, match="says nothing without a budget"):

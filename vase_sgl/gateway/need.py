@@ -10,7 +10,7 @@ from vase_sgl.eviction.params import SPARE_PAGES, reserved_slots
 from vase_sgl.eviction.policies import POLICIES
 from vase_sgl.gateway.workers import Model, WorkerInfo, WorkerRequest
 
-#: Slots that SGLang wants a prompt to leave, at least.
+#: Of the context, and of the slots, what SGLang wants a prompt to leave, at least.
 _BESIDE_PROMPT = 7
 
 
@@ -70,10 +70,10 @@ class Need:
 
     def excess_slots(self, info: WorkerInfo) -> int:
         """Slots that the worker lacks to run it at all. Above zero it refuses it, busy or idle."""
-        slots = len(self.prompt_token_ids) + _BESIDE_PROMPT
+        slots = len(self.prompt_token_ids) + _slots_beside_prompt(info)
         if self.eviction is not None:
             slots = max(slots, self.slots(info) + SPARE_PAGES * info.page_size)
-        return slots - (info.rank_slots or info.total_slots)
+        return slots - _pool_slots(info)
 
     def fits(self, info: WorkerInfo) -> bool:
         """Whether the worker's model is the one, and its own ceilings and slots allow it at all."""
@@ -85,3 +85,17 @@ class Need:
             int(self.eviction["budget"]) <= info.max_budget
             and int(self.eviction["window"]) <= info.max_window
         )
+
+
+def max_prompt_tokens(info: WorkerInfo) -> int:
+    """The longest prompt that a worker runs. With a budget it may have to be shorter."""
+    return min(info.context_length - _BESIDE_PROMPT, _pool_slots(info) - _slots_beside_prompt(info))
+
+
+def _pool_slots(info: WorkerInfo) -> int:
+    return info.rank_slots or info.total_slots
+
+
+def _slots_beside_prompt(info: WorkerInfo) -> int:
+    """SGLang's PrefillAdder wants a page beside the prompt, and strictly less than what is free."""
+    return max(_BESIDE_PROMPT, info.page_size + 1)

@@ -14,6 +14,7 @@ from vase_sgl.gateway.auth import current_tenant
 from vase_sgl.gateway.errors import InvalidRequest, NotFound, as_status
 from vase_sgl.gateway.generation import Generations
 from vase_sgl.gateway.interceptor import Context, write
+from vase_sgl.gateway.need import max_prompt_tokens
 from vase_sgl.gateway.replay import Outcome, Progress, Replays, Verdict
 from vase_sgl.gateway.router import WorkerRouter
 from vase_sgl.gateway.seeds import SeedCheck
@@ -163,7 +164,7 @@ class GatewayService(gateway_pb2_grpc.VaseGatewayServicer):
                 max_budget=min(limits.max_budget, *(info.max_budget for info in infos)),
                 max_window=max_window,
                 max_new_tokens=min(limits.max_new_tokens, context_length),
-                max_prompt_tokens=min(limits.max_prompt_tokens, context_length),
+                max_prompt_tokens=min(limits.max_prompt_tokens, *map(max_prompt_tokens, infos)),
                 policies=limits.policies,
                 fingerprint=infos[0].fingerprint,
             )

@@ -1591,7 +1591,7 @@ class GetCapacityResponse(_message.Message):
     max_new_tokens: _builtins.int
     """Highest max_new_tokens this tenant may ask for."""
     max_prompt_tokens: _builtins.int
-    """Longest prompt this tenant may send, in tokens."""
+    """Longest prompt this tenant may send, in tokens; with a budget, slots_per_request bounds it too."""
     slots_per_request: _builtins.int
     """Most slots a request with the budget asked about reserves, up to its first eviction round; from
     then on budget and window. Absent without a budget.
