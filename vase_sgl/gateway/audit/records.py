@@ -17,9 +17,10 @@ class RecordStatus(enum.StrEnum):
 
     #: It ran to its end and can be replayed.
     COMPLETED = "completed"
-    #: The client cancelled, disconnected or passed its deadline.
+    #: The client cancelled, disconnected, did not read or passed its deadline, or the gateway
+    #: stopped.
     ABORTED = "aborted"
-    #: The worker failed, or the gateway.
+    #: The worker failed or refused the request, or the gateway failed.
     FAILED = "failed"
 
 

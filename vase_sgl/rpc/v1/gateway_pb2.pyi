@@ -139,9 +139,11 @@ class _RecordStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RecordSt
     RECORD_STATUS_COMPLETED: _RecordStatus.ValueType  # 1
     """It ran to its end and can be replayed."""
     RECORD_STATUS_ABORTED: _RecordStatus.ValueType  # 2
-    """The client cancelled, disconnected or passed its deadline."""
+    """The client cancelled, disconnected, did not read or passed its deadline, or the gateway
+    stopped.
+    """
     RECORD_STATUS_FAILED: _RecordStatus.ValueType  # 3
-    """The worker failed."""
+    """The worker failed or refused the request, or the gateway failed."""
 
 class RecordStatus(_RecordStatus, metaclass=_RecordStatusEnumTypeWrapper):
     """How a recorded generation ended."""
@@ -151,9 +153,11 @@ RECORD_STATUS_UNSPECIFIED: RecordStatus.ValueType  # 0
 RECORD_STATUS_COMPLETED: RecordStatus.ValueType  # 1
 """It ran to its end and can be replayed."""
 RECORD_STATUS_ABORTED: RecordStatus.ValueType  # 2
-"""The client cancelled, disconnected or passed its deadline."""
+"""The client cancelled, disconnected, did not read or passed its deadline, or the gateway
+stopped.
+"""
 RECORD_STATUS_FAILED: RecordStatus.ValueType  # 3
-"""The worker failed."""
+"""The worker failed or refused the request, or the gateway failed."""
 Global___RecordStatus: _TypeAlias = RecordStatus  # noqa: Y015
 
 class _Retention:
