@@ -23,3 +23,15 @@ def cache_salt(tenant: Tenant) -> str:
     """The tenant's salt. A new version of its secret means another one, and an empty cache."""
     hkdf = HKDF(algorithm=SHA256(), length=16, salt=_SALT, info=tenant.name.encode())
     return hkdf.derive(tenant.master.value).hex()
+
+
+class CacheSalts:
+    """What each request goes to a worker with."""
+
+    def __init__(self, *, shared: bool) -> None:
+        """`shared`: tenants find each other's cached prompts."""
+        self._shared = shared
+
+    def of(self, tenant: Tenant) -> str | None:
+        """The salt of the tenant's requests; None: all find what has none."""
+        return None if self._shared else cache_salt(tenant)

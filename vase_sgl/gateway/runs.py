@@ -9,9 +9,14 @@ from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeVar
 
-from vase_sgl.gateway.errors import GatewayError, WorkerUnavailable
+from vase_sgl.gateway.errors import (
+    GatewayError,
+    InvalidRequest,
+    WorkerAborted,
+    WorkerUnavailable,
+)
 from vase_sgl.gateway.leases import Lease
-from vase_sgl.gateway.workers import Worker, WorkerChunk, WorkerRequest
+from vase_sgl.gateway.workers import Finish, Worker, WorkerChunk, WorkerRequest
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +81,20 @@ async def running(
         finally:
             if not finished:
                 background.spawn(_abort(lease.worker, request.request_id))
+
+
+def raise_if_aborted(finish: Finish | None) -> None:
+    """Raise the `GatewayError` that belongs to a worker's own abort."""
+    if finish is None or finish.reason != "abort":
+        return
+    reason = finish.message or "it gave no reason"
+    match finish.status_code:
+        case 400:
+            raise InvalidRequest("the worker refused the request", said=reason)
+        case 503:
+            raise WorkerUnavailable("the worker is overloaded; try again later", said=reason)
+        case _:
+            raise WorkerAborted("the worker gave the request up", said=reason)
 
 
 async def _abort(worker: Worker, request_id: str) -> None:

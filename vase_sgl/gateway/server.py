@@ -14,6 +14,7 @@ from grpc_reflection.v1alpha import reflection
 from vase_sgl.gateway.admission import Admissions
 from vase_sgl.gateway.audit import AuditStore, KeyRing
 from vase_sgl.gateway.auth import Authenticator, KeyAuthenticator, NoAuthenticator
+from vase_sgl.gateway.cache_salt import CacheSalts
 from vase_sgl.gateway.config import Audit, ConfigError, GatewayConfig, WorkerSection
 from vase_sgl.gateway.discovery import discover, resolve
 from vase_sgl.gateway.fair_queue import FairQueue
@@ -29,6 +30,8 @@ from vase_sgl.gateway.listening import bind, channel_options, open_door, open_pa
 from vase_sgl.gateway.metrics import Metrics
 from vase_sgl.gateway.observability import Observability
 from vase_sgl.gateway.openai.door import OpenAIDoor
+from vase_sgl.gateway.planning import Planner
+from vase_sgl.gateway.recording import Recorder
 from vase_sgl.gateway.replay import Replays
 from vase_sgl.gateway.replay_gate import ReplayGate
 from vase_sgl.gateway.router import WorkerRouter
@@ -86,16 +89,20 @@ class Gateway:
         self._tokenizing = Tokenizing(
             retries=config.worker.retries, max_wait_seconds=config.queue.max_wait_seconds
         )
+        self._salts = CacheSalts(shared=config.worker.share_prefix_cache)
         self._generations = Generations(
             self._router,
-            store,
+            Planner(
+                self._router,
+                self._tokenizing,
+                self._salts,
+                default_eviction=config.default_eviction,
+                allow_inspect=config.allow_inspect,
+            ),
+            Recorder(store, self._background, metrics),
             self._background,
-            self._tokenizing,
-            config.default_eviction,
-            config.worker.retries,
             metrics,
-            allow_inspect=config.allow_inspect,
-            share_prefix_cache=config.worker.share_prefix_cache,
+            retries=config.worker.retries,
         )
         self._door = OpenAIDoor(
             authenticator,
@@ -207,7 +214,7 @@ class Gateway:
                 self._store,
                 self._background,
                 gate,
-                share_prefix_cache=self._config.worker.share_prefix_cache,
+                self._salts,
             ),
             client_stall_seconds=self._config.grpc.client_stall_seconds,
         )

@@ -11,11 +11,12 @@ from vase_sgl.gateway import validation, wire
 from vase_sgl.gateway.admission import Admissions
 from vase_sgl.gateway.audit import AuditStore
 from vase_sgl.gateway.auth import current_tenant
+from vase_sgl.gateway.comparison import Outcome, Progress, Verdict
 from vase_sgl.gateway.errors import InvalidRequest, NotFound, as_status
 from vase_sgl.gateway.generation import Generations
 from vase_sgl.gateway.interceptor import Context, write
 from vase_sgl.gateway.need import max_prompt_tokens
-from vase_sgl.gateway.replay import Outcome, Progress, Replays, Verdict
+from vase_sgl.gateway.replay import Replays
 from vase_sgl.gateway.router import WorkerRouter
 from vase_sgl.gateway.seeds import SeedCheck
 from vase_sgl.gateway.tenants import Role

@@ -27,12 +27,13 @@ from vase_sgl.gateway.errors import (
     NotFound,
     WorkerUnavailable,
 )
-from vase_sgl.gateway.generation import Generations, Shared
+from vase_sgl.gateway.generation import Generations
 from vase_sgl.gateway.openai import answers
 from vase_sgl.gateway.openai.answers import Answer, Kind
 from vase_sgl.gateway.openai.bodies import BodyReader
 from vase_sgl.gateway.openai.requests import Call, chat_call, completion_call
 from vase_sgl.gateway.patience import Patience
+from vase_sgl.gateway.planning import Shared
 from vase_sgl.gateway.router import WorkerRouter
 from vase_sgl.gateway.tenants import Role, Tenant
 from vase_sgl.rpc.v1 import gateway_pb2 as pb
