@@ -580,10 +580,22 @@ async def test_equal_prefixes_go_to_the_same_worker_while_it_has_room(tmp_path: 
         stream.cancel()
 
 
-async def test_workers_are_found_by_name_and_let_go(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two workers on one port of two loopback addresses; the name is answered by the test."""
+@dataclasses.dataclass
+class Named(Fleet):
+    #: Where the name of the workers leads; empty: there is no DNS.
+    addresses: list[str]
+
+    async def move(self) -> None:
+        """The name leads to the second worker alone, and the gateway has seen it."""
+        self.addresses[:] = ["127.0.0.2"]
+        await until(lambda: list(self.states()) == [self.two.url])
+
+
+@asynccontextmanager
+async def named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, **worker: Any
+) -> AsyncIterator[Named]:
+    """Two workers on one port of two loopback addresses; their name leads to the first."""
     addresses = ["127.0.0.1"]
 
     async def answer(host: str) -> Sequence[str]:
@@ -596,105 +608,75 @@ async def test_workers_are_found_by_name_and_let_go(
     async with ScriptedWorker() as one:
         port = int(one.url.rpartition(":")[2])
         async with ScriptedWorker(port, host="127.0.0.2") as two:
-            section = {
-                "urls": [],
-                "dns": [f"http://workers.test:{port}"],
-                "dns_interval_seconds": 0.1,
-                # The scripted workers' reserved slots do not follow what runs.
-                "health_interval_seconds": 30,
-            }
-            async with run_gateway(tmp_path, worker=section) as running:
-                router = running.gateway._router
-                assert [s.name for s in router._fleet.statuses()] == [one.url]
-                addresses.append("127.0.0.2")
-                await until(lambda: len(router.ready()) == 2)
-                for _ in range(4):
-                    await running.client.generate_once("tell me", max_new_tokens=1)
-                assert len(one.bodies) == len(two.bodies) == 2
-                one.token_seconds = two.token_seconds = 0.01
-                streams = [running.client.generate("a", max_new_tokens=60) for _ in range(2)]
-                for stream in streams:
-                    await stream.started()
-                addresses.remove("127.0.0.1")
-                await until(lambda: [s.name for s in router._fleet.statuses()] == [two.url])
-                for stream in streams:  # the one on the worker that is gone runs on
-                    assert sum([len(c.token_ids) async for c in stream]) == 60
-                addresses.clear()  # a DNS outage takes nothing away
-                await asyncio.sleep(0.3)
-                await running.client.generate_once("tell me", max_new_tokens=1)
-                assert (len(one.bodies), len(two.bodies)) == (3, 4)
+            name = {"dns": [f"http://workers.test:{port}"], "dns_interval_seconds": 0.1}
+            async with run_gateway(folder, worker={"urls": [], **name, **worker}) as running:
+                yield Named(running, one, two, addresses)
+
+
+async def test_workers_are_found_by_name_and_let_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The scripted workers' reserved slots do not follow what runs.
+    async with named(tmp_path, monkeypatch, health_interval_seconds=30) as f:
+        client = f.running.client
+        assert list(f.states()) == [f.one.url]
+        f.addresses.append("127.0.0.2")
+        await until(lambda: len(f.running.gateway._router.ready()) == 2)
+        for _ in range(4):
+            await client.generate_once("tell me", max_new_tokens=1)
+        assert len(f.one.bodies) == len(f.two.bodies) == 2
+        f.one.token_seconds = f.two.token_seconds = 0.01
+        streams = [client.generate("a", max_new_tokens=60) for _ in range(2)]
+        for stream in streams:
+            await stream.started()
+        await f.move()
+        for stream in streams:  # the one on the worker that is gone runs on
+            assert sum([len(c.token_ids) async for c in stream]) == 60
+        f.addresses.clear()  # a DNS outage takes nothing away
+        await asyncio.sleep(0.3)
+        await client.generate_once("tell me", max_new_tokens=1)
+        assert (len(f.one.bodies), len(f.two.bodies)) == (3, 4)
 
 
 @pytest.mark.parametrize("equal", [True, False])
 async def test_a_replay_whose_worker_leaves_while_it_waits_goes_to_its_equal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, equal: bool
 ) -> None:
-    addresses = ["127.0.0.1"]
-
-    async def answer(host: str) -> Sequence[str]:
-        return list(addresses)
-
-    monkeypatch.setattr("vase_sgl.gateway.server.resolve", answer)
-    async with ScriptedWorker() as one:
-        port = int(one.url.rpartition(":")[2])
-        async with ScriptedWorker(port, host="127.0.0.2") as two:
-            section = {
-                "urls": [],
-                "dns": [f"http://workers.test:{port}"],
-                "dns_interval_seconds": 0.1,
-            }
-            async with run_gateway(tmp_path, worker=section) as running:
-                router = running.gateway._router
-                done = await running.client.generate_once("tell me", max_new_tokens=20)
-                one.available_slots = 0
-                one.running.add("another gateway's")
-                verdict = asyncio.create_task(running.client.replay(done.request_id).verdict())
-                await asyncio.sleep(0.3)
-                two.fingerprint["sglang"] = "0" if equal else "1"
-                addresses[:] = ["127.0.0.2"]
-                await until(lambda: [s.name for s in router._fleet.statuses()] == [two.url])
-                if equal:
-                    assert (await verdict).outcome == "MATCH"
-                    assert len(two.bodies) == 1
-                else:
-                    with pytest.raises(Unavailable, match=f"worker {one.url} is gone; try again"):
-                        await verdict
+    async with named(tmp_path, monkeypatch) as f:
+        done = await f.running.client.generate_once("tell me", max_new_tokens=20)
+        f.one.available_slots = 0
+        f.one.running.add("another gateway's")
+        verdict = asyncio.create_task(f.running.client.replay(done.request_id).verdict())
+        await asyncio.sleep(0.3)
+        f.two.fingerprint["sglang"] = "0" if equal else "1"
+        await f.move()
+        if equal:
+            assert (await verdict).outcome == "MATCH"
+            assert len(f.two.bodies) == 1
+        else:
+            with pytest.raises(Unavailable, match=f"worker {f.one.url} is gone; try again"):
+                await verdict
 
 
 async def test_a_replay_does_not_wait_for_a_worker_that_left_and_still_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It runs what it has to the end, and is given nothing more."""
-    addresses = ["127.0.0.1"]
-
-    async def answer(host: str) -> Sequence[str]:
-        return list(addresses)
-
-    monkeypatch.setattr("vase_sgl.gateway.server.resolve", answer)
-    async with ScriptedWorker() as one:
-        port = int(one.url.rpartition(":")[2])
-        async with ScriptedWorker(port, host="127.0.0.2") as two:
-            section = {
-                "urls": [],
-                "dns": [f"http://workers.test:{port}"],
-                "dns_interval_seconds": 0.1,
-            }
-            async with run_gateway(tmp_path, worker=section) as running:
-                router = running.gateway._router
-                done = await running.client.generate_once("tell me", max_new_tokens=20)
-                one.token_seconds = 0.05
-                stream = running.client.generate("tell me", max_new_tokens=4000)
-                await stream.started()
-                await until(lambda: bool(one.running))
-                one.available_slots = 0
-                verdict = asyncio.create_task(running.client.replay(done.request_id).verdict())
-                await asyncio.sleep(0.3)
-                assert not verdict.done()
-                addresses[:] = ["127.0.0.2"]
-                await until(lambda: [s.name for s in router._fleet.statuses()] == [two.url])
-                assert (await asyncio.wait_for(verdict, 10)).outcome == "MATCH"
-                assert len(two.bodies) == 1 and one.running
-                stream.cancel()
+    async with named(tmp_path, monkeypatch) as f:
+        client = f.running.client
+        done = await client.generate_once("tell me", max_new_tokens=20)
+        f.one.token_seconds = 0.05
+        stream = client.generate("tell me", max_new_tokens=4000)
+        await stream.started()
+        await until(lambda: bool(f.one.running))
+        f.one.available_slots = 0
+        verdict = asyncio.create_task(client.replay(done.request_id).verdict())
+        await asyncio.sleep(0.3)
+        assert not verdict.done()
+        await f.move()
+        assert (await asyncio.wait_for(verdict, 10)).outcome == "MATCH"
+        assert len(f.two.bodies) == 1 and f.one.running
+        stream.cancel()
 
 
 async def test_a_closed_worker_opens_no_connection_again() -> None:
