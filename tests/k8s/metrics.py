@@ -30,6 +30,7 @@ GATEWAY_TYPES = {
     "worker_ready": "Gauge",
     "worker_breaker": "Gauge",
     "audit_write_failures": "Counter",
+    "audit_commit_seconds": "Histogram",
 }
 
 #: Made by the rules themselves.

@@ -43,7 +43,9 @@ ALERTS = {
     "VaseBreakersOpen",
     "VaseRequestsFailing",
     "VaseGatewayRejecting",
+    "VaseKeysNotChecked",
     "VaseAuditWriteFailures",
+    "VaseAuditCommitsSlow",
 }
 
 #: Functions over a range that are not of counters.
@@ -175,6 +177,7 @@ def test_thresholds_and_labels_come_from_values() -> None:
         "monitoring.rules.reservedSlotRatio": 0.9,
         "monitoring.rules.failedRatio": 0.1,
         "monitoring.rules.rejectedRatio": 0.2,
+        "monitoring.rules.auditCommitSeconds": 3.5,
         "monitoring.rules.alertLabels": {"team": "serving"},
     }
     found = {rule["alert"]: rule for rule in rules(render(changed)) if "alert" in rule}
@@ -182,6 +185,7 @@ def test_thresholds_and_labels_come_from_values() -> None:
     assert found["VaseSlotsExhausted"]["expr"].endswith("> 0.9")
     assert found["VaseRequestsFailing"]["expr"].endswith("> 0.1")
     assert found["VaseGatewayRejecting"]["expr"].endswith("> 0.2")
+    assert found["VaseAuditCommitsSlow"]["expr"].endswith("> 3.5")
     assert all(rule["labels"]["team"] == "serving" for rule in found.values())
     assert all("severity" in rule["labels"] for rule in found.values())
 
