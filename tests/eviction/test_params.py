@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vase_sgl.eviction import POLICIES, EvictionLimits, EvictionParams, ParameterError
+from vase_sgl.eviction.params import WIDEST
 
 #: Policies with attention sinks.
 SINKS = [name for name, policy in POLICIES.items() if hasattr(policy, "num_sinks")]
@@ -145,7 +146,7 @@ def test_limits_have_limits(limits: dict[str, int], message: str) -> None:
     with pytest.raises(ParameterError, match=message):
         EvictionLimits(**limits)
     EvictionLimits(max_budget=2, max_window=1)
-    EvictionLimits(max_budget=2**20, max_window=4096)
+    assert EvictionLimits(max_budget=2**20, max_window=4096) == WIDEST
 
 
 @pytest.mark.parametrize("prompt", ["drop", "", None, ["keep"]])

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vase_sgl.eviction.params import MAX_SEED
 from vase_sgl.gateway.errors import InvalidRequest
-from vase_sgl.gateway.seeds import MAX_SEED, SeedCheck, Seeds, check_seeds, derive, seeds_for
+from vase_sgl.gateway.seeds import SeedCheck, Seeds, check_seeds, derive, seeds_for
 from vase_sgl.gateway.tenants import MasterSecret, SeedPolicy, Tenant
 
 MASTER = bytes(range(32))

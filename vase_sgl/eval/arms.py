@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vase_sgl.eviction.params import EvictionLimits, EvictionParams
+from vase_sgl.eviction.params import WIDEST, EvictionParams
 from vase_sgl.eviction.policies import POLICIES, ParameterError
 
 #: Name of the arm that the others are compared with.
@@ -144,7 +144,7 @@ def _fields(name: str, query: str) -> dict[str, Any]:
 def _explicit(name: str, raw: Mapping[str, Any]) -> dict[str, Any]:
     """Validated, with every default filled in. A worker's own ceilings are checked later."""
     try:
-        params = EvictionParams.parse(raw, EvictionLimits(max_budget=2**20, max_window=4096))
+        params = EvictionParams.parse(raw, WIDEST)
     except ParameterError as error:
         raise ArmError(f"{name} at budget {raw['budget']}: {error}") from error
     return {key: value for key, value in params.to_mapping().items() if key != "seed"}

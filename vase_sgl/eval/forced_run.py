@@ -33,12 +33,11 @@ from vase_sgl.eval.forced import (
 )
 from vase_sgl.eval.rows import Row, RowFile, latest
 from vase_sgl.eval.targets import eviction_seed, request_seed
-from vase_sgl.eviction import EvictionLimits, EvictionParams
+from vase_sgl.eviction.params import WIDEST, EvictionParams
 
 NLL = "nll"
 #: Makes the items of the tasks with a question.
 _QUESTIONS = {"passkey-forced": passkey_items, "state-forced": state_items}
-_LIMITS = EvictionLimits(max_budget=2**20, max_window=4096)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +186,7 @@ class ForcedRun:
         if arm.budget is None:
             return None
         seed = eviction_seed(request_seed(self._seed, task, item_id, index))
-        return EvictionParams.parse(arm.params(seed), _LIMITS)
+        return EvictionParams.parse(arm.params(seed), WIDEST)
 
 
 def fingerprint(model: str, dtype: str) -> dict[str, str]:

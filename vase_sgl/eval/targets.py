@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from vase_sgl.client.types import Message
 from vase_sgl.eval.arms import Arm
-from vase_sgl.eviction import EvictionLimits, EvictionParams
+from vase_sgl.eviction.params import MAX_SEED, EvictionLimits, EvictionParams
 
 if TYPE_CHECKING:
     from vase_sgl.client import AsyncClient
@@ -410,4 +410,4 @@ async def _retractions(url: str) -> float | None:
 def _hash63(*parts: str | int) -> int:
     encoded = [str(part).encode() for part in parts]
     message = b"".join(len(part).to_bytes(4, "big") + part for part in encoded)
-    return int.from_bytes(hashlib.sha256(message).digest()[:8], "big") & (2**63 - 1)
+    return int.from_bytes(hashlib.sha256(message).digest()[:8], "big") & MAX_SEED

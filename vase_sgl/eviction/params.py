@@ -17,7 +17,10 @@ from vase_sgl.eviction.policies.base import ParameterError, require, require_int
 PROMPT_MODES = ("evict", "keep")
 DEFAULT_WINDOW = 64
 DEFAULT_POLICY = "vase-attnv"
+#: Of every seed, sampling's too: 63 bits fit into a signed integer of 64.
 MAX_SEED = 2**63 - 1
+_WIDEST_BUDGET = 2**20
+_WIDEST_WINDOW = 4096
 
 _COMMON_KEYS = ("budget", "window", "policy", "prompt", "seed", "inspect")
 
@@ -30,8 +33,12 @@ class EvictionLimits:
     max_window: int = 64
 
     def __post_init__(self) -> None:
-        require_int("max_window", self.max_window, 1, 4096)
-        require_int("max_budget", self.max_budget, 2, 2**20)
+        require_int("max_window", self.max_window, 1, _WIDEST_WINDOW)
+        require_int("max_budget", self.max_budget, 2, _WIDEST_BUDGET)
+
+
+#: Ceilings as wide as a server may have them: for who does not know the server's own.
+WIDEST = EvictionLimits(_WIDEST_BUDGET, _WIDEST_WINDOW)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,7 +32,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from vase_sgl.eviction import EvictionLimits, EvictionParams
+from vase_sgl.eviction.params import WIDEST, EvictionParams
 from vase_sgl.gateway.problems import describe
 from vase_sgl.gateway.variables import Environment, check_variables
 from vase_sgl.worker_key import check_key
@@ -349,7 +349,7 @@ class GatewayConfig(BaseSettings):
             if "inspect" in value:
                 raise ValueError("inspect cannot be set here: it is for single requests")
             # The worker's ceilings are not known yet; they are checked with each request.
-            EvictionParams.parse(value, EvictionLimits(max_budget=2**20, max_window=4096))
+            EvictionParams.parse(value, WIDEST)
         return value
 
     @model_validator(mode="after")

@@ -22,10 +22,10 @@ from typing import Any, Literal
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from vase_sgl.eviction.params import MAX_SEED
 from vase_sgl.gateway.errors import InvalidRequest
 from vase_sgl.gateway.tenants import SeedPolicy, Tenant
 
-MAX_SEED = 2**63 - 1
 _SALT = b"vase-sgl seeds v1"
 
 

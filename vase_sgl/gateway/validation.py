@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from vase_sgl.eviction import EvictionLimits, EvictionParams, ParameterError
+from vase_sgl.eviction.params import MAX_SEED
 from vase_sgl.gateway.errors import InvalidRequest, PermissionDenied
 from vase_sgl.gateway.need import Need
-from vase_sgl.gateway.seeds import MAX_SEED
 from vase_sgl.gateway.tenants import Role, Tenant
 from vase_sgl.gateway.wire import PROMPT_MODES
 from vase_sgl.gateway.workers import WorkerInfo
