@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,8 @@ from sglang.srt.runtime_context import get_parallel
 
 from vase_sgl.engine.integrity_log import logged_errors
 from vase_sgl.engine.pool import BudgetPool
-from vase_sgl.engine.request_cache import RequestCache, cache_of
+from vase_sgl.engine.request_cache import RequestCache
+from vase_sgl.engine.slots import Slots
 from vase_sgl.eviction import EvictionParams
 
 if TYPE_CHECKING:
@@ -19,44 +19,6 @@ if TYPE_CHECKING:
 #: Gauges are refreshed at most this often; a refresh looks at every running request.
 _REFRESH_SECONDS = 1.0
 _BUDGET_BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
-
-
-@dataclasses.dataclass(frozen=True)
-class Slots:
-    """KV slots (one slot = one token in every layer) at one moment.
-
-    reserved: most that the running requests may hold, shared prompts counted for each.
-    owned: held by running requests, the prefix tree's locked part included.
-    available: nobody's, or only the prefix tree's.
-    physical, logical: cached and seen tokens of the running requests with a budget.
-    """
-
-    total: int
-    available: int
-    reserved: int
-    owned: int
-    physical: int
-    logical: int
-
-    @classmethod
-    def of(cls, scheduler: Any) -> Slots:
-        total = scheduler.max_total_num_tokens
-        available = int(
-            scheduler.token_to_kv_pool_allocator.available_size()
-            + scheduler.tree_cache.evictable_size()
-        )
-        reserved = physical = logical = 0
-        for req in scheduler.running_batch.reqs:
-            seen = len(req.origin_input_ids) + len(req.output_ids)
-            cache = cache_of(req)
-            if cache is None:
-                reserved += seen
-                continue
-            reserved += cache.max_slots(req.sampling_params.max_new_tokens)
-            if cache.evicts:
-                logical += seen
-                physical += seen - cache.evicted_by(cache.rounds_at(seen))
-        return cls(total, available, reserved, total - available, physical, logical)
 
 
 class EngineMetrics:

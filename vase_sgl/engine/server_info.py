@@ -10,7 +10,7 @@ from sglang.srt.runtime_context import get_parallel
 from vase_sgl.engine.config import engine_config
 from vase_sgl.engine.fingerprint import WeightsNotRead, fingerprint, stamp
 from vase_sgl.engine.pool import BudgetPool
-from vase_sgl.engine.prometheus import Slots
+from vase_sgl.engine.slots import Slots
 
 
 def answers_for_worker() -> bool:
