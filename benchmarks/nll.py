@@ -4,11 +4,16 @@
     python -m benchmarks.nll tasks rows.jsonl --model MODEL --budgets 128
     python -m benchmarks.nll report rows.jsonl... [--json results.json]
 
+As `vase-sgl eval forced`, by the same code (`vase_sgl.eval.forced`), but for one fixed set of arms,
+candidates that no worker knows among them (`benchmarks.candidates`), and with eviction seeds 0 and
+1 instead of one derived for each sample. A row has its `case` beside the evaluation's fields, so
+`vase-sgl eval report` does not read it; `report` here wrote `results/nll_smollm2.json`.
+
 Texts are those of `benchmarks/texts`: by default the two that no policy was chosen on. Every arm
-sees the same chunks, so that differences pair chunk by chunk. Rows are those of `vase_sgl.eval`; a
-run that was interrupted goes on where it stopped. Intervals are percentile bootstraps over chunks
-or questions (10,000 draws, seed 0), after the mean over eviction seeds within a chunk, and over the
-texts of a question that was asked after several.
+sees the same chunks, so that differences pair chunk by chunk. A run that was interrupted goes on
+where it stopped. Intervals are percentile bootstraps over chunks or questions (10,000 draws, seed
+0), after the mean over eviction seeds within a chunk, and over the texts of a question that was
+asked after several.
 """
 
 from __future__ import annotations
