@@ -128,10 +128,3 @@ def test_every_profile_is_listed() -> None:
     assert set(re.findall(r"`(values-[a-z0-9-]+\.yaml)`", TEXT)) == profiles
     readme = (CHART / "README.md").read_text(encoding="utf-8")
     assert set(re.findall(r"`(values-[a-z0-9-]+\.yaml)`", readme)) == profiles
-
-
-@pytest.mark.parametrize("name", ["docs/kubernetes.md", "k8s/vase-sgl/README.md"])
-def test_links_lead_somewhere(name: str) -> None:
-    page = ROOT / name
-    for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
-        assert (page.parent / link).exists(), link
