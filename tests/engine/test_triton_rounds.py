@@ -6,11 +6,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vase_sgl.engine.config import EngineConfig
-from vase_sgl.engine.rounds import chosen_kernels
+from vase_sgl.engine.rounds import chosen_kernels, padded_rows
 
 _DECODER = "tests/engine/test_independent_decode.py::test_tokens_equal_the_independent_decoder"
 _INSPECT = "tests/engine/test_inspect.py::test_the_file_says_what_an_independent_decoder_keeps"
@@ -41,3 +44,30 @@ def test_asking_for_triton_without_a_gpu_fails_loudly() -> None:
     assert chosen_kernels(EngineConfig(), "cpu") == "reference"
     assert chosen_kernels(EngineConfig(), "cuda") == "triton"
     assert chosen_kernels(EngineConfig(kernels="reference"), "cuda") == "reference"
+
+
+class _Writes(TorchDispatchMode):
+    """Counts calls that may copy or fill: all but those that make views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def test_rows_are_padded_in_as_many_launches_however_many_are_due() -> None:
+    counts = []
+    for number in (2, 50):
+        slots = [torch.arange(1, 5 + index % 7) for index in range(number)]
+        with _Writes() as writes:
+            rows = padded_rows(slots)
+        counts.append(writes.count)
+        longest = max(len(row) for row in slots)
+        assert rows.dtype == torch.int32 and rows.is_contiguous()
+        assert rows.tolist() == [row.tolist() + [0] * (longest - len(row)) for row in slots]
+    assert counts[0] == counts[1] <= 4

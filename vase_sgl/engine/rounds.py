@@ -210,11 +210,7 @@ class TritonRounds:
 
     def _launch(self, policy: str, pool: BudgetPool, batch: list[PlannedRound]) -> None:
         maxima = self._maxima_of(batch)
-        rows = torch.zeros(
-            len(batch), maxima.columns, dtype=torch.int32, device=self._memory.device
-        )
-        for row, due in zip(rows, batch, strict=True):
-            row[: len(due.slots)] = due.slots
+        rows = padded_rows([due.slots for due in batch])
         entries = [_table_row(row, due) for row, due in enumerate(batch)]
         queries = pool.query_ring.data if batch[0].cache.params.policy.needs_queries else None
         result = self._evict(policy, entries, rows, queries, maxima)
@@ -263,6 +259,17 @@ class TritonRounds:
 
     def _bytes(self, maxima: Maxima) -> int:
         return Workspace.bytes_for(maxima, layers=self._layers, kv_heads=self._heads)
+
+
+def padded_rows(slots: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Rows of slots int64 [columns], filled up with 0: int32 [rows, longest].
+
+    Not a launch for each row: of hundreds that are due in one step, the host would wait for those.
+    """
+    longest = max(len(row) for row in slots)
+    padding = slots[0].new_zeros(longest)
+    parts = [part for row in slots for part in (row, padding[len(row) :])]
+    return torch.cat(parts).view(len(slots), longest).to(torch.int32)
 
 
 def _table_row(row: int, due: PlannedRound) -> DueRequest:
