@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vase_kernels.evict import PoolView, evict
-from vase_kernels.reference import SCORERS, Candidates, evict_reference, select_victims_batched
+from vase_kernels.reference import SCORERS, Candidates, evict_reference, select_victims
 from vase_kernels.requests import (
     LOGICAL_LENGTH,
     MAX_PROJECTION,
@@ -147,18 +147,16 @@ class Case:
 
     def reference(self) -> Callable[[], Tensor]:
         """`evict_reference` on the same device."""
-        return lambda: (
-            evict_reference(
-                self.policy,
-                self.k,
-                self.v,
-                self.positions,
-                self.req_to_token,
-                self._queries(),
-                budget=self.shape.budget,
-                window=self.shape.window,
-                **self._counters(),
-            ).round_sums
+        return lambda: evict_reference(
+            self.policy,
+            self.k,
+            self.v,
+            self.positions,
+            self.req_to_token,
+            self._queries(),
+            budget=self.shape.budget,
+            window=self.shape.window,
+            **self._counters(),
         )
 
     def gather_all(self) -> Callable[[], Tensor]:
@@ -182,9 +180,7 @@ class Case:
                     layers=torch.tensor([layer], device=slots.device),
                     heads=heads,
                 )
-                victims = select_victims_batched(
-                    self.policy, candidates, shape.window, budget=shape.budget
-                )
+                victims = select_victims(self.policy, candidates, shape.window, budget=shape.budget)
                 gone = torch.zeros(
                     n, shape.kv_heads, shape.columns, dtype=torch.bool, device=slots.device
                 ).scatter_(-1, victims[:, 0], True)

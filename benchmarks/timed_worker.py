@@ -58,7 +58,7 @@ def install() -> Timers:
     timers.method("round", compaction.Compaction, "run")
     timers.method("round.score", reference_select, "retention_keys")
     parts = {
-        "victims": "select_victims_batched",
+        "victims": "select_victims",
         "plan": "move_plan",
         "move": "_move",
         "digest": "round_sum",

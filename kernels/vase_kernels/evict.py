@@ -104,7 +104,7 @@ def evict(
         *this.table,
         most.columns,
         most.budget,
-        *this.first,
+        pool.first_head,
         **this.columns,
     )
     move_kernel[this.split](

@@ -45,7 +45,6 @@ def plan_kernel(
     num_slots,
     max_columns,
     max_pairs,
-    first_layer,
     first_head,
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -91,7 +90,7 @@ def plan_kernel(
         tl.store(sources + at * max_pairs + entry, columns, mask=source == 1)
         source_count += tl.sum(source)
 
-        hashes = victim_hashes(first_layer + layer, first_head + head, round, positions)
+        hashes = victim_hashes(layer, first_head + head, round, positions)
         total += tl.sum(tl.where(victim, hashes, 0))
 
         stays = kept & (columns < budget) & (round == 1)

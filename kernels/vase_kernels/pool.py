@@ -39,7 +39,6 @@ class PoolView:
     req_to_token: Tensor
     dtype: torch.dtype
     head_dim: int
-    first_layer: int
     first_head: int
     attention_scale: float
     buffers: tuple[Tensor, ...]
@@ -52,7 +51,6 @@ class PoolView:
         token_positions: Tensor,
         req_to_token: Tensor,
         *,
-        first_layer: int = 0,
         first_head: int = 0,
         attention_scale: float | None = None,
     ) -> PoolView:
@@ -63,8 +61,8 @@ class PoolView:
         k_buffers, v_buffers : sequence of Tensor [num_slots, kv_heads, head_dim]
             One K and one V tensor a layer: contiguous, starting on 16 bytes, rows a multiple of
             16 bytes; float32, float16, bfloat16, float8_e4m3fn or float8_e5m2.
-        first_layer, first_head : int
-            Global index of this rank's first layer and KV head.
+        first_head : int
+            Global index of this rank's first KV head.
         attention_scale : float or None
             What the model multiplies q.k by, positive; None for 1/sqrt(head_dim).
         """
@@ -93,7 +91,6 @@ class PoolView:
             req_to_token=req_to_token,
             dtype=dtype,
             head_dim=head_dim,
-            first_layer=first_layer,
             first_head=first_head,
             attention_scale=head_dim**-0.5 if attention_scale is None else attention_scale,
             buffers=(*k_buffers, *v_buffers),

@@ -43,7 +43,6 @@ def draw_kernel(
     context,
     num_slots,
     max_columns,
-    first_layer,
     first_head,
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -81,7 +80,7 @@ def draw_kernel(
         ranges = tl.load(order + at * max_columns + columns, mask=inside, other=0)
         protected = packed(ranges, positions) <= edge
         weight = pooled(weights, at, columns, candidates, width, max_columns)
-        word, _, _, _ = words(requests, n, first_layer + layer, first_head + head, round, positions)
+        word, _, _, _ = words(requests, n, layer, first_head + head, round, positions)
         key = tl.log(weight) + gumbel(word)
         forced = protected | (positions < field(requests, n, NUM_SINKS))
         key = tl.where(forced, float("inf"), key)

@@ -84,7 +84,6 @@ def dkv_kernel(
     context,
     num_slots,
     max_columns,
-    first_layer,
     first_head,
     ELEMENT: tl.constexpr,
     HEADS: tl.constexpr,
@@ -118,9 +117,7 @@ def dkv_kernel(
     round = field(requests, n, ROUND)
     if FIXED:
         round = round * 0
-    gaussian = _gaussian(
-        requests, n, first_layer + layer, first_head + head, round, HEAD_DIM, BLOCK_D, BLOCK_J
-    )
+    gaussian = _gaussian(requests, n, layer, first_head + head, round, HEAD_DIM, BLOCK_D, BLOCK_J)
     high = gaussian.to(PART)
     middle = (gaussian - high.to(tl.float32)).to(PART)
     low = (gaussian - high.to(tl.float32) - middle.to(tl.float32)).to(PART).to(DOT)

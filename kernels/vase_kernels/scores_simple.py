@@ -31,7 +31,6 @@ def simple_kernel(
     context,
     num_slots,
     max_columns,
-    first_layer,
     first_head,
     RANDOM: tl.constexpr,
     HEADS: tl.constexpr,
@@ -56,9 +55,7 @@ def simple_kernel(
             columns, older, requests, n, layer, head, req_to_token, context, store, num_slots, HEADS
         )
         if RANDOM:
-            word, _, _, _ = words(
-                requests, n, first_layer + layer, first_head + head, round, positions
-            )
+            word, _, _, _ = words(requests, n, layer, first_head + head, round, positions)
             key = uniform(word)
         else:
             key = positions.to(tl.float32)

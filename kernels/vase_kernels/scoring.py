@@ -71,11 +71,6 @@ class Round:
         return self.requests, pool.req_to_token, pool.token_positions, context, num_slots
 
     @property
-    def first(self) -> tuple[int, int]:
-        """first_layer, first_head."""
-        return self.pool.first_layer, self.pool.first_head
-
-    @property
     def columns(self) -> dict[str, int]:
         """Constants of the kernels that read no rows."""
         return {"HEADS": self.workspace.kv_heads, "BLOCK": BLOCK_COLUMNS}
@@ -230,7 +225,7 @@ def _vase_attnv(r: Round) -> None:
         scratch.edges,
         *r.table,
         scratch.maxima.columns,
-        *r.first,
+        r.pool.first_head,
         **r.columns,
     )
 
@@ -243,7 +238,7 @@ def _dkv(r: Round, *, fixed: bool) -> None:
         r.pool.v_pointers,
         *r.table,
         r.workspace.maxima.columns,
-        *r.first,
+        r.pool.first_head,
         ELEMENT=ELEMENTS[r.pool.dtype],
         BLOCK_J=MAX_PROJECTION,
         PART=ELEMENTS[part],
@@ -300,7 +295,7 @@ def _simple(r: Round, *, random: bool) -> None:
         r.workspace.order,
         *r.table,
         r.workspace.maxima.columns,
-        *r.first,
+        r.pool.first_head,
         RANDOM=random,
         **r.columns,
     )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from vase_kernels.reference import select_victims
 
 from tests.kernels import oracle
+from tests.kernels.one_layer import layer_victims
 from vase_sgl.demo.model import ensure_model
 
 TEXT = (
@@ -56,7 +56,7 @@ def test_kept_set_equals_the_oracle(captured: dict[int, Captured], policy: str, 
         "positions": positions,
     }
     options = {"budget": BUDGET, "seed": 11, "layer": layer, "first_head": 0, "round": 1}
-    found = select_victims(policy, num_victims=WINDOW, **arguments, **options)
+    found = layer_victims(policy, num_victims=WINDOW, **arguments, **options)
     key = oracle.retention_keys(policy, **arguments, **options)
     for head, expected in enumerate(oracle.victims(key, positions, WINDOW)):
         chosen = found[head].tolist()

@@ -113,7 +113,7 @@ def retention_keys(
     mix_lambda: float = 0.1,
     attention_scale: float | None = None,
 ) -> FloatArray:
-    """[kv_heads, candidates]; arguments as `vase_kernels.reference.select_victims` takes them."""
+    """[kv_heads, candidates]; arguments as `one_layer.layer_victims` takes them."""
     num_heads, num_candidates = positions.shape
     num_sinks = SINKS.get(policy, 4) if num_sinks is None else num_sinks
     scale = 1 / math.sqrt(keys.shape[-1]) if attention_scale is None else attention_scale

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from vase_kernels.reference import Candidates, select_victims_batched
+from vase_kernels.reference import Candidates, select_victims
 
 DRAWS = 6_000
 
@@ -43,7 +43,7 @@ def draw_kept(policy: str, weights: list[float], size: int, vary: str, **fields)
         layers=torch.tensor([3]),
         heads=torch.tensor([1]),
     )
-    victims = select_victims_batched(policy, candidates, n - size, budget=8, **fields)
+    victims = select_victims(policy, candidates, n - size, budget=8, **fields)
     everything = set(range(n))
     return Counter(frozenset(everything - set(row)) for row in victims[:, 0, 0].tolist())
 

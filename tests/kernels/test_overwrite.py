@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vase_kernels.reference import SCORERS, evict, evict_reference, move_plan, select_victims
+from vase_kernels.reference import SCORERS, evict, evict_reference, move_plan
 
 from tests.kernels import oracle
+from tests.kernels.one_layer import layer_victims
 
 
 def random_head(g: torch.Generator, candidates: int, surplus: int):
@@ -85,7 +86,7 @@ def test_wrong_number_of_victims_or_columns_is_refused():
 
 LAYERS, HEADS, GROUP, DIM, NUM_SLOTS = 2, 3, 2, 16, 160
 BUDGET, WINDOW = 12, 4
-FIRST_LAYER, FIRST_HEAD = 5, 6
+FIRST_HEAD = 6
 POLICIES = list(SCORERS)
 
 
@@ -107,7 +108,6 @@ def make_pool(num_requests: int, num_columns: int, dtype=torch.bfloat16) -> dict
         "seeds": torch.arange(num_requests) + 100,
         "rounds": torch.ones(num_requests, dtype=torch.int64),
         "logical_lengths": torch.full((num_requests,), num_columns),
-        "first_layer": FIRST_LAYER,
         "first_head": FIRST_HEAD,
         "num_sinks": 2,
     }
@@ -120,14 +120,14 @@ def copy_of(pool: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def naive_evict(policy: str, pool: dict[str, Any]) -> tuple[list[int], list[Any]]:
-    """One head at a time, rows listed in Python."""
-    sums, forgotten = [], []
+def naive_evict(policy: str, pool: dict[str, Any]) -> list[int]:
+    """Sums of victims' hashes. One head at a time, rows listed in Python."""
+    sums = []
     num_columns = pool["slots"].shape[1]
     pinned = pool.get("pinned", 0)
     end = pinned + BUDGET
     for n, slots in enumerate(pool["slots"].tolist()):
-        total, seen = 0, []
+        total = 0
         for layer in range(LAYERS):
             for head in range(HEADS):
                 store = pool["token_positions"][layer]
@@ -140,7 +140,7 @@ def naive_evict(policy: str, pool: dict[str, Any]) -> tuple[list[int], list[Any]
                     for c, slot in enumerate(slots)
                 ]
                 old = slots[pinned:-WINDOW]
-                victims = select_victims(
+                victims = layer_victims(
                     policy,
                     k[old, head][None],
                     v[old, head][None],
@@ -149,19 +149,15 @@ def naive_evict(policy: str, pool: dict[str, Any]) -> tuple[list[int], list[Any]
                     num_columns - end,
                     budget=BUDGET,
                     seed=int(pool["seeds"][n]),
-                    layer=FIRST_LAYER + layer,
+                    layer=layer,
                     first_head=FIRST_HEAD + head,
                     round=int(pool["rounds"][n]),
                     num_sinks=pool["num_sinks"],
                 )[0].tolist()
                 victims = [pinned + c for c in victims]
                 gone = [place[c] for c in victims]
-                seen.append(gone)
                 round = int(pool["rounds"][n])
-                total += sum(
-                    oracle.token_hash(FIRST_LAYER + layer, FIRST_HEAD + head, round, p)
-                    for p in gone
-                )
+                total += sum(oracle.token_hash(layer, FIRST_HEAD + head, round, p) for p in gone)
                 late = [c for c in range(end, num_columns) if c not in victims]
                 late.sort(key=place.__getitem__)
                 for d, s in zip([c for c in victims if c < end], late, strict=True):
@@ -171,8 +167,7 @@ def naive_evict(policy: str, pool: dict[str, Any]) -> tuple[list[int], list[Any]
                 for c in range(pinned, end):
                     store[slots[c], head] = place[c]
         sums.append(total % 2**64)
-        forgotten.append(seen)
-    return sums, forgotten
+    return sums
 
 
 def assert_same_pool(a: dict[str, Any], b: dict[str, Any]) -> None:
@@ -192,11 +187,8 @@ def test_rounds_equal_the_naive_implementation(policy, pinned, num_columns):
     end = pinned + BUDGET
     theirs = copy_of(ours)
     for round in range(1, 4):
-        got = evict_reference(policy, **ours, return_victims=True)
-        sums, forgotten = naive_evict(policy, theirs)
-        assert [s % 2**64 for s in got.round_sums.tolist()] == sums
-        assert got.victims is not None
-        assert got.victims.flatten(1, 2).tolist() == forgotten
+        got = evict_reference(policy, **ours)
+        assert [s % 2**64 for s in got.tolist()] == naive_evict(policy, theirs)
         assert_same_pool(ours, theirs)
         for pool in (ours, theirs):  # the next window arrives in the freed slots
             pool["slots"] = pool["slots"][:, : end + WINDOW]
@@ -229,37 +221,30 @@ def test_pinned_columns_are_not_there(policy, round):
     whole["token_positions"][:, whole["slots"][:, pinned : pinned + BUDGET]] = older[:, None]
     forget_pinned_rows(whole)
     suffix = copy_of(whole) | {"pinned": 0, "slots": whole["slots"][:, pinned:].clone()}
-    got = evict_reference(policy, **whole, return_victims=True)
-    expected = evict_reference(policy, **suffix, return_victims=True)
-    assert torch.equal(got.round_sums, expected.round_sums)
-    assert got.victims is not None and expected.victims is not None
-    assert torch.equal(got.victims, expected.victims)
-    assert bool((got.victims >= pinned).all())
+    got = evict_reference(policy, **whole)
+    assert torch.equal(got, evict_reference(policy, **suffix))
     assert_same_pool(whole, suffix)
 
 
 def test_a_kept_prompt_loses_no_token_however_long_the_answer():
-    """Round after round on the plan of prompt mode `keep`: R victims each time, none of them of
-    the prompt, and every generated token is either kept once or gone once."""
+    """Round after round on the plan of prompt mode `keep`: what is left was left before or is new,
+    and none of it of the prompt; the rest is what the digest says has gone."""
     pinned = 11
     pool = make_pool(1, pinned + BUDGET + WINDOW) | {"pinned": pinned}
     prompt = [buffer[pool["slots"][0, :pinned]].clone() for buffer in pool["k_buffers"]]
-    gone: list[set[int]] = [set() for _ in range(LAYERS * HEADS)]
-    for _ in range(6):
-        victims = evict_reference("vase-attnv", **pool, return_victims=True).victims
-        assert victims is not None and victims.shape[-1] == WINDOW
+    there = [set(range(pinned, pinned + BUDGET)) for _ in range(LAYERS * HEADS)]
+    for round in range(1, 7):
+        (total,) = evict_reference("vase-attnv", **pool).tolist()
         length = int(pool["logical_lengths"])
         kept = pool["token_positions"][:, pool["slots"][0, pinned : pinned + BUDGET]]
-        for place, (forgotten, left) in enumerate(
-            zip(
-                victims[0].flatten(0, 1).tolist(),
-                kept.transpose(1, 2).flatten(0, 1).tolist(),
-                strict=True,
-            )
-        ):
-            assert gone[place].isdisjoint(forgotten)
-            gone[place].update(forgotten)
-            assert sorted([*gone[place], *left]) == list(range(pinned, length))
+        for place, left in enumerate(kept.transpose(1, 2).flatten(0, 1).tolist()):
+            before = there[place] | set(range(length - WINDOW, length))
+            there[place] = set(left)
+            assert there[place] < before and len(there[place]) == BUDGET
+            layer, head = place // HEADS, FIRST_HEAD + place % HEADS
+            for position in before - there[place]:
+                total -= oracle.token_hash(layer, head, round, position)
+        assert total % 2**64 == 0
         pool["rounds"] = pool["rounds"] + 1
         pool["logical_lengths"] = pool["logical_lengths"] + WINDOW
     for buffer, before in zip(pool["k_buffers"], prompt, strict=True):
@@ -272,9 +257,7 @@ def test_requests_in_different_rounds_share_a_call():
     ours["rounds"], ours["logical_lengths"] = torch.tensor([1, 8]), torch.tensor([16, 500])
     theirs = copy_of(ours)
     got = evict_reference("vase-attnv", **ours)
-    sums, _ = naive_evict("vase-attnv", theirs)
-    assert [s % 2**64 for s in got.round_sums.tolist()] == sums
-    assert got.victims is None
+    assert [s % 2**64 for s in got.tolist()] == naive_evict("vase-attnv", theirs)
     assert_same_pool(ours, theirs)
 
 
@@ -300,7 +283,7 @@ def test_only_columns_within_the_budget_change(policy, pinned, num_columns):
 def test_slot_ids_and_neighbours_do_not_matter(policy, monkeypatch):
     pool = make_pool(3, 30)
     whole = copy_of(pool)
-    expected = evict_reference(policy, **whole, return_victims=True)
+    expected = evict_reference(policy, **whole)
     by_request = ("queries", "seeds", "rounds", "logical_lengths")
 
     for n in range(3):
@@ -310,10 +293,8 @@ def test_slot_ids_and_neighbours_do_not_matter(policy, monkeypatch):
             for target, origin in zip(moved[name], pool[name], strict=True):
                 target[moved["slots"]] = origin[pool["slots"][n : n + 1]]
         monkeypatch.setattr(evict, "_GROUP_CANDIDATES", 1)
-        got = evict_reference(policy, **moved, return_victims=True)
-        assert got.victims is not None and expected.victims is not None
-        assert torch.equal(got.round_sums[0], expected.round_sums[n])
-        assert torch.equal(got.victims[0], expected.victims[n])
+        got = evict_reference(policy, **moved)
+        assert torch.equal(got[0], expected[n])
         for name in ("k_buffers", "v_buffers"):
             for ours, theirs in zip(moved[name], whole[name], strict=True):
                 assert torch.equal(

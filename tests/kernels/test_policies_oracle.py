@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from vase_kernels.reference import SCORERS, Candidates, retention_keys, select_victims
+from vase_kernels.reference import SCORERS, Candidates, retention_keys
 
 from tests.kernels import oracle
+from tests.kernels.one_layer import layer_victims
 
 POLICIES = list(SCORERS)
 EXACT = {"random", "streaming", "evict-largest-values"}
@@ -97,7 +98,7 @@ def test_policy_matches_oracle(policy, fields, shape):
         tolerance = TOLERANCE[policy]
         torch.testing.assert_close(got_key, expected_key, rtol=1e-4, atol=tolerance)
 
-    got = select_victims(policy, num_victims=num_victims, **case, **fields)
+    got = layer_victims(policy, num_victims=num_victims, **case, **fields)
     expected = oracle.victims(key, case["positions"], num_victims)
     assert got.dtype == torch.int64 and got.shape == (shape[0], num_victims)
     if policy in EXACT:
@@ -122,8 +123,8 @@ def test_defaults_are_those_of_the_policy_classes():
     policies = pytest.importorskip("vase_sgl.eviction").POLICIES
     case = make_case(SHAPES[1], generator=11)
     for name in POLICIES:
-        explicit = select_victims(name, num_victims=30, **case, **policies[name]().fields())
-        assert torch.equal(select_victims(name, num_victims=30, **case), explicit)
+        explicit = layer_victims(name, num_victims=30, **case, **policies[name]().fields())
+        assert torch.equal(layer_victims(name, num_victims=30, **case), explicit)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -131,7 +132,7 @@ def test_float8_rows_are_upcast(policy):
     case = make_case(SHAPES[0], generator=2)
     for name in ("keys", "values", "queries"):
         case[name] = case[name].to(torch.float8_e4m3fn)
-    got = select_victims(policy, num_victims=10, **case)
+    got = layer_victims(policy, num_victims=10, **case)
     for name in ("keys", "values", "queries"):
         case[name] = case[name].to(torch.float32)
-    assert torch.equal(got, select_victims(policy, num_victims=10, **case))
+    assert torch.equal(got, layer_victims(policy, num_victims=10, **case))

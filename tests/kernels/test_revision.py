@@ -62,7 +62,7 @@ def digest(policy: str) -> str:
             seeds=torch.tensor([7]),
             rounds=torch.tensor([number]),
             logical_lengths=torch.tensor([BUDGET + WINDOW * number]),
-        ).round_sums
+        )
         total = chain(total, sums[0])
     return format_digest(int(total))
 

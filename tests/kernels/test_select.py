@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from vase_kernels.reference import SCORERS, select_victims
+from vase_kernels.reference import SCORERS
 from vase_kernels.reference.order import smallest
+
+from tests.kernels.one_layer import layer_victims
 
 INF, NAN = math.inf, math.nan
 
@@ -51,7 +53,7 @@ def test_smallest_agrees_with_a_plain_sort_on_many_ties():
 
 
 def test_streaming_evicts_the_oldest_after_the_sinks():
-    victims = select_victims("streaming", num_victims=3, **inputs())
+    victims = layer_victims("streaming", num_victims=3, **inputs())
     assert victims.tolist() == [[4, 5, 6]] * 2
 
 
@@ -60,7 +62,7 @@ def test_victims_come_in_order_of_token_position():
     g = torch.Generator().manual_seed(5)
     case["positions"] = torch.stack([torch.randperm(99, generator=g)[:24] for _ in range(2)])
     for policy in SCORERS:
-        victims = select_victims(policy, num_victims=9, num_sinks=4, **case)
+        victims = layer_victims(policy, num_victims=9, num_sinks=4, **case)
         places = case["positions"].gather(-1, victims)
         assert bool((places.diff(dim=-1) > 0).all())
         assert bool((places >= 4).all())
@@ -70,7 +72,7 @@ def test_equal_scores_evict_the_lower_position():
     case = inputs()
     case["keys"] = torch.zeros_like(case["keys"])
     case["positions"] = torch.arange(23, -1, -1).expand(2, -1)
-    assert select_victims("vase-dkv", num_victims=3, **case).tolist() == [[19, 18, 17]] * 2
+    assert layer_victims("vase-dkv", num_victims=3, **case).tolist() == [[19, 18, 17]] * 2
 
 
 def test_equal_value_ranges_protect_the_lower_position():
@@ -79,12 +81,12 @@ def test_equal_value_ranges_protect_the_lower_position():
     # 6 of budget 16 protected, 4 sinks inside that number: tokens 0..5, whatever the draw says.
     for seed in range(20):
         case["seed"] = seed
-        victims = select_victims("vase-attnv", num_victims=18, protected_share=0.4, **case)
+        victims = layer_victims("vase-attnv", num_victims=18, protected_share=0.4, **case)
         assert victims.tolist() == [list(range(6, 24))] * 2
 
 
 def test_sinks_stay_when_the_protected_number_is_smaller():
-    victims = select_victims("vase-attnv", num_victims=20, protected_share=0.0, **inputs())
+    victims = layer_victims("vase-attnv", num_victims=20, protected_share=0.0, **inputs())
     assert victims.tolist() == [list(range(4, 24))] * 2
 
 
@@ -93,9 +95,9 @@ def test_nan_goes_first_and_infinite_scores_stay_below_sinks():
     case["keys"][:, 10] = NAN
     case["keys"][:, 12, 0] = INF
     case["values"][:, 15] = NAN
-    victims = select_victims("vase-dkv", num_victims=2, **case)
+    victims = layer_victims("vase-dkv", num_victims=2, **case)
     assert victims.tolist() == [[10, 15]] * 2
-    everything_but_sinks = select_victims("vase-dkv", num_victims=20, **case)
+    everything_but_sinks = layer_victims("vase-dkv", num_victims=20, **case)
     assert everything_but_sinks.tolist() == [list(range(4, 24))] * 2
 
 
@@ -104,10 +106,10 @@ def test_curdkv_draws_one_projection_per_request():
     case = inputs(candidates=200)
     for policy, same in (("vase-dkv", False), ("curdkv", True)):
         first, later = (
-            select_victims(policy, num_victims=90, **case | {"round": round}) for round in (1, 2)
+            layer_victims(policy, num_victims=90, **case | {"round": round}) for round in (1, 2)
         )
         assert torch.equal(first, later) is same
-        other = select_victims(policy, num_victims=90, **case | {"round": 1, "seed": 18})
+        other = layer_victims(policy, num_victims=90, **case | {"round": 1, "seed": 18})
         assert not torch.equal(first, other)
 
 
@@ -116,9 +118,9 @@ def test_rkv_evicts_copies_and_snapkv_does_not():
     case["keys"][:, 20:30] = case["keys"][:, 19:20]  # eleven equal keys
     case["queries"] = case["keys"][:, 19].repeat_interleave(2, 0)[:, None].expand(-1, 4, -1)
     redundant = set(range(19, 30))
-    for victims in select_victims("rkv", num_victims=11, mix_lambda=0.0, **case).tolist():
+    for victims in layer_victims("rkv", num_victims=11, mix_lambda=0.0, **case).tolist():
         assert set(victims) == redundant
-    for victims in select_victims("snapkv", num_victims=11, pool_width=1, **case).tolist():
+    for victims in layer_victims("snapkv", num_victims=11, pool_width=1, **case).tolist():
         assert redundant.isdisjoint(victims)
 
 
@@ -126,9 +128,9 @@ def test_the_ablation_evicts_what_vase_attnv_protects():
     case = inputs(candidates=40)
     case["values"][:, 13] *= 100
     case["values"][:, 27] *= 50
-    victims = select_victims("evict-largest-values", num_victims=2, **case)
+    victims = layer_victims("evict-largest-values", num_victims=2, **case)
     assert victims.tolist() == [[13, 27]] * 2
-    kept = select_victims("vase-attnv", num_victims=34, protected_share=0.4, **case)
+    kept = layer_victims("vase-attnv", num_victims=34, protected_share=0.4, **case)
     assert not bool(((kept == 13) | (kept == 27)).any())
 
 
@@ -137,7 +139,7 @@ def test_knorm_keeps_low_norms():
     case["keys"][:, 7] *= 9
     case["keys"][:, 9, 0] = INF
     case["keys"][:, 11, 0] = NAN
-    victims = select_victims("knorm", num_victims=3, **case)
+    victims = layer_victims("knorm", num_victims=3, **case)
     assert victims.tolist() == [[7, 9, 11]] * 2
 
 
@@ -145,9 +147,9 @@ def test_knorm_keeps_low_norms():
 def test_one_undefined_key_makes_every_score_of_its_head_undefined(policy):
     """Then the lowest positions outside the sinks go; the other head is not affected."""
     case = inputs(candidates=40)
-    expected = select_victims(policy, num_victims=3, num_sinks=4, **case)
+    expected = layer_victims(policy, num_victims=3, num_sinks=4, **case)
     case["keys"][0, 30] = NAN
-    victims = select_victims(policy, num_victims=3, num_sinks=4, **case)
+    victims = layer_victims(policy, num_victims=3, num_sinks=4, **case)
     assert victims[0].tolist() == [4, 5, 6]
     assert torch.equal(victims[1], expected[1])
 
@@ -156,14 +158,14 @@ def test_nan_value_range_is_not_protected():
     case = inputs()
     case["values"][:, 10] = NAN
     case["values"][:, 11, 0] = INF
-    victims = select_victims("vase-attnv", num_victims=18, protected_share=0.4, **case)
+    victims = layer_victims("vase-attnv", num_victims=18, protected_share=0.4, **case)
     assert bool((victims == 10).any(-1).all()) and not bool((victims == 11).any())
 
 
 def test_nan_attention_falls_back_to_the_oldest_unprotected():
     case = inputs()
     case["queries"][:, 0, 0] = NAN
-    victims = select_victims("vase-attnv", num_victims=3, protected_share=0.0, **case)
+    victims = layer_victims("vase-attnv", num_victims=3, protected_share=0.0, **case)
     assert victims.tolist() == [[4, 5, 6]] * 2
 
 
@@ -183,16 +185,16 @@ def test_nan_attention_falls_back_to_the_oldest_unprotected():
 )
 def test_column_order_does_not_matter(policy, fields):
     case = inputs(candidates=48)
-    places = case["positions"].gather(-1, select_victims(policy, num_victims=20, **case, **fields))
+    places = case["positions"].gather(-1, layer_victims(policy, num_victims=20, **case, **fields))
     for seed in range(5):
         shuffle = torch.randperm(48, generator=torch.Generator().manual_seed(seed))
         moved = case | {name: case[name][:, shuffle] for name in ("keys", "values", "positions")}
-        victims = select_victims(policy, num_victims=20, **moved, **fields)
+        victims = layer_victims(policy, num_victims=20, **moved, **fields)
         assert torch.equal(moved["positions"].gather(-1, victims), places)
 
 
 def test_zero_victims():
-    assert select_victims("random", num_victims=0, **inputs()).shape == (2, 0)
+    assert layer_victims("random", num_victims=0, **inputs()).shape == (2, 0)
 
 
 @pytest.mark.parametrize(
@@ -221,4 +223,4 @@ def test_zero_victims():
 )
 def test_errors_name_the_fault(policy, change, message):
     with pytest.raises(ValueError, match=message):
-        select_victims(policy, **(inputs() | {"num_victims": 3} | change))
+        layer_victims(policy, **(inputs() | {"num_victims": 3} | change))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vase_kernels.evict import PoolView, Result, evict
-from vase_kernels.reference import EvictResult, evict_reference
+from vase_kernels.reference import evict_reference
 from vase_kernels.requests import DueRequest, pack
 from vase_kernels.workspace import Maxima, Workspace
 
@@ -51,7 +51,6 @@ class Scene:
     positions: Tensor
     req_to_token: Tensor
     ring: Tensor
-    first_layer: int = 5
     first_head: int = 6
     attention_scale: float | None = None
 
@@ -74,7 +73,6 @@ class Scene:
             self.v,
             self.positions,
             self.req_to_token,
-            first_layer=self.first_layer,
             first_head=self.first_head,
             attention_scale=self.attention_scale,
         )
@@ -196,8 +194,8 @@ def fields_of(policy: str, r: DueRequest) -> dict[str, Any]:
     return fields
 
 
-def run_reference(policy: str, scene: Scene, r: DueRequest) -> EvictResult:
-    """The reference, one request at a time: a ragged batch is no batch to it."""
+def run_reference(policy: str, scene: Scene, r: DueRequest) -> Tensor:
+    """The reference's `round_sums`, one request at a time: a ragged batch is no batch to it."""
     at = torch.arange(r.logical_length - r.window, r.logical_length) % scene.ring.shape[2]
     return evict_reference(
         policy,
@@ -212,10 +210,8 @@ def run_reference(policy: str, scene: Scene, r: DueRequest) -> EvictResult:
         seeds=torch.tensor([r.seed]),
         rounds=torch.tensor([r.round]),
         logical_lengths=torch.tensor([r.logical_length]),
-        first_layer=scene.first_layer,
         first_head=scene.first_head,
         attention_scale=scene.attention_scale,
-        return_victims=True,
         **fields_of(policy, r),
     )
 

@@ -63,7 +63,7 @@ def test_keys(policy, dtype, pinned):
         positions=positions[None],
         seed=torch.tensor([r.seed]),
         round=torch.tensor([r.round]),
-        layers=torch.arange(layers) + scene.first_layer,
+        layers=torch.arange(layers),
         heads=torch.arange(heads) + scene.first_head,
     )
     expected = retention_keys(policy, candidates, **fields)[0]
@@ -79,7 +79,7 @@ def test_keys(policy, dtype, pinned):
             queries[layer],
             positions[layer],
             seed=r.seed,
-            layer=scene.first_layer + layer,
+            layer=layer,
             first_head=scene.first_head,
             round=r.round,
             **fields,

@@ -93,7 +93,7 @@ def _run_alike(pool: BudgetPool, due: list[PlannedRound]) -> None:
         queries = torch.stack(
             [last(one.cache.ring_row, one.logical_length, params.window) for one in due]
         )
-    result = evict_reference(
+    sums = evict_reference(
         params.policy.name,
         pool.k_buffers,
         pool.v_buffers,
@@ -109,7 +109,7 @@ def _run_alike(pool: BudgetPool, due: list[PlannedRound]) -> None:
         attention_scale=pool.attention_scale,
         **params.policy.fields(),
     )
-    _report(due, result.round_sums)
+    _report(due, sums)
 
 
 def _shape(due: PlannedRound) -> str:

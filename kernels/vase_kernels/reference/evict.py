@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,23 +11,10 @@ from torch import Tensor
 from vase_kernels.reference.candidates import Candidates
 from vase_kernels.reference.digest import round_sum
 from vase_kernels.reference.overwrite import move_plan
-from vase_kernels.reference.select import scorer, select_victims_batched
+from vase_kernels.reference.select import scorer, select_victims
 
 #: Layers are handled together up to this many candidates; the result does not depend on it.
 _GROUP_CANDIDATES = 1 << 19
-
-
-class EvictResult(NamedTuple):
-    """What a round reports.
-
-    round_sums : int64 Tensor [N]
-        Sum of victim hashes over this pool's layers and heads, to be chained by `digest.chain`.
-    victims : int64 Tensor [N, layers, kv_heads, V] or None
-        Token positions of the victims in ascending order, if asked for.
-    """
-
-    round_sums: Tensor
-    victims: Tensor | None
 
 
 def evict_reference(
@@ -44,12 +31,10 @@ def evict_reference(
     seeds: Tensor,
     rounds: Tensor,
     logical_lengths: Tensor,
-    first_layer: int = 0,
     first_head: int = 0,
     attention_scale: float | None = None,
-    return_victims: bool = False,
     **fields: Any,
-) -> EvictResult:
+) -> Tensor:
     """Evict from `num_columns` to `pinned + budget` rows per layer and KV head.
 
     Mutates exactly: the K and V rows and the `token_positions` of columns pinned..pinned+budget-1
@@ -85,19 +70,22 @@ def evict_reference(
         position logical_length - num_columns + c where the store does not say otherwise; in a
         first round, that is c. Sinks are token positions below `num_sinks`, so of a kept prompt
         they are pinned already.
-    first_layer, first_head : int
-        Global index of this rank's first layer and KV head.
+    first_head : int
+        Global index of this rank's first KV head.
     attention_scale : float or None
         What the model multiplies q.k by; None for 1/sqrt(head_dim).
-    return_victims : bool
-        Also return the victims' token positions.
     **fields
         The policy's own fields.
+
+    Returns
+    -------
+    int64 Tensor [N]
+        Sum of victim hashes over this pool's layers and heads, to be chained by `digest.chain`.
 
     Raises
     ------
     ValueError
-        Before anything of the group of layers at hand is written: see `select_victims_batched`
+        Before anything of the group of layers at hand is written: see `select_victims`
         and `move_plan`.
     """
     if pinned < 0:
@@ -119,12 +107,10 @@ def evict_reference(
     candidate_rows = row_ids[..., :num_candidates]
 
     sums = torch.zeros_like(seeds)
-    inspected = []
     num_layers = len(k_buffers)
     step = max(1, _GROUP_CANDIDATES // candidate_rows.numel())
     for start in range(0, num_layers, step):
         group = slice(start, min(start + step, num_layers))
-        layers = torch.arange(group.start, group.stop, device=slots.device)
         positions = _positions(token_positions[group], slots, rounds, logical_lengths, budget)
         candidates = Candidates(
             keys=_PoolRows(k_buffers[group], candidate_rows) if chosen.reads_keys else None,
@@ -133,15 +119,13 @@ def evict_reference(
             positions=positions[..., :num_candidates],
             seed=seeds,
             round=rounds,
-            layers=layers + first_layer,
+            layers=torch.arange(group.start, group.stop, device=slots.device),
             heads=heads,
             attention_scale=attention_scale,
         )
-        victims = select_victims_batched(policy, candidates, num_victims, budget=budget, **fields)
+        victims = select_victims(policy, candidates, num_victims, budget=budget, **fields)
         forgotten = positions.gather(-1, victims)
         sums += round_sum(forgotten, rounds, candidates.layers, heads)
-        if return_victims:
-            inspected.append(forgotten)
 
         dst, src = move_plan(victims, candidates.positions, num_columns, window, budget)
         positions.scatter_(-1, dst, positions.gather(-1, src))
@@ -153,7 +137,7 @@ def evict_reference(
         to, source = (_rows_of(columns, row_ids) for columns in (dst, src))
         _move(k_buffers[group], to, source)
         _move(v_buffers[group], to, source)
-    return EvictResult(sums, torch.cat(inspected, dim=1) if return_victims else None)
+    return sums
 
 
 def _positions(

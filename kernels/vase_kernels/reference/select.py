@@ -44,7 +44,7 @@ def retention_keys(policy: str, candidates: Candidates, *, budget: int, **fields
     return chosen.score(candidates, budget=budget, **fields)
 
 
-def select_victims_batched(
+def select_victims(
     policy: str, candidates: Candidates, num_victims: int, *, budget: int, **fields: Any
 ) -> Tensor:
     """Columns to overwrite, of a batch of requests and layers.
@@ -87,66 +87,3 @@ def select_victims_batched(
         )
     order = candidates.positions.gather(-1, victims).argsort(dim=-1)
     return victims.gather(-1, order)
-
-
-def select_victims(
-    policy: str,
-    keys: Tensor,
-    values: Tensor,
-    queries: Tensor | None,
-    positions: Tensor,
-    num_victims: int,
-    *,
-    budget: int,
-    seed: int,
-    layer: int,
-    first_head: int,
-    round: int,
-    **fields: Any,
-) -> Tensor:
-    """Columns that one layer of one request overwrites in a round.
-
-    Parameters
-    ----------
-    policy : str
-        A name in `SCORERS`.
-    keys, values : Tensor [kv_heads, candidates, head_dim]
-        Any float dtype; computed in float32.
-    queries : Tensor [q_heads, window, head_dim] or None
-        Post-RoPE queries of the window, needed by policies that score by attention. Query head h
-        reads KV head h // (q_heads // kv_heads).
-    positions : int Tensor [kv_heads, candidates]
-        Token position of each candidate, distinct within a head.
-    num_victims : int
-    budget : int
-        Tokens kept per head after the round, window included.
-    seed : int
-        Eviction seed in [0, 2**63), the key of every draw.
-    layer, first_head, round : int
-        Counter of every draw; `first_head` is the global index of head 0, rounds count from 1.
-    **fields
-        The policy's own fields, as `vase_sgl.eviction` declares them.
-
-    Returns
-    -------
-    int64 Tensor [kv_heads, num_victims]
-        In order of token position. Smallest retention keys; ties go to the lower position.
-
-    Raises
-    ------
-    ValueError
-        See `select_victims_batched`.
-    """
-    heads, _, _ = keys.shape
-    device = keys.device
-    candidates = Candidates(
-        keys=(keys[None],),
-        values=(values[None],),
-        queries=None if queries is None else queries[None, None],
-        positions=positions[None, None].to(torch.int64),
-        seed=torch.tensor([seed], device=device),
-        round=torch.tensor([round], device=device),
-        layers=torch.tensor([layer], device=device),
-        heads=torch.arange(first_head, first_head + heads, device=device),
-    )
-    return select_victims_batched(policy, candidates, num_victims, budget=budget, **fields)[0, 0]

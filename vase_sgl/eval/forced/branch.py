@@ -157,7 +157,7 @@ class Branch:
         params = self.params
         if params is None or self.length != self.next_round_length:
             raise RuntimeError(f"no round is due at {self.length} cached tokens")
-        result = evict_reference(
+        sums = evict_reference(
             params.policy.name,
             self.keys.unbind(0),
             self.values.unbind(0),
@@ -173,7 +173,7 @@ class Branch:
             attention_scale=self.attention_scale,
             **params.policy.fields(),
         )
-        self._digest = chain(self._digest, result.round_sums)
+        self._digest = chain(self._digest, sums)
         self.round_digests.append(format_digest(int(self._digest)))
         kept = self._kept_length(params)
         self.evicted_tokens += self.length - kept
