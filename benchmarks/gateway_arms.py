@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import json
-import os
-import signal
-import socket
-import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +16,11 @@ import aiohttp
 import grpc
 from aiohttp import web
 
+from benchmarks import workers
+from benchmarks.environment import ROOT
+from vase_sgl.demo.gateway import GatewayProcess, add_tenant
 from vase_sgl.gateway.worker_embedded import worker_command
-from vase_sgl.parent_watch import PARENT_PID
+from vase_sgl.parent_watch import end_with_parent
 from vase_sgl.rpc.v1 import gateway_pb2 as pb
 from vase_sgl.rpc.v1 import gateway_pb2_grpc
 
@@ -58,8 +57,9 @@ def event(count: int, last: bool) -> bytes:
     return b"data: " + json.dumps(content).encode() + b"\n\n"
 
 
-def serve_worker() -> None:
-    """Run the worker until SIGTERM; prints its port."""
+def serve_worker(port: int) -> None:
+    """Run the worker until SIGTERM, or until the process that started it is gone."""
+    end_with_parent()
     prepared: dict[int, list[bytes]] = {}
 
     async def generate(request: web.Request) -> web.StreamResponse:
@@ -103,8 +103,7 @@ def serve_worker() -> None:
         app.router.add_get("/server_info", info)
         runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
         await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0, backlog=2048).start()
-        print(runner.addresses[0][1], flush=True)
+        await web.TCPSite(runner, "127.0.0.1", port, backlog=2048).start()
         await asyncio.Event().wait()
 
     asyncio.run(run())
@@ -188,84 +187,38 @@ class Through:
 
 
 @contextlib.contextmanager
-def started(command: Sequence[str], folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process, with its standard output in a pipe; SIGTERM at the end."""
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        cwd=folder,
-        env=os.environ | {PARENT_PID: str(os.getpid())},
-    )
-    try:
-        yield process
-    finally:
-        process.terminate()
-        process.wait()
-
-
-@contextlib.contextmanager
 def scripted_worker(folder: Path) -> Iterator[str]:
     """URL of the worker without a model."""
-    with started((sys.executable, str(Path(__file__).resolve())), folder) as worker:
-        assert worker.stdout is not None
-        yield f"http://127.0.0.1:{worker.stdout.readline().strip()}"
+    command = (sys.executable, "-m", "benchmarks.gateway_arms")
+    with workers.started(command, folder / "worker.log", folder=ROOT) as worker:
+        worker.wait_until_healthy()
+        yield worker.url
 
 
 @contextlib.contextmanager
 def real_worker(folder: Path, model: Path) -> Iterator[str]:
-    """URL of a worker with a model, as the gateway starts its own. Raises `RuntimeError`.
+    """URL of a worker with a model, as the gateway starts its own. Raises `SystemExit`.
 
     Without the prefix cache: the two ways ask the very same, and neither finds the other's prefix.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    url, log = f"http://127.0.0.1:{port}", folder / "worker.log"
-    command = (*worker_command(str(model), ("--disable-radix-cache",)), "--port", port)
-    with log.open("wb") as output:
-        worker = subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-            env=os.environ | {PARENT_PID: str(os.getpid())},
-        )
-    try:
-        while True:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=30):
-                break
-            if worker.poll() is not None:
-                raise RuntimeError(f"the worker did not start:\n{log.read_text()[-3000:]}")
-            time.sleep(0.5)
-        yield url
-    finally:
-        worker.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            worker.wait(30)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(worker.pid, signal.SIGKILL)
-        worker.wait()
+    command = worker_command(str(model), ("--disable-radix-cache",))
+    with workers.started(command, folder / "worker.log") as worker:
+        worker.wait_until_healthy()
+        yield worker.url
 
 
 @contextlib.contextmanager
 def gateway_to(url: str, folder: Path) -> Iterator[tuple[str, str, int]]:
     """A gateway in front of the worker: target, API key, process id."""
-    cli = (sys.executable, "-m", "vase_sgl.cli")
-    key = subprocess.check_output(
-        [*cli, "tenants", "add", "bench"], text=True, stderr=subprocess.DEVNULL, cwd=folder
-    ).strip()
-    (folder / "serve.yaml").write_text(
-        "grpc: {max_concurrent_calls: 4096}\nqueue: {max_waiting_per_tenant: 1024}\n"
+    tenants, config = folder / "tenants.yaml", folder / "serve.yaml"
+    key = add_tenant("bench", tenants)
+    config.write_text("grpc: {max_concurrent_calls: 4096}\nqueue: {max_waiting_per_tenant: 1024}\n")
+    arguments = (
+        *("--config", str(config), "--tenants-file", str(tenants), "--worker-url", url),
+        *("--audit-url", f"sqlite+aiosqlite:///{folder / 'audit.sqlite3'}"),
     )
-    command = (
-        *(*cli, "serve", "--config", "serve.yaml", "--worker-url", url),
-        *("--grpc-port", "0", "--log-level", "warning"),
-    )
-    with started(command, folder) as gateway:
-        assert gateway.stdout is not None
-        yield gateway.stdout.readline().split()[-1], key, gateway.pid
+    with GatewayProcess(arguments) as gateway:
+        yield gateway.target, key, gateway.pid
 
 
 async def until_ready(through: Through) -> None:
@@ -281,4 +234,6 @@ async def until_ready(through: Through) -> None:
 
 
 if __name__ == "__main__":
-    serve_worker()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--port", type=int, required=True)
+    serve_worker(parser.parse_args().port)

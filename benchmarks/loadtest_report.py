@@ -19,13 +19,9 @@ import asyncio
 import json
 import math
 import os
-import re
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,12 +31,11 @@ from typing import Any
 import yaml
 
 from vase_sgl.client import Client
+from vase_sgl.demo.gateway import GatewayFailed, GatewayProcess, add_tenant
 from vase_sgl.gateway.audit.store import AuditStore
 
 ROOT = Path(__file__).resolve().parents[1]
 FULL = "full"
-_START_SECONDS = 900
-_STOP_SECONDS = 60
 #: Waiting counts as time to the first token here, not as a refusal.
 _QUEUE_SECONDS = 3600
 
@@ -232,68 +227,20 @@ def _audit_url(folder: Path) -> str:
 def _gateway(folder: Path, options: argparse.Namespace) -> Iterator[tuple[str, dict[str, str]]]:
     """`vase-sgl serve` with its worker; yields host:port and each tenant's API key."""
     tenants = folder / "tenants.yaml"
-    cli = (sys.executable, "-m", "vase_sgl.cli")
     limits = {QUIET: (), NOISY: ("--max-concurrent-requests", str(options.noisy_calls))}
-    keys = {
-        tenant: subprocess.run(
-            [*cli, "tenants", "add", tenant, "--file", str(tenants), *limit],
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout.strip()
-        for tenant, limit in limits.items()
-    }
-    log = folder / "worker.log"
-    process = subprocess.Popen(
-        [
-            *(*cli, "serve", "--model-path", options.model, "--grpc-port", "0"),
-            *("--tenants-file", str(tenants), "--log-level", "warning"),
-            *("--audit-url", _audit_url(folder), "--"),
-            *("--max-total-tokens", str(options.kv_slots)),
-            *("--max-running-requests", str(options.max_running), *options.worker_arg),
-        ],
-        env=os.environ
-        | {
-            "PYTHONUNBUFFERED": "1",
-            "VASE_WORKER__LOG_FILE": str(log),
-            "VASE_QUEUE__MAX_WAIT_SECONDS": str(_QUEUE_SECONDS),
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
+    keys = {tenant: add_tenant(tenant, tenants, *limit) for tenant, limit in limits.items()}
+    arguments = (
+        *("--model-path", options.model, "--tenants-file", str(tenants)),
+        *("--audit-url", _audit_url(folder), "--"),
+        *("--max-total-tokens", str(options.kv_slots)),
+        *("--max-running-requests", str(options.max_running), *options.worker_arg),
     )
-    lines: list[str] = []
-    reader = threading.Thread(target=_read, args=(process, lines), daemon=True)
-    reader.start()
-    try:
-        yield _wait_until_serving(process, lines, log), keys
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def _read(process: subprocess.Popen[str], lines: list[str]) -> None:
-    assert process.stdout is not None  # Popen was asked for a pipe
-    for line in process.stdout:
-        lines.append(line.rstrip())
-
-
-def _wait_until_serving(process: subprocess.Popen[str], lines: list[str], log: Path) -> str:
-    deadline = time.monotonic() + _START_SECONDS
-    while time.monotonic() < deadline:
-        for line in lines:
-            if match := re.search(r"serving on (\S+)", line):
-                return match[1]
-        if process.poll() is not None:
-            break
-        time.sleep(0.2)
-    said = log.read_text(errors="replace").splitlines() if log.exists() else []
-    raise SystemExit("the gateway did not start:\n" + "\n".join([*said[-20:], *lines[-20:]]))
+    env = {
+        "VASE_WORKER__LOG_FILE": str(folder / "worker.log"),
+        "VASE_QUEUE__MAX_WAIT_SECONDS": str(_QUEUE_SECONDS),
+    }
+    with GatewayProcess(arguments, env) as gateway:
+        yield gateway.target, keys
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -386,4 +333,7 @@ def _line(users: int, budget: str, found: dict[str, Any], base: dict[str, Any]) 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except GatewayFailed as error:
+        sys.exit(str(error))

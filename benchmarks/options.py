@@ -105,7 +105,7 @@ def dry_run(
     """Print and record every worker's command line. Returns the exit status."""
     report = new_report(benchmark, settings(options, model), dry_run=True)
     report["commands"] = {
-        arm: spec.command(Path(model.path.name), 30000, dummy=model.dummy, gpu=options.gpu)[1:]
+        arm: spec.command(Path(model.path.name), dummy=model.dummy, gpu=options.gpu)[1:]
         for arm, spec in specs.items()
     }
     for arm, command in report["commands"].items():

@@ -10,16 +10,12 @@ is what says something, for wall time is this machine's at this moment. CPU seco
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import math
 import os
 import re
-import signal
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,7 +28,7 @@ from typing import Any
 import psutil
 
 from benchmarks import environment
-from vase_sgl.parent_watch import PARENT_PID
+from benchmarks.workers import started
 
 #: The end of each phase, as SGLang's log tells it.
 PHASES = {
@@ -58,34 +54,18 @@ class Start:
 
 
 def start(checkout: Path, model: Path, log: Path) -> Start:
-    """Start a worker, ask it for a token, stop it. Raises `RuntimeError` if it does not start."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    """Start a worker, ask it for a token, stop it. Raises `SystemExit` if it does not start."""
     path = os.pathsep.join((str(checkout), str(checkout / "kernels")))
     command = (sys.executable, "-m", "vase_sgl.cli", "worker", "--model-path", str(model))
     began, began_wall = time.monotonic(), time.time()
-    with log.open("wb") as output:
-        worker = subprocess.Popen(
-            (*command, "--port", str(port)),
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-            cwd=checkout,
-            env=os.environ | {"PYTHONPATH": path, PARENT_PID: str(os.getpid())},
-        )
-    try:
-        url = f"http://127.0.0.1:{port}"
-        while True:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=30):
-                break
-            if worker.poll() is not None:
-                raise RuntimeError(f"the worker did not start:\n{log.read_text()[-3000:]}")
-            time.sleep(0.2)
+    with started(command, log, folder=checkout, env={"PYTHONPATH": path}) as worker:
+        worker.wait_until_healthy()
         ready = time.monotonic() - began
         body = {"text": "The sea", "sampling_params": {"max_new_tokens": 1}}
         request = urllib.request.Request(
-            f"{url}/generate", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            f"{worker.url}/generate",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
         )
         with urllib.request.urlopen(request, timeout=300) as answer:
             assert len(json.load(answer)["output_ids"]) == 1
@@ -99,13 +79,6 @@ def start(checkout: Path, model: Path, log: Path) -> Start:
             sum(process.memory_full_info().pss for process in family) / 2**20,
             phases(log.read_text(), began_wall),
         )
-    finally:
-        worker.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            worker.wait(30)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(worker.pid, signal.SIGKILL)
-        worker.wait()
 
 
 def phases(log: str, began: float) -> dict[str, float]:

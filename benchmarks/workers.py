@@ -1,4 +1,4 @@
-"""Worker processes of the arms: stock SGLang, SGLang with the plugin, the same with timers."""
+"""Worker processes: of any command, and of the arms: stock SGLang, with the plugin, with timers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ import sys
 import tempfile
 import time
 import tomllib
-import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from benchmarks.environment import ROOT
@@ -37,9 +36,12 @@ class WorkerSpec:
     flags: tuple[str, ...] = ()
     env: tuple[tuple[str, str], ...] = ()
 
-    def command(self, model: Path, port: int, *, dummy: bool, gpu: bool) -> list[str]:
-        """The command line. No tokenizer: prompts are token ids, and no arm pays for text."""
-        shared = ["--model-path", str(model), "--port", str(port), "--skip-tokenizer-init"]
+    def command(self, model: Path, *, dummy: bool, gpu: bool) -> list[str]:
+        """The command line, but for the port.
+
+        No tokenizer: prompts are token ids, and no arm pays for text.
+        """
+        shared = ["--model-path", str(model), "--skip-tokenizer-init"]
         shared += ["--enable-metrics", "--incremental-streaming-output"]
         shared += ["--decode-log-interval", "10" if gpu else "1", "--log-level", "warning"]
         if dummy:
@@ -70,22 +72,48 @@ class Worker:
         """Seconds it took. Raises SystemExit with the end of the log if the worker ends."""
         started = time.monotonic()
         while time.monotonic() < started + _START_SECONDS and self._process.poll() is None:
-            try:
-                with urllib.request.urlopen(f"{self.url}/health", timeout=30) as answer:
-                    if answer.status == 200:
-                        return time.monotonic() - started
-            except (urllib.error.URLError, ConnectionError, TimeoutError):
-                pass
-            time.sleep(0.3)
+            with suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=30):
+                return time.monotonic() - started
+            time.sleep(0.2)
         raise SystemExit(f"the worker did not start:\n{self.last_lines()}")
 
     def stop(self) -> None:
+        """SIGTERM, after a minute SIGKILL; nothing of its process group is left."""
         self._process.terminate()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             self._process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
+        with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        self._process.wait()
+
+
+@contextmanager
+def started(
+    command: Sequence[str],
+    log: Path,
+    *,
+    folder: Path | None = None,
+    env: Mapping[str, str] | None = None,
+) -> Iterator[Worker]:
+    """`command --port FREE` in `folder`, not healthy yet; it ends with the block.
+
+    With this process, too, if it calls `end_with_parent`.
+    """
+    port = free_port()
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, "--port", str(port)],
+            cwd=folder,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            env={**os.environ, PARENT_PID: str(os.getpid()), **(env or {})},
+        )
+    worker = Worker(f"http://127.0.0.1:{port}", process, log)
+    try:
+        yield worker
+    finally:
+        worker.stop()
 
 
 @contextmanager
@@ -94,28 +122,19 @@ def running(
 ) -> Iterator[dict[WorkerSpec, Worker]]:
     """Healthy workers, one per spec, started one after the other; all are stopped at the end."""
     workers: dict[WorkerSpec, Worker] = {}
-    with tempfile.TemporaryDirectory(prefix="vase-benchmark-") as folder:
+    with tempfile.TemporaryDirectory(prefix="vase-benchmark-") as folder, ExitStack() as stack:
         describe_checkout(Path(folder))
-        try:
-            for index, spec in enumerate(dict.fromkeys(specs)):
-                port = free_port()
-                log = Path(folder) / f"worker-{index}.log"
-                with log.open("wb") as output:
-                    process = subprocess.Popen(
-                        spec.command(model, port, dummy=dummy, gpu=gpu),
-                        cwd=ROOT,
-                        stdout=output,
-                        stderr=output,
-                        start_new_session=True,
-                        env=_environment(spec, folder),
-                    )
-                workers[spec] = Worker(f"http://127.0.0.1:{port}", process, log)
-                seconds = workers[spec].wait_until_healthy()
-                print(f"{spec.kind} worker up after {seconds:.0f} s", file=sys.stderr, flush=True)
-            yield workers
-        finally:
-            for worker in workers.values():
-                worker.stop()
+        paths = [folder, str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+        path = os.pathsep.join(filter(None, paths))
+        for index, spec in enumerate(dict.fromkeys(specs)):
+            command = spec.command(model, dummy=dummy, gpu=gpu)
+            log = Path(folder) / f"worker-{index}.log"
+            env = {"PYTHONPATH": path, **dict(spec.env)}
+            worker = stack.enter_context(started(command, log, folder=ROOT, env=env))
+            seconds = worker.wait_until_healthy()
+            workers[spec] = worker
+            print(f"{spec.kind} worker up after {seconds:.0f} s", file=sys.stderr, flush=True)
+        yield workers
 
 
 def free_port() -> int:
@@ -138,12 +157,3 @@ def describe_checkout(folder: Path) -> None:
     for group, entries in project["entry-points"].items():
         lines += [f"[{group}]", *(f"{entry} = {place}" for entry, place in entries.items())]
     (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
-
-
-def _environment(spec: WorkerSpec, folder: str) -> dict[str, str]:
-    paths = [folder, str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-    return (
-        os.environ
-        | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), PARENT_PID: str(os.getpid())}
-        | dict(spec.env)
-    )

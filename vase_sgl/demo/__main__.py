@@ -7,13 +7,16 @@ import json
 import signal
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from vase_sgl.client import Client, Completion, Message, VaseError
-from vase_sgl.demo.gateway import DemoGateway, GatewayFailed
+from vase_sgl.demo.gateway import GatewayFailed, GatewayProcess, add_tenant
 from vase_sgl.demo.model import MODEL_NAME, ModelError, ensure_model
 from vase_sgl.demo.view import RoundView
 
@@ -22,6 +25,8 @@ PROMPT = (
     "Describe the sea, the keeper and every step of the journey that follows."
 )
 BUDGET, WINDOW = 128, 32
+#: The demo's one request needs little, and a small pool starts faster.
+_WORKER_FLAGS = ("--max-total-tokens", "4096", "--max-running-requests", "8")
 
 
 def main() -> int:
@@ -60,7 +65,9 @@ def _raise_if_interrupted() -> None:
 
 def _run(console: Console, model: Path, folder: Path, max_new_tokens: int) -> int:
     _title(console, f"Start gateway and worker ({MODEL_NAME}, SGLang on this CPU)")
-    with DemoGateway(model, folder, console) as gateway, gateway.client() as client:
+    tenants = folder / "tenants.yaml"
+    key = add_tenant("demo", tenants, "--seed-policy", "client")
+    with _serve(console, model, folder, tenants) as target, Client(target, key) as client:
         _title(console, f"One long answer: budget {BUDGET}, window {WINDOW}, seed 1")
         first = _generate(console, client, seed=1, max_new_tokens=max_new_tokens)
         _title(console, f"Replay the record {first.request_id}")
@@ -72,6 +79,27 @@ def _run(console: Console, model: Path, folder: Path, max_new_tokens: int) -> in
         _show_memory(console, model, first)
     console.print("\nEverything has been stopped.")
     return 0 if replayed and differs else 1
+
+
+@contextmanager
+def _serve(console: Console, model: Path, folder: Path, tenants: Path) -> Iterator[str]:
+    """A gateway with an embedded worker; yields its host:port. All its files lie in `folder`."""
+    arguments = (
+        *("--model-path", str(model), "--tenants-file", str(tenants)),
+        *("--audit-url", f"sqlite+aiosqlite:///{folder / 'audit.sqlite3'}", "--", *_WORKER_FLAGS),
+    )
+    with ExitStack() as stack:
+        started = time.monotonic()
+        with console.status("loading") as status:
+            gateway = GatewayProcess(
+                arguments,
+                {"VASE_WORKER__LOG_FILE": str(folder / "worker.log")},
+                lambda seconds: status.update(f"loading SGLang and the model: {seconds:.0f} s"),
+            )
+            stack.enter_context(gateway)
+        seconds = time.monotonic() - started
+        console.print(f"serving gRPC on {gateway.target} after {seconds:.0f} s")
+        yield gateway.target
 
 
 def _generate(console: Console, client: Client, *, seed: int, max_new_tokens: int) -> Completion:
