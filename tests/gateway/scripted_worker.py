@@ -22,6 +22,9 @@ from vase_sgl.worker_key import WORKER_KEY
 
 VOCAB = 50_000
 
+#: After `Faults.new_weights_at`.
+_NEW_STAMP = "cd" * 8
+
 FINGERPRINT = {
     "model": "scripted",
     "weights_digest": "0123456789abcdef",
@@ -42,6 +45,9 @@ class Faults:
     abort_after_tokens: int | None = None
     other_token_at: int | None = None
     other_digest_at_round: int | None = None
+    #: At which of an answer's tokens its weights become others, for good.
+    new_weights_at: int | None = None
+    has_new_weights: bool = False
     end_after_tokens: int | None = None
     length_ceiling: int | None = None
     retractions: int = 0
@@ -197,7 +203,7 @@ class ScriptedWorker:
         vase = {
             **({} if self.model_name is None else {"model_name": self.model_name}),
             "fingerprint": self.fingerprint,
-            "fingerprint_stamp": "0" * 16,
+            "fingerprint_stamp": _NEW_STAMP if self.faults.has_new_weights else "0" * 16,
             "limits": {
                 "max_budget": self.max_budget,
                 "max_window": 64,
@@ -303,7 +309,8 @@ class Run:
             self._evict()
         position = len(self.tokens)
         token = _hash(self.prompt, self._sampling["sampling_seed"], position) % VOCAB
-        if self._faults.other_token_at == position:
+        self._faults.has_new_weights |= self._faults.new_weights_at == position
+        if self._faults.other_token_at == position or self._faults.has_new_weights:
             token = (token + 1) % VOCAB
         self.tokens.append(token)
         if len(self.tokens) == self._faults.end_after_tokens:
@@ -335,7 +342,8 @@ class Run:
             if self.finish is not None:
                 meta["vase"]["round_digests"] = self.digests
         if self.finish is not None:
-            meta["vase_fingerprint"] = self._faults.stamp
+            changed = self._faults.has_new_weights
+            meta["vase_fingerprint"] = _NEW_STAMP if changed else self._faults.stamp
         return {"text": text, "output_ids": self.tokens, "meta_info": meta}
 
     def _reserved(self) -> int:

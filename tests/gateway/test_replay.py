@@ -98,6 +98,23 @@ async def test_an_answer_whose_worker_changed_meanwhile(
     assert seen == ("changed_to", "ab" * 8, None)
 
 
+@pytest.mark.parametrize("token_seconds", [0.002, 0], ids=["streaming", "in-the-last-chunk"])
+async def test_a_replay_whose_worker_changes_meanwhile(
+    running: Running, token_seconds: float
+) -> None:
+    answer = await generate(running)
+    running.worker.faults.new_weights_at = 41
+    running.worker.token_seconds = token_seconds
+    verdict = await replay(running, answer)
+    assert (verdict.outcome, verdict.tokens_compared) == ("INCOMPARABLE", 41)
+    (difference,) = verdict.differences
+    assert (difference.key, difference.recorded, difference.current) == (
+        "changed_to",
+        None,
+        "cd" * 8,
+    )
+
+
 @pytest.mark.parametrize(
     ("digest", "outcome"), [("0123456789abcdef" * 2, "MATCH"), ("dummy", "INCOMPARABLE")]
 )

@@ -638,6 +638,30 @@ async def test_workers_are_found_by_name_and_let_go(
         assert (len(f.one.bodies), len(f.two.bodies)) == (3, 4)
 
 
+async def test_a_worker_that_leaves_tokenizes_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with named(tmp_path, monkeypatch) as f:
+        f.one.faults.tokenizing_seconds = 1
+        answer = asyncio.create_task(f.running.client.generate_once("tell me", max_new_tokens=2))
+        await asyncio.sleep(0.3)
+        await f.move()
+        assert len((await answer).token_ids) == 2
+        assert len(f.two.bodies) == 1
+
+
+async def test_a_worker_that_leaves_is_told_that_its_last_request_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with named(tmp_path, monkeypatch) as f:
+        f.one.token_seconds = 0.05
+        stream = f.running.client.generate("tell me", max_new_tokens=4000)
+        await stream.started()
+        await f.move()
+        stream.cancel()
+        await until(lambda: bool(f.one.aborted))
+
+
 @pytest.mark.parametrize("equal", [True, False])
 async def test_a_replay_whose_worker_leaves_while_it_waits_goes_to_its_equal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, equal: bool

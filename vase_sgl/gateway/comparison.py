@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from vase_sgl.gateway.audit import Record
 from vase_sgl.gateway.seeds import SeedCheck
-from vase_sgl.gateway.workers import RETRACTIONS, Finish, WorkerChunk, weights_are_known
+from vase_sgl.gateway.workers import CHANGED, RETRACTIONS, Finish, WorkerChunk, weights_are_known
 
 #: Entry of the fingerprint: whether equal requests have equal answers there, in any company.
 DETERMINISTIC = "deterministic"
@@ -81,6 +81,17 @@ def fingerprint_differences(
         for key in sorted({*recorded, *current} - ignored)
         if recorded.get(key) != current.get(key)
         or (key == DETERMINISTIC and recorded.get(key) == "false")
+    )
+
+
+def under_change(verdict: Verdict, stamp: str) -> Verdict:
+    """INCOMPARABLE: the worker had become another, of this stamp, before the replay ended."""
+    return dataclasses.replace(
+        verdict,
+        outcome=Outcome.INCOMPARABLE,
+        token=None,
+        round=None,
+        differences=(Difference(CHANGED, None, stamp),),
     )
 
 

@@ -210,7 +210,7 @@ def _reason(error: BaseException) -> str:
 def _incidents(info: WorkerInfo, last: WorkerChunk) -> dict[str, str]:
     """What happened to an answer that began at a worker of this fingerprint; no worker has it."""
     found = {RETRACTIONS: str(last.retractions)} if last.retractions else {}
-    if last.stamp is not None and info.stamp is not None and last.stamp != info.stamp:
+    if last.stamp is not None and info.became(last.stamp):
         found[CHANGED] = last.stamp
     return found
 

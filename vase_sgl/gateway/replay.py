@@ -18,6 +18,7 @@ from vase_sgl.gateway.comparison import (
     Progress,
     Verdict,
     fingerprint_differences,
+    under_change,
 )
 from vase_sgl.gateway.errors import FailedPrecondition, NotFound, WorkerUnavailable
 from vase_sgl.gateway.leases import Lease
@@ -120,13 +121,18 @@ class Replays:
         )
         comparison = Comparison(record, max_new_tokens)
         async with (
-            self._turn(record, request, waiting) as lease,
+            self._turn(record, request, waiting) as (lease, info),
             running(lease, request, self._background) as chunks,
         ):
             async for chunk in chunks:
                 raise_if_aborted(chunk.finish)
                 verdict = comparison.see(chunk)
                 if verdict is not None:
+                    if verdict.outcome is Outcome.DIVERGED:
+                        # Only the last chunk has the stamp.
+                        last = chunk if chunk.finish is not None else await lease.worker.info()
+                        if last.stamp is not None and info.became(last.stamp):
+                            return under_change(verdict, last.stamp)
                     return verdict
                 await send(comparison.progress())
         raise AssertionError("a worker's last chunk has a finish reason")
@@ -134,16 +140,16 @@ class Replays:
     @asynccontextmanager
     async def _turn(
         self, record: Record, request: WorkerRequest, waiting: Waiting
-    ) -> AsyncIterator[Lease]:
-        """A lease on a worker as the one recorded, once it can spare what the replay needs.
+    ) -> AsyncIterator[tuple[Lease, WorkerInfo]]:
+        """A lease on a worker as the one recorded, and its state, once it can spare what is needed.
 
         Raises `_Incomparable`, at once if there is none now, later if it is gone by its turn.
         """
         need = Need.of(request)  # of any model: the recorded fingerprint is looked for
-        worker, _ = await self._worker_for(record)
+        worker, info = await self._worker_for(record)
 
         async def look() -> WorkerInfo:
-            nonlocal worker
+            nonlocal worker, info
             try:
                 info = await worker.info()
                 # One that left its name, or fails its checks, may answer this all the same.
@@ -171,7 +177,7 @@ class Replays:
                         take=lambda: self._admissions.take_spare(need, worker.name),
                     )
                 )
-            yield lease
+            yield lease, info
 
     async def _worker_for(self, record: Record) -> tuple[Worker, WorkerInfo]:
         """A worker with the recorded fingerprint, and its state. Raises `_Incomparable`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -73,6 +74,10 @@ class HttpWorker:
         self._tls = tls
         self._session: aiohttp.ClientSession | None = None
         self._closed = False
+        self._calls_under_way = 0
+        #: Set: no call but `generate` is under way.
+        self._calls_ended = asyncio.Event()
+        self._calls_ended.set()
 
     @property
     def name(self) -> str:
@@ -148,7 +153,9 @@ class HttpWorker:
         await self._call("POST", f"/flush_cache?timeout={IDLE_SECONDS}")
 
     async def close(self) -> None:
+        """Takes no more calls. Short ones under way end first: prompts, aborts."""
         self._closed = True
+        await self._calls_ended.wait()
         if self._session is not None:
             await self._session.close()
 
@@ -191,8 +198,11 @@ class HttpWorker:
         max_bytes: int = MAX_BODY_BYTES,
     ) -> Any:
         """The JSON answer of one short call, or None if the answer is not JSON."""
+        session = self._http()
+        self._calls_under_way += 1
+        self._calls_ended.clear()
         try:
-            async with self._http().request(
+            async with session.request(
                 method,
                 self._url + path,
                 json=body,
@@ -206,6 +216,10 @@ class HttpWorker:
                 return json.loads(await _body(response, max_bytes))
         except (aiohttp.ClientError, TimeoutError, ValueError, RecursionError) as error:
             raise self._lost(error) from error
+        finally:
+            self._calls_under_way -= 1
+            if not self._calls_under_way:
+                self._calls_ended.set()
 
     async def _raise_for_status(self, response: aiohttp.ClientResponse, call: str) -> None:
         if response.status < 300:

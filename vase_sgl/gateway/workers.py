@@ -152,6 +152,10 @@ class WorkerInfo:
     can_inspect: bool = False
     rank_slots: int | None = None
 
+    def became(self, stamp: str | None) -> bool:
+        """Whether an answer with this stamp ended at another worker than this; None: unknown."""
+        return None not in (stamp, self.stamp) and stamp != self.stamp
+
     @cached_property
     def model(self) -> Model:
         """Which model it serves. A request stays with the one that it was tokenized for."""
@@ -201,4 +205,4 @@ class Worker(Protocol):
         """The worker's state now."""
 
     async def close(self) -> None:
-        """Release connections and processes."""
+        """Release connections and processes, once short calls under way have ended."""
