@@ -118,10 +118,13 @@ _CHECKS: tuple[_Check, ...] = (
     ),
     (
         "stop_regex",
-        lambda request, model: stop_regex.are_quick(request.sampling_params.stop_regex_strs),
-        f"matching could take more than {stop_regex.MAX_STEPS} steps at every character, while all "
-        "requests wait; let repeats without an upper bound (*, +) only end a pattern, bound the "
-        "others closely, and leave out back-references",
+        lambda request, model: stop_regex.are_quick(
+            request.sampling_params.stop_regex_strs, request.sampling_params.stop_regex_max_len
+        ),
+        f"matching could take more than {stop_regex.MAX_STEPS} steps at every character, or "
+        "compiling too long, while all requests wait; let repeats without an upper bound (*, +) "
+        "only end a short pattern, bound the others closely, and leave out back-references and "
+        "ranges of very many characters",
     ),
     (
         "top_logprobs_num",

@@ -1,6 +1,7 @@
 """How long `stop_regex` may take: Python's `re` tries every way in which a pattern can match.
 
-SGLang searches an answer for it after every token, in the scheduler, where all requests wait.
+SGLang searches an answer for it after every token, in the scheduler, where all requests wait: as
+many of the last tokens as a match can have characters, or all where that has no bound.
 """
 
 from __future__ import annotations
@@ -8,11 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-# The parser by which SGLang bounds how much of an answer a pattern may need.
+# The parser by which SGLang bounds how much of an answer a pattern may need; `MAX_LEN`: all.
+from sglang.srt.sampling.sampling_params import MAX_LEN
 from sglang.srt.sampling.sampling_params import sre_parse as parser
 
 #: From one character of the answer, by all patterns of a request.
 MAX_STEPS = 1000
+#: A step of patterns that search the whole answer counts as so many.
+WHOLE_ANSWER = 10
+#: Characters in ranges of all patterns of a request: compiling looks at each, most of a second for
+#: four million.
+MAX_IN_RANGES = 2**17
 
 _ONE_CHARACTER = (parser.LITERAL, parser.NOT_LITERAL, parser.ANY, parser.IN)
 _REPEATS = (parser.MAX_REPEAT, parser.MIN_REPEAT, parser.POSSESSIVE_REPEAT)
@@ -23,15 +30,31 @@ class _TooLong(Exception):
     """It takes more steps, or as many as the answer has characters."""
 
 
-def are_quick(patterns: Iterable[str]) -> bool:
+def are_quick(patterns: Iterable[str], searched: int) -> bool:
     """Whether from any character all patterns take at most `MAX_STEPS` steps.
 
-    patterns: that SGLang has parsed. So a search takes time linear in the length of the answer.
+    patterns: that SGLang has parsed. searched: tokens of an answer that it searches for them all,
+    those that the longest match may need. So a search takes time linear in the answer's length,
+    and compiling them a bounded one.
     """
+    parsed = [parser.parse(one) for one in patterns]
+    if sum(map(_in_ranges, parsed)) > MAX_IN_RANGES:
+        return False
     try:
-        return sum(_sequence(parser.parse(one), is_last=True)[1] for one in patterns) <= MAX_STEPS
+        steps = sum(_sequence(one, is_last=True)[1] for one in parsed)
     except _TooLong:
         return False
+    return steps * (WHOLE_ANSWER if searched >= MAX_LEN else 1) <= MAX_STEPS
+
+
+def _in_ranges(part: Any) -> int:
+    """Characters of all ranges in a parsed pattern."""
+    match part:
+        case (parser.RANGE, (first, last)):
+            return int(last - first + 1)
+        case tuple() | list() | parser.SubPattern():
+            return sum(map(_in_ranges, part))
+    return 0
 
 
 def _sequence(parts: Iterable[tuple[Any, Any]], *, is_last: bool) -> tuple[int, int]:
