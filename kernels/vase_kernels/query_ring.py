@@ -7,6 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+#: Of a program.
+MOST_ELEMENTS = 1024
+
 
 @triton.jit
 def store_kernel(
@@ -49,7 +52,7 @@ def store_queries(
     tokens, size = queries.shape
     if queries.stride(1) != 1 or not ring.is_contiguous() or ring[0, 0].numel() != size:
         raise ValueError(f"queries {tuple(queries.shape)} do not fit ring {tuple(ring.shape)}")
-    block = min(1024, triton.next_power_of_2(size))
+    block = min(MOST_ELEMENTS, triton.next_power_of_2(size))
     store_kernel[(tokens, triton.cdiv(size, block))](
         ring,
         queries,

@@ -6,13 +6,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vase_sgl.engine import limits
 from vase_sgl.engine.config import EngineConfig
+from vase_sgl.engine.pool import refused_anywhere
 from vase_sgl.engine.rounds import chosen_kernels, padded_rows
 
 _DECODER = "tests/engine/test_independent_decode.py::test_tokens_equal_the_independent_decoder"
@@ -36,6 +39,21 @@ def test_the_engine_s_tokens_with_triton_rounds_equal_the_independent_decoder() 
     )
     assert result.returncode == 0, result.stdout[-3000:]
     assert f"{len(_TESTS) + 3} passed" in result.stdout  # four in the last
+
+
+def test_what_one_rank_cannot_run_no_rank_does() -> None:
+    everyone = [{"rkv": "too large"}, {}, {"rkv": "no memory", "knorm": "no ptxas"}]
+    ranks = SimpleNamespace(all_gather_object=lambda mine: everyone if mine is everyone[1] else [])
+    assert refused_anywhere(everyone[1], ranks) == {"rkv": "too large", "knorm": "no ptxas"}
+
+
+def test_a_default_that_cannot_run_ends_the_start() -> None:
+    """Else every request without a budget would be refused by a worker that looks healthy."""
+    refused = {"vase-attnv": "out of shared memory"}
+    limits.refuse_default(EngineConfig(), refused)
+    limits.refuse_default(EngineConfig(default={"budget": 512, "policy": "random"}), refused)
+    with pytest.raises(limits.UnsupportedConfiguration, match=r"vase-attnv, .* \(out of shared"):
+        limits.refuse_default(EngineConfig(default={"budget": 512}), refused)
 
 
 def test_asking_for_triton_without_a_gpu_fails_loudly() -> None:

@@ -22,6 +22,7 @@ from vase_kernels.copy_rows import BLOCK_WORDS, copy_kernel
 from vase_kernels.evict import BLOCK_PAIRS
 from vase_kernels.overwrite import move_kernel, plan_kernel
 from vase_kernels.pool import ELEMENTS
+from vase_kernels.query_ring import MOST_ELEMENTS, store_kernel
 from vase_kernels.requests import MAX_PROJECTION, OF_THE_BATCH
 from vase_kernels.scores_attnv import draw_kernel
 from vase_kernels.scores_dkv import dkv_kernel
@@ -52,6 +53,9 @@ POINTERS = {
     "v_pointers": "*i64",
     "source": "*i64",
     "target": "*i64",
+    "rows": "*i64",
+    "positions": "*i64",
+    "ring_rows": "*i32",
 }
 DTYPES = {
     "fp32": torch.float32,
@@ -75,7 +79,7 @@ def compiled(kernel: Any, queries: str = "*bf16", options: Any = None, **constan
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
-        elif name in POINTERS or name == "queries":
+        elif name in POINTERS or name in ("queries", "ring"):
             signature[name] = POINTERS.get(name, queries)
             divisible[(i,)] = [["tt.divisibility", 16]]
         else:
@@ -203,6 +207,16 @@ def test_copies(words, tmp_path):
     check(binary, tmp_path)
     for width in ("ld", "st"):  # only of tiny rows are words fewer than threads
         assert re.search(rf"{width}\.global\S*\.v4\.b32", binary.asm["ptx"]) or words < 512
+
+
+@pytest.mark.parametrize("size", [64, 576, 1024, 5120])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_stores_of_queries(dtype, size, tmp_path):
+    """Captured in every decode graph, so if it did not compile no request would run."""
+    block = min(MOST_ELEMENTS, triton.next_power_of_2(size))
+    binary = compiled(store_kernel, f"*{dtype}", WINDOW=128, SIZE=size, BLOCK=block)
+    check(binary, tmp_path)
+    assert re.search(r"st\.global\S*\.v4\.b32", binary.asm["ptx"]) or size == 64
 
 
 @pytest.mark.parametrize(

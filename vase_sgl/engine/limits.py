@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
+
+from vase_sgl.engine.config import EngineConfig
+from vase_sgl.eviction import EvictionParams
 
 #: flag -> (value that is refused unless it equals this, what to do)
 _REQUIRED: dict[str, tuple[object, str]] = {
@@ -134,6 +137,19 @@ def refuse_unsupported_model(model_runner: Any, backends: Collection[str]) -> No
         raise UnsupportedConfiguration(
             f"a static KV budget needs another attention backend for decoding than {backend}: use "
             f"--attention-backend {' or '.join(backends)}"
+        )
+
+
+def refuse_default(config: EngineConfig, refused_policies: Mapping[str, str]) -> None:
+    """Raise `UnsupportedConfiguration` if requests without a budget would all be refused."""
+    if config.default is None:
+        return
+    policy = EvictionParams.parse(config.default, config.limits).policy.name
+    if policy in refused_policies:
+        raise UnsupportedConfiguration(
+            f"requests without a budget get one with policy {policy}, which cannot run here: its "
+            f"kernels do not compile ({refused_policies[policy]}); choose another with "
+            "--vase-default, or start with another --kv-cache-dtype or with VASE_KERNELS=reference"
         )
 
 

@@ -75,8 +75,7 @@ class BudgetPool:
         )
         self.kernels = chosen_kernels(config, device.type)
         rounds: Rounds = ReferenceRounds()
-        #: Policies that cannot run here, with the reason.
-        self.refused_policies: dict[str, str] = {}
+        refused: dict[str, str] = {}
         if self.kernels == "triton":
             rounds = triton = TritonRounds(
                 self,
@@ -85,7 +84,10 @@ class BudgetPool:
                 check=config.check_integrity,
             )
             if device.type == "cuda":  # the interpreter compiles nothing
-                self.refused_policies = triton.warm_up(self)
+                refused = triton.warm_up(self)
+        #: Policies that cannot run here, with the reason.
+        self.refused_policies = refused_anywhere(refused, parallel.attn_tp_group)
+        limits.refuse_default(config, self.refused_policies)
         self.scratch_bytes = rounds.nbytes
         self.compaction = Compaction(rounds)
         logger.info(
@@ -102,9 +104,10 @@ class BudgetPool:
 
     @classmethod
     def of_runner(cls, model_runner: Any) -> BudgetPool:
-        """The pool of a model runner, created on first use.
+        """The pool of a model runner, created on first use, by all ranks at once.
 
-        Raises `UnsupportedConfiguration` for a KV pool that the budget cannot work on.
+        Raises `UnsupportedConfiguration` for a KV pool that the budget cannot work on, and for
+        default parameters that it cannot run.
         """
         key = model_runner.req_to_token_pool
         if key not in _pools:
@@ -116,6 +119,15 @@ class BudgetPool:
     def of(cls, req_to_token_pool: Any) -> BudgetPool:
         """The pool created for the model runner that owns `req_to_token_pool`."""
         return _pools[req_to_token_pool]
+
+
+def refused_anywhere(refused: dict[str, str], ranks: Any) -> dict[str, str]:
+    """The policies that any of `ranks` refuses, which all have to call this, and its reasons.
+
+    Ranks that refused different requests would wait for each other's sums for ever.
+    """
+    of_ranks: list[dict[str, str]] = ranks.all_gather_object(refused)
+    return {policy: reason for one in reversed(of_ranks) for policy, reason in one.items()}
 
 
 _pools: weakref.WeakKeyDictionary[Any, BudgetPool] = weakref.WeakKeyDictionary()

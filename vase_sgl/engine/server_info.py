@@ -33,7 +33,8 @@ def report_state(result: Any, controller: Any, recv_req: Any) -> Any:
 def describe(scheduler: Any) -> dict[str, Any]:
     """Slots (one slot = one token in every layer), rounds so far, limits, fingerprint.
 
-    `query_ring`: the memory of one request's ring, in slots.
+    `query_ring`: the memory of one request's ring, in slots. `refused_policies`: the reason by
+    policy.
     """
     config = engine_config()
     pool = BudgetPool.of(scheduler.req_to_token_pool)
@@ -48,6 +49,7 @@ def describe(scheduler: Any) -> dict[str, Any]:
             "max_requests": pool.query_ring.requests,
         },
         "inspect": config.inspect_dir is not None,
+        "refused_policies": pool.refused_policies,
         "default": dict(config.default) if config.default is not None else None,
         "context_length": scheduler.model_config.context_len,
         "vocab_size": scheduler.model_config.vocab_size,
