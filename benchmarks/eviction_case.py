@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from vase_kernels.evict import PoolView, evict
-from vase_kernels.reference import SCORERS, Candidates, evict_reference, select_victims
+from vase_kernels.reference import (
+    SCORERS,
+    Candidates,
+    evict_reference,
+    retention_keys,
+    select_victims,
+)
 from vase_kernels.requests import (
     LOGICAL_LENGTH,
     MAX_PROJECTION,
@@ -78,30 +84,32 @@ class Case:
     Between two rounds `advance` must be called: tokens that come have positions of their own.
     """
 
-    def __init__(self, shape: Shape, policy: str, device: torch.device) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        policy: str,
+        device: torch.device,
+        *,
+        drawn_on: torch.device | None = None,
+    ) -> None:
+        """`drawn_on`: whose random numbers fill it; None: the device's own."""
         self.shape, self.policy = shape, policy
+        source = device if drawn_on is None else drawn_on
         n, columns = shape.requests, shape.columns
-        slots = torch.randperm(n * columns, device=device).to(torch.int32)
+        slots = torch.randperm(n * columns, device=source).to(device, torch.int32)
         self.req_to_token = slots.view(n, columns)
         rows = (n * columns, shape.kv_heads, shape.head_dim)
         self.k, self.v = (
-            [torch.randn(rows, device=device, dtype=torch.bfloat16) for _ in range(shape.layers)]
-            for _ in range(2)
+            [_normal(rows, source).to(device) for _ in range(shape.layers)] for _ in range(2)
         )
         self.positions = torch.zeros(
             shape.layers, n * columns, shape.kv_heads, dtype=torch.int32, device=device
         )
         order = torch.arange(columns, dtype=torch.int32, device=device)
         self.positions[:, self.req_to_token.long()] = order[None, None, :, None]
-        self.ring = torch.randn(
-            shape.layers,
-            n,
-            shape.window,
-            shape.kv_heads * shape.group,
-            shape.head_dim,
-            device=device,
-            dtype=torch.bfloat16,
-        )
+        heads = shape.kv_heads * shape.group
+        queries = (shape.layers, n, shape.window, heads, shape.head_dim)
+        self.ring = _normal(queries, source).to(device)
         requests = [
             DueRequest(
                 row=i,
@@ -164,22 +172,12 @@ class Case:
 
         def step() -> Tensor:
             shape, n = self.shape, self.shape.requests
-            slots, queries, counters = self.req_to_token.long(), self._queries(), self._counters()
+            slots = self.req_to_token.long()
             older = slots[:, : shape.budget]
             heads = torch.arange(shape.kv_heads, device=slots.device)
             victims = slots
             for layer in range(shape.layers):
-                k, v = (x[layer][older].transpose(1, 2) for x in (self.k, self.v))
-                candidates = Candidates(
-                    keys=(k,),
-                    values=(v,),
-                    queries=queries[:, layer, None],
-                    positions=self.positions[layer][older].transpose(1, 2)[:, None].long(),
-                    seed=counters["seeds"],
-                    round=counters["rounds"],
-                    layers=torch.tensor([layer], device=slots.device),
-                    heads=heads,
-                )
+                candidates = self._candidates(layer)
                 victims = select_victims(self.policy, candidates, shape.window, budget=shape.budget)
                 gone = torch.zeros(
                     n, shape.kv_heads, shape.columns, dtype=torch.bool, device=slots.device
@@ -193,6 +191,34 @@ class Case:
 
         return step
 
+    def edge_gaps(self) -> Tensor:
+        """How far apart, in shares of them, the last key evicted and the first one kept are.
+
+        [layers, requests, kv_heads], as the reference computes them.
+        """
+        shape, gaps = self.shape, []
+        for layer in range(shape.layers):
+            keys = retention_keys(self.policy, self._candidates(layer), budget=shape.budget)
+            ordered = keys.double().sort(-1).values[:, 0]
+            last, first = ordered[..., shape.window - 1], ordered[..., shape.window]
+            gaps.append((first - last) / torch.maximum(first.abs(), last.abs()))
+        return torch.stack(gaps)
+
+    def _candidates(self, layer: int) -> Candidates:
+        counters = self._counters()
+        older = self.req_to_token[:, : self.shape.budget].long()
+        k, v = (x[layer][older].transpose(1, 2) for x in (self.k, self.v))
+        return Candidates(
+            keys=(k,),
+            values=(v,),
+            queries=self._queries()[:, layer, None],
+            positions=self.positions[layer][older].transpose(1, 2)[:, None].long(),
+            seed=counters["seeds"],
+            round=counters["rounds"],
+            layers=torch.tensor([layer], device=older.device),
+            heads=torch.arange(self.shape.kv_heads, device=older.device),
+        )
+
     def _queries(self) -> Tensor:
         return self.ring.permute(1, 0, 3, 2, 4)
 
@@ -200,3 +226,7 @@ class Case:
         """Columns of the table by the reference's names."""
         columns = {"rounds": ROUND, "logical_lengths": LOGICAL_LENGTH, "seeds": SEED}
         return {name: self.table[:, column.value] for name, column in columns.items()}
+
+
+def _normal(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.randn(shape, device=device, dtype=torch.bfloat16)
