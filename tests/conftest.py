@@ -8,7 +8,13 @@ from collections.abc import Iterator
 import argon2
 import pytest
 
+from tests.triton.device import INTERPRETED
 from vase_sgl.gateway import keys
+
+if INTERPRETED:
+    from tests.triton.interpreter import spare_repeated_work
+
+    spare_repeated_work()
 
 # Upstream's leak checks and our own integrity check are on in every process a test starts.
 os.environ.setdefault("VASE_CHECK_INTEGRITY", "1")

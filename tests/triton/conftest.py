@@ -18,10 +18,6 @@ import pytest
 import torch
 
 from tests.triton.device import INTERPRETED, ON_GPU
-from tests.triton.interpreter import spare_repeated_work
-
-if INTERPRETED:
-    spare_repeated_work()
 
 collect_ignore_glob = [] if INTERPRETED or ON_GPU else ["test_*.py"]
 
