@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from vase_sgl.engine import served_model
 from vase_sgl.engine.torchvision_cpu import declare_torchvision_operators
 
 declare_torchvision_operators()
@@ -48,10 +49,14 @@ def stepped(tiny_model: Path) -> Iterator[SteppedScheduler]:
     torch.manual_seed(0)
     page_size = int(os.environ.get("VASE_TEST_PAGE_SIZE", "1"))
     with torch.inference_mode():
-        yield SteppedScheduler(
-            tiny_model,
-            slots=400,
-            page_size=page_size,
-            dtype=os.environ.get("VASE_TEST_DTYPE", "float32"),
-            kv_cache_dtype=os.environ.get("VASE_TEST_KV_DTYPE", "auto"),
-        )
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in served_model.environment_for(str(tiny_model)).items():
+                patch.setenv(name, value)  # SGLang would import every model that it has
+            scheduler = SteppedScheduler(
+                tiny_model,
+                slots=400,
+                page_size=page_size,
+                dtype=os.environ.get("VASE_TEST_DTYPE", "float32"),
+                kv_cache_dtype=os.environ.get("VASE_TEST_KV_DTYPE", "auto"),
+            )
+        yield scheduler

@@ -32,6 +32,7 @@ _TESTS = (
 )
 
 
+@pytest.mark.xdist_group("own-process")
 def test_a_phi3_answers_alone_as_in_company() -> None:
     run_tests(_TESTS, {"VASE_TEST_CONFIG": json.dumps(_PHI3)})
 

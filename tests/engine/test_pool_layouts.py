@@ -35,6 +35,7 @@ _FLOAT8 = (
 _SLOW = pytest.mark.skipif("VASE_TEST_SLOW" not in os.environ, reason="set VASE_TEST_SLOW=1")
 
 
+@pytest.mark.xdist_group("own-process")
 @pytest.mark.parametrize(
     ("variable", "value", "tests"),
     [
