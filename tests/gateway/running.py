@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from tests.gateway.scripted_worker import ScriptedWorker
 from vase_sgl.client import NEVER, AsyncClient, Tls, Unavailable
 from vase_sgl.gateway import tenants
+from vase_sgl.gateway.audit import AuditStore
 from vase_sgl.gateway.config import load_config
 from vase_sgl.gateway.server import Gateway
 
@@ -51,6 +53,19 @@ def add_tenant(file: Path, name: str, **fields: Any) -> str:
     return key
 
 
+_empty_store: list[bytes] = []
+
+
+async def empty_store() -> bytes:
+    """A SQLite audit store with its tables: made once, since migrating takes a while."""
+    if not _empty_store:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "audit.sqlite3"
+            await (await AuditStore.open(f"sqlite+aiosqlite:///{file}")).close()
+            _empty_store.append(file.read_bytes())
+    return _empty_store[0]
+
+
 @asynccontextmanager
 async def run_gateway(
     folder: Path, client_tls: Tls | None = None, **config: Any
@@ -61,7 +76,10 @@ async def run_gateway(
     """
     tenants_file = folder / "tenants.yaml"
     key = add_tenant(tenants_file, "alice", roles=["generate", "replay", "audit"])
-    audit_url = f"sqlite+aiosqlite:///{folder / 'audit.sqlite3'}"
+    store = folder / "audit.sqlite3"
+    if not store.exists():
+        store.write_bytes(await empty_store())
+    audit_url = f"sqlite+aiosqlite:///{store}"
     async with ScriptedWorker() as worker:
         settings = load_config(
             overrides={

@@ -37,6 +37,8 @@ def check_variables(model: type[BaseModel], prefix: str, delimiter: str) -> None
     known = dict(_variables(model, prefix, delimiter))
     for given, value in os.environ.items():
         name = given.upper()
+        if not _flat(name).startswith(_flat(prefix)):
+            continue
         if name in known:
             _check_json(given, value, known[name])
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.resources
 import logging
 
@@ -25,7 +26,7 @@ _ADVISORY_LOCK = 0x76617365
 
 def newest() -> str:
     """The revision this code works with."""
-    head = ScriptDirectory.from_config(_config()).get_current_head()
+    head = _revisions().get_current_head()
     assert head is not None
     return head
 
@@ -35,9 +36,7 @@ def current(connection: Connection) -> str | None:
     tables = set(inspect(connection).get_table_names())
     if "alembic_version" in tables:
         revision = MigrationContext.configure(connection).get_current_revision()
-        known = [
-            script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()
-        ]
+        known = [script.revision for script in _revisions().walk_revisions()]
         if revision is not None and revision not in known:
             raise AuditError(
                 f"the audit store has schema revision {revision}, which this version of vase_sgl "
@@ -77,6 +76,11 @@ def upgrade(connection: Connection) -> None:
     if before == _UNMARKED and "alembic_version" not in inspect(connection).get_table_names():
         command.stamp(config, _UNMARKED)
     command.upgrade(config, "head")
+
+
+@functools.cache
+def _revisions() -> ScriptDirectory:
+    return ScriptDirectory.from_config(_config())
 
 
 def _config() -> Config:
