@@ -23,11 +23,13 @@ CPU = torch.device("cpu")
 BF16 = torch.bfloat16
 TINY = Shape(layers=1, kv_heads=1, group=2, head_dim=16, window=8, budget=32, requests=2)
 
+_INTERPRETER = "from tests.triton import interpreter\ninterpreter.spare_repeated_work()\n"
+
 
 def _interpreted(script: str) -> str:
     """What a script prints under Triton's interpreter, to be chosen before Triton is imported."""
     run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script],
+        [sys.executable, "-W", "ignore", "-c", _INTERPRETER + script],
         cwd=ROOT,
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -249,6 +249,9 @@ def test_10_a_slot_owned_twice_is_noticed(
 def test_11_every_unsafe_flag_is_refused_by_name() -> None:
     safe = {name: required for name, (required, _) in limits._REQUIRED.items()}
     safe |= dict.fromkeys(limits._REFUSED, "other")
+    safe |= {
+        flag: False for name, (other, _) in limits._ONLY_WITH.items() for flag in (name, other)
+    }
 
     class Flags:
         def __init__(self, **change: object) -> None:
