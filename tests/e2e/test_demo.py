@@ -102,8 +102,9 @@ def test_ctrl_c_while_streaming(model: Path) -> None:
     demo = Marked("vase_sgl.demo")
     assert demo.process.stdout is not None
     for line in demo.process.stdout:
-        if "rounds 1 |" in line:
+        if "One long answer" in line:
             break
+    assert len(demo.process.stdout.read(80)) == 80  # of the answer, or the prompt would be there
     assert len(demo.survivors()) > 3
     demo.process.send_signal(signal.SIGINT)
     output, _ = demo.process.communicate(timeout=60)
