@@ -19,10 +19,12 @@ from tests.gateway.running import run_gateway, until
 from tests.gateway.scripted_worker import ScriptedWorker
 from tests.gateway.test_transport import certificate
 from vase_sgl.client import Tls
+from vase_sgl.eval import progress
 from vase_sgl.eval.cells import load
 from vase_sgl.eval.items import Grade, Item
 from vase_sgl.eval.sandbox import SandboxError
 from vase_sgl.eval.tasks.passkey import PasskeyTask
+from vase_sgl.gateway.limits import usage
 
 
 @pytest.fixture
@@ -257,6 +259,32 @@ async def test_through_a_gateway_every_row_can_be_replayed(tmp_path: Path) -> No
             status=1,
         )
         assert "this is not an API key" in error
+
+
+async def test_want_of_room_at_a_gateway_is_waited_for_and_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More requests at once than the tenant may have: the others are refused for a while."""
+    monkeypatch.setattr(usage, "CONCURRENCY_RETRY_SECONDS", 0.02)
+    monkeypatch.setattr(progress, "_LINE_SECONDS", 0.0)
+    async with run_gateway(tmp_path) as running:
+        running.worker.token_seconds = 0.02
+        key = running.add_tenant("bob", limits={"max_concurrent_requests": 1})
+        out = tmp_path / "out"
+        _, shown = await run_eval(
+            *(*TINY, "--max-new-tokens", 15, "--policies", "full"),
+            *("--gateway", running.target, "-o", out),
+            VASE_API_KEY=key,
+        )
+    assert "6 of 6 samples have an outcome" in shown and "0 attempts failed" in shown
+    assert "(tenant bob may have 1 requests at once; wait until one ends)" in shown
+    found = rows(out)
+    assert [row["status"] for row in found] == ["completed"] * 6
+    held = [row["total_seconds"] - row["queue_seconds"] for row in found]
+    assert all(seconds > 0.2 for seconds in held)
+    ends = [row["started"] + row["total_seconds"] for row in found]
+    # They ran one after the other; seconds since the epoch and durations are from two clocks.
+    assert sum(held) < max(ends) - min(row["started"] for row in found) + 0.005
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ async def connect(
     """
     if worker in places.gateways:
         address = places.gateways[worker]
-        gateway = GatewayTarget(address, dial(address))
+        gateway = GatewayTarget(address, dial(address), say)
         try:
             yield gateway
         finally:

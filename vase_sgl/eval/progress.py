@@ -43,7 +43,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """What is being waited for."""
-        self._bar.update(self._task, state=text)
+        self._show(text)
 
     def add(self, row: Row) -> None:
         """A sample has ended."""
@@ -61,6 +61,10 @@ class Progress:
             )
         arm = row.arm if row.budget is None else f"{row.arm} @ {row.budget}"
         state = f"{arm}  correct {self._correct}/{self._graded}  failed {self._failed}"
+        self._show(state)
+
+    def _show(self, state: str) -> None:
+        """In the bar, or now and then as a line."""
         self._bar.update(self._task, completed=self._done, state=state)
         now = time.monotonic()
         if not self._console.is_terminal and now - self._said > _LINE_SECONDS:

@@ -9,7 +9,7 @@ import hashlib
 import logging
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vase_sgl.client.types import Message
@@ -275,11 +275,16 @@ class WorkerTarget:
 
 
 class GatewayTarget:
-    """A gateway. It records every request, so that each row can be replayed by its request id."""
+    """A gateway. It records every request, so that each row can be replayed by its request id.
 
-    def __init__(self, target: str, client: AsyncClient) -> None:
+    Where it has no room for a request, for the tenant's limits or a full queue, `answer` waits as
+    long as it says and asks again: that says nothing about the question. `say` is told why.
+    """
+
+    def __init__(self, target: str, client: AsyncClient, say: Callable[[str], None]) -> None:
         self._target = target
         self._client = client
+        self._say = say
 
     @property
     def name(self) -> str:
@@ -304,28 +309,37 @@ class GatewayTarget:
     async def answer(
         self, messages: Sequence[Message], arm: Arm, sampling: Sampling, seed: int
     ) -> Answer:
-        from vase_sgl.client import VaseError
+        from vase_sgl.client import RateLimited, VaseError
 
         eviction = dict(arm.eviction)
         if "prompt" in eviction:
             eviction["prompt_mode"] = eviction.pop("prompt")
-        stream = self._client.generate(
-            list(messages),
-            max_new_tokens=sampling.max_new_tokens,
-            seed=seed,
-            **sampling.options(),
-            **eviction,
-        )
-        request_id, text = None, []
-        try:
-            async with stream:
-                request_id = await stream.started()
-                text = [chunk.text async for chunk in stream]
-        except VaseError as error:
-            kind = RequestAborted if error.code == "ABORTED" else TargetError
-            raise kind(f"{error.code}: {error}", request_id) from error
+        start = time.monotonic()
+        while True:
+            stream = self._client.generate(
+                list(messages),
+                max_new_tokens=sampling.max_new_tokens,
+                seed=seed,
+                **sampling.options(),
+                **eviction,
+            )
+            request_id, text = None, []
+            try:
+                async with stream:
+                    request_id = await stream.started()
+                    text = [chunk.text async for chunk in stream]
+                break
+            except VaseError as error:
+                pause = error.retry_seconds
+                if not isinstance(error, RateLimited) or error.final or pause is None:
+                    kind = RequestAborted if error.code == "ABORTED" else TargetError
+                    raise kind(f"{error.code}: {error}", request_id) from error
+                waited = time.monotonic() - start
+                self._say(f"no room for {waited:.0f} s ({error}); a lower --concurrency asks less")
+                await asyncio.sleep(pause)
+        seconds = time.monotonic() - start
         result = stream.result
-        cache = result.cache
+        cache, timings = result.cache, result.timings
         return Answer(
             request_id=request_id,
             text="".join(text),
@@ -342,8 +356,9 @@ class GatewayTarget:
             physical_length=cache.physical_length if cache else result.full_kv_slots,
             reserved_slots=cache.reserved_slots if cache else result.full_kv_slots,
             full_kv_slots=result.full_kv_slots,
-            ttft_seconds=result.timings.ttft_seconds,
-            queue_seconds=result.timings.queue_seconds,
+            ttft_seconds=timings.ttft_seconds,
+            # The gateway knows this attempt alone, neither earlier ones nor the waits after them.
+            queue_seconds=seconds - (timings.total_seconds - timings.queue_seconds),
             digest=cache.digest if cache else None,
         )
 
