@@ -93,7 +93,7 @@ def read_jsonl(path: Path) -> Recorded:
     Raises `BadSetup` with the number of the line.
     """
     lines = []
-    for number, line in enumerate(read_text(path, "prompt file").splitlines(), start=1):
+    for number, line in enumerate(read_text(path, "prompt file").split("\n"), start=1):
         if not line.strip():
             continue
         try:

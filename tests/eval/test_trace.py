@@ -59,6 +59,15 @@ def test_each_assistant_turn_is_asked_after_the_recorded_context(tmp_path: Path)
     assert len(TraceTask.read(tmp_path / "t.jsonl", limit=1).turns) == 2
 
 
+def test_a_line_of_a_file_ends_where_json_lines_do(tmp_path: Path) -> None:
+    """JSON strings may hold U+2028 and others at which Python ends a line."""
+    said = "one\u2028two\u2029three\x85four"
+    turns = [{"role": "user", "content": said}, {"role": "assistant", "content": "five"}]
+    (tmp_path / "t.jsonl").write_text(json.dumps(turns, ensure_ascii=False) + "\r\n\n", "utf-8")
+    (item,) = TraceTask.read(tmp_path / "t.jsonl").turns
+    assert item.messages == ({"role": "user", "content": said},)
+
+
 @pytest.mark.parametrize(
     ("text", "correct", "reason"),
     [

@@ -168,6 +168,13 @@ def test_prompts_of_a_file_keep_their_form(tmp_path: Path) -> None:
         assert expected in drawn
 
 
+def test_a_prompt_may_hold_what_python_ends_a_line_at(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"text": "one\u2028two\u2029three\x85four"}\r\n\n', encoding="utf-8")
+    drawn, _ = prompts.read_jsonl(path).draw(random.Random(0))
+    assert drawn == "one\u2028two\u2029three\x85four"
+
+
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [

@@ -69,7 +69,7 @@ class TraceTask:
         turns: list[Item] = []
         seen: set[str] = set()
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise TraceError(f"cannot read {path}: {error}") from error
         for number, line in enumerate(lines, 1):
