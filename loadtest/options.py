@@ -18,6 +18,9 @@ from vase_sgl.eviction.params import PROMPT_MODES, EvictionLimits, EvictionParam
 from vase_sgl.eviction.policies import POLICIES
 from vase_sgl.eviction.policies.base import ParameterError
 
+#: What the usual chat templates (ChatML, Llama 3, Gemma) put around a message.
+_MESSAGE_TOKENS = 5
+
 
 class Settings(BaseModel):
     """What the calls of a test are. `of` makes it; every field is an option of the same name."""
@@ -61,15 +64,14 @@ class Settings(BaseModel):
         ):
             if value is not None and value not in known:
                 raise ValueError(f"unknown --{name} {value!r}; choose from {', '.join(known)}")
-        calls = self.load.calls
-        if self.turns is not None and calls != "conversation":
+        if self.turns is not None and not self._is_conversation:
             raise ValueError(f"--turns is for agent-loop, not for {self.scenario}")
-        if self.replay_share is not None and calls != "replays":
+        if self.replay_share is not None and self.load.calls != "replays":
             raise ValueError(f"--replay-share is for replay-mix, not for {self.scenario}")
         if self.prompts != SYNTHETIC:
             if self.prompt_tokens is not None:
                 raise ValueError("--prompt-tokens is for synthetic prompts; leave it out")
-            if calls == "conversation":
+            if self._is_conversation:
                 raise ValueError("agent-loop makes up its prompts; leave --prompts out")
         if self.budget is None and (self.window is not None or self.prompt_mode is not None):
             raise ValueError("--window and --prompt-mode go with a --budget")
@@ -135,13 +137,31 @@ class Settings(BaseModel):
                 f"tenant {tenant} may ask for {capacity.max_new_tokens} tokens at most, not "
                 f"{self.answer_tokens}; lower --max-new-tokens"
             )
-        turns = self.conversation_turns if self.load.calls == "conversation" else 1
-        longest = turns * ((self.synthetic_tokens if self._made_up else 1) + self.answer_tokens)
+        longest = self._longest_tokens
         if longest > capacity.context_length:
             raise BadSetup(
                 f"about {longest} tokens do not fit the model's context of "
                 f"{capacity.context_length}; lower --prompt-tokens, --max-new-tokens or --turns"
             )
+        prompt = longest - self.answer_tokens
+        if prompt > capacity.max_prompt_tokens:
+            raise BadSetup(
+                f"tenant {tenant} may send prompts of {capacity.max_prompt_tokens} tokens at most, "
+                f"not of about {prompt}; lower --prompt-tokens"
+                + (", --max-new-tokens or --turns" if self._is_conversation else "")
+            )
+
+    @property
+    def _longest_tokens(self) -> int:
+        """Prompt and answer of the longest call, about; of prompts of a file nothing is known."""
+        turn = (self.synthetic_tokens if self._made_up else 1) + self.answer_tokens
+        if not self._is_conversation:
+            return turn
+        return self.conversation_turns * (turn + 2 * _MESSAGE_TOKENS)
+
+    @property
+    def _is_conversation(self) -> bool:
+        return self.load.calls == "conversation"
 
     @property
     def _made_up(self) -> bool:

@@ -110,6 +110,8 @@ class GatewayUser(User):
             messages.append(Message(role="assistant", content=call.text))
             over = len(messages) >= 2 * self.settings.conversation_turns
             self._conversation = [] if over else messages
+        elif call.status == "failed":  # perhaps for its length: it would fail again and again
+            self._conversation = []
 
     def _generate(self, prompt: Prompt, max_new_tokens: int) -> calls.Generated:
         settings = self.settings

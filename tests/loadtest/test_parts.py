@@ -55,6 +55,7 @@ CAPACITY = Capacity(
         "max_budget": 4096,
         "max_window": 64,
         "max_new_tokens": 8192,
+        "max_prompt_tokens": 4096,
         "policies": ("vase-attnv", "full"),
     }
 )
@@ -96,6 +97,15 @@ def test_options_that_make_no_sense_are_refused(changed: Mapping[str, Any], comp
         ({"policy": "vase-attnv"}, "budget is missing"),
         ({"max_new_tokens": 9000}, "may ask for 8192 tokens at most, not 9000"),
         ({"scenario": "agent-loop", "turns": 50}, "do not fit the model's context of 8192"),
+        (
+            {"prompt_tokens": 4097},
+            "may send prompts of 4096 tokens at most, not of about 4097; lower --prompt-tokens",
+        ),
+        # Questions, all answers but the last, and what the template puts around each of them.
+        (
+            {"scenario": "agent-loop", "turns": 22},
+            "not of about 4316; lower --prompt-tokens, --max-new-tokens or --turns",
+        ),
     ],
 )
 def test_what_the_gateway_would_refuse_is_refused_first(

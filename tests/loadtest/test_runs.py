@@ -247,8 +247,29 @@ async def test_calls_that_fail_after_their_first_token_count_in_ttft(
     assert found["prompt_tokens"] == 0 and found["e2e_ms"] is None
 
 
+async def test_a_conversation_that_fails_is_not_gone_on_with(
+    running: Running, tmp_path: Path
+) -> None:
+    """Its answers are longer as text than the tokens asked for: every second turn is too long."""
+    running.worker.opening = "and " * 100
+    key = running.add_tenant("bob", limits={"max_prompt_tokens": 100})
+    result = tmp_path / "result.json"
+    run = await locust(
+        *(*FAST, "--host", running.target, "--users", "1", "--run-time", "3s"),
+        *("--scenario", "agent-loop", "--prompt-tokens", "8", "--max-new-tokens", "4"),
+        *("--turns", "3", "--result", str(result)),
+        VASE_API_KEY=key,
+    )
+    assert run.status == 1, run.stderr
+    found = read(result)
+    assert 2 <= found["all"]["completed"] <= found["all"]["failed"] + 1
+    (failure,) = found["failures"]
+    assert "above the ceiling of tenant bob, 100" in failure
+
+
 async def test_a_gateway_that_is_gone_when_the_test_starts_is_no_success(tmp_path: Path) -> None:
-    answers = [GetCapacityResponse(context_length=8192, max_new_tokens=4096, policies=["full"])]
+    limits = {"context_length": 8192, "max_new_tokens": 4096, "max_prompt_tokens": 4096}
+    answers = [GetCapacityResponse(policies=["full"], **limits)]
 
     def capacity(request: GetCapacityRequest, context: grpc.ServicerContext) -> GetCapacityResponse:
         if not answers:
