@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import datetime
 import json
+import os
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from tests.client.test_commands import run
-from tests.gateway.running import Running, run_gateway
+from tests.client.test_commands import environment, run
+from tests.gateway.running import Running, run_gateway, until
 from vase_sgl.cli import build_app
 from vase_sgl.cli.replay_many import is_chosen
 from vase_sgl.client import AsyncClient
@@ -39,6 +42,7 @@ async def report(running: Running, tmp_path: Path, *options: str, status: int = 
 async def test_all_of_a_time_match(running: Running, tmp_path: Path) -> None:
     ids = await generate(running, 5)
     found = await report(running, tmp_path)
+    assert not found["interrupted"]
     assert found["outcomes"] == {"MATCH": 5} and found["seed_checks"] == {"VERIFIED": 5}
     assert [r["record_id"] for r in found["records"]] == ids
     assert found["tokens_compared"] == 100 and found["tokens_per_second"] > 0
@@ -99,6 +103,38 @@ async def test_more_than_may_wait_at_the_gateway_wait_here(
         running.worker.token_seconds = 0.03
         found = await report(running, tmp_path, "--parallel", "12")
     assert found["outcomes"] == {"MATCH": 12}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_an_interruption_keeps_what_was_replayed(
+    running: Running, tmp_path: Path, number: signal.Signals
+) -> None:
+    ids = await generate(running, 3)
+    running.worker.token_seconds = 0.05
+    file = tmp_path / "out.json"
+
+    async def interrupted_at(replays: int) -> tuple[bytes, bytes]:
+        begun = len(running.worker.bodies)
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "vase_sgl.cli", *SINCE, "--parallel", "1"),
+            *("--report", str(file)),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env={**os.environ, **environment(running), "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        await until(lambda: len(running.worker.bodies) == begun + replays)
+        process.send_signal(number)
+        said = await process.communicate()
+        assert process.returncode == 130, said
+        return said
+
+    await interrupted_at(1)
+    assert not file.exists()
+    output, errors = await interrupted_at(2)
+    assert b"MATCH" in output and errors == b"interrupted after 1 of 3 replays\n"
+    found = json.loads(file.read_text())
+    assert found["interrupted"] and found["outcomes"] == {"MATCH": 1}
+    assert [r["record_id"] for r in found["records"]] == ids[:1]
 
 
 async def test_a_time_is_cut_out(running: Running, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -74,7 +76,7 @@ def replay(
     """Run recorded generations again; compare token by token and round by round.
 
     Exit status: 0 match, 3 diverged, 4 incomparable, 1 error. With --since the worst of them all,
-    in the order 3, 1, 4; and 5 if there was nothing to replay.
+    in the order 3, 1, 4; 5 if there was nothing to replay; 130 if it was interrupted.
     """
     if (record_id is None) == (since is None):
         raise typer.BadParameter("give a record id, or --since for many", param_hint="--since")
@@ -93,17 +95,20 @@ def replay(
     end = None if until is None else times.moment(until, "--until")
     share = replay_many.share(sample or "100%")
     with reported(VaseError, OSError):
-        status = asyncio.run(
-            _replay_many(
-                partial(connect_async, target, api_key, encrypted),
-                (start, end),
-                share,
-                sample_seed or 0,
-                parallel or 2,
-                report,
-                as_json,
+        try:
+            status = asyncio.run(
+                _replay_many(
+                    partial(connect_async, target, api_key, encrypted),
+                    (start, end),
+                    share,
+                    sample_seed or 0,
+                    parallel or 2,
+                    report,
+                    as_json,
+                )
             )
-        )
+        except (KeyboardInterrupt, asyncio.CancelledError):
+            status = replay_many.INTERRUPTED
     raise typer.Exit(status)
 
 
@@ -183,7 +188,7 @@ async def _replay_many(
         transient=True,
         disable=as_json or not console.is_terminal,
     )
-    with _new_file(report) as file:
+    with _terminated_as_interrupted(), _new_file(report) as file:
         async with connect() as client:
             records = client.list_records(page_size=1000, since=period[0], until=period[1])
             sample = await replay_many.choose(records, share, seed)
@@ -200,6 +205,7 @@ async def _replay_many(
                     client, sample.chosen, parallel=parallel, on_done=count
                 )
             seconds = time.monotonic() - begun
+        interrupted = len(results) < len(sample.chosen)
         content = {
             "since": period[0],
             "until": period[1],
@@ -207,6 +213,7 @@ async def _replay_many(
             "sample_seed": seed,
             "listed": sample.listed,
             "not_kept": sample.not_kept,
+            "interrupted": interrupted,
             **replay_many.summarize(results, seconds),
             "records": results,
         }
@@ -221,7 +228,27 @@ async def _replay_many(
             f"nothing to replay: {sample.listed} completed records in that time, "
             f"{sample.not_kept} of the sample hold digests only"
         )
+    if interrupted:
+        typer.echo(f"interrupted after {len(results)} of {len(sample.chosen)} replays", err=True)
+        return replay_many.INTERRUPTED
     return replay_many.exit_status(results)
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM cancels the task of the body, as Ctrl-C does under `asyncio.run`."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # where no signal arrives
+        return
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+    before = signal.signal(
+        signal.SIGTERM, lambda number, frame: loop.call_soon_threadsafe(task.cancel)
+    )
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

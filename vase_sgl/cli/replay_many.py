@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vase_sgl.client.types import RecordSummary, Verdict
 
 #: Exit status of a bulk replay. 1 is also any error before it began.
-MATCHED, FAILED, DIVERGED, INCOMPARABLE, NOTHING = 0, 1, 3, 4, 5
+MATCHED, FAILED, DIVERGED, INCOMPARABLE, NOTHING, INTERRUPTED = 0, 1, 3, 4, 5, 130
 #: Longest wait before a replay that was refused for want of room is asked for again.
 _ASK_AGAIN_SECONDS = 5.0
 #: Lines of first differences that are shown; the report has all.
@@ -98,7 +98,11 @@ async def replay_all(
     parallel: int,
     on_done: Callable[[Replayed], None],
 ) -> list[Replayed]:
-    """Replay every record, `parallel` at once; results in the order of `records`."""
+    """Replay every record, `parallel` at once; results in the order of `records`.
+
+    Cancelled, it gives up what runs and returns the results there are, fewer than the records;
+    without any it raises `CancelledError`.
+    """
     results: dict[str, Replayed] = {}
     left = iter(records)
 
@@ -107,10 +111,17 @@ async def replay_all(
             results[record.record_id] = await _replay(client, record.record_id)
             on_done(results[record.record_id])
 
-    async with asyncio.TaskGroup() as group:
-        for _ in range(parallel):
-            group.create_task(work())
-    return [results[record.record_id] for record in records]
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(parallel):
+                group.create_task(work())
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        assert task is not None
+        if not results:
+            raise
+        task.uncancel()
+    return [results[r.record_id] for r in records if r.record_id in results]
 
 
 async def _replay(client: AsyncClient, record_id: str) -> Replayed:
