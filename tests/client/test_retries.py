@@ -277,6 +277,28 @@ async def test_cancelling_while_it_waits_ends_it_with_asyncio_too(
     assert time.monotonic() - start < 15 and server.flaky.calls == 1
 
 
+async def test_a_timeout_while_it_waits_does_not_end_it_as_if_whole(server: Server) -> None:
+    server.flaky.failures = [limited(20)]
+    async with AsyncClient(server.target) as client:
+        generation = client.generate("a")
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(anext(generation), 0.3)
+        with pytest.raises(Cancelled):
+            await anext(generation)
+
+
+async def test_a_broken_stream_does_not_end_as_if_whole(server: Server) -> None:
+    server.flaky.before = list(MESSAGES.values())
+    server.flaky.failures = [unavailable()]
+    async with AsyncClient(server.target) as client:
+        generation = client.generate("a")
+        assert (await anext(generation)).text == "w"
+        for _ in range(2):
+            with pytest.raises(Unavailable, match="no worker is ready") as error:
+                await anext(generation)
+            assert error.value.code == "UNAVAILABLE"
+
+
 async def test_cancelling_just_when_it_tries_again_ends_it(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

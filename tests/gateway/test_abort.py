@@ -39,6 +39,27 @@ async def test_cancelling_aborts_in_the_worker_and_is_recorded(running: Running)
     assert len(record.output_token_ids) < 50
 
 
+async def test_a_step_that_times_out_aborts_and_the_answer_does_not_end_as_if_whole(
+    running: Running,
+) -> None:
+    running.worker.token_seconds = 0.2
+    stream = running.client.generate("tell me", max_new_tokens=4000)
+    await stream.started()
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(anext(stream), 0.05)
+    for _ in range(2):
+        with pytest.raises(Cancelled):
+            await anext(stream)
+    assert await running.worker.wait_for_abort() == stream.request_id
+
+
+async def test_cancelling_after_the_end_does_nothing(running: Running) -> None:
+    stream = running.client.generate("tell me", max_new_tokens=2)
+    assert [chunk async for chunk in stream]
+    stream.cancel()
+    assert [chunk async for chunk in stream] == [] and stream.result.usage.completion_tokens == 2
+
+
 async def test_a_deadline_aborts_in_the_worker(running: Running) -> None:
     running.worker.token_seconds = 0.02
     stream = running.client.generate("tell me", max_new_tokens=4000, timeout=0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import datetime
 from collections.abc import AsyncIterator, Awaitable, Callable
 from types import TracebackType
@@ -31,6 +32,7 @@ class _Messages(Generic[M]):
         self._begin()
         self._final = False
         self._cancelled = asyncio.Event()
+        self._error: VaseError | None = None
 
     def _begin(self) -> None:
         self._call = self._start(self._attempts.begin())
@@ -41,7 +43,24 @@ class _Messages(Generic[M]):
         self._final = True
 
     async def next(self) -> M:
-        """The next message. Raises `VaseError`, and `StopAsyncIteration` at the end."""
+        """The next message. Raises `VaseError`, and `StopAsyncIteration` at the end.
+
+        After an error, or a wait that was cancelled, gRPC's iterator would end as after a whole
+        answer; here every further call raises.
+        """
+        if self._error is not None:
+            raise copy.copy(self._error)  # raised itself it would hold the frames it passed
+        try:
+            return await self._next()
+        except asyncio.CancelledError:
+            self.cancel()
+            self._error = cancelled_here()
+            raise
+        except VaseError as error:
+            self._error = copy.copy(error)
+            raise
+
+    async def _next(self) -> M:
         while True:
             try:
                 with translated():
@@ -71,7 +90,8 @@ class _Messages(Generic[M]):
 class AsyncGeneration:
     """A running generation: iterate its chunks, then read `result`.
 
-    Leaving the `async with` block, or `cancel`, aborts what has not finished.
+    Leaving the `async with` block, or `cancel`, aborts what has not finished. So does a timeout or
+    a cancellation of a single step: iterating on then raises `Cancelled`.
     """
 
     def __init__(self, stream: _Messages[pb.GenerateResponse]) -> None:
