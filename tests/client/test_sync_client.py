@@ -86,6 +86,20 @@ async def test_leaving_the_block_reaches_the_worker(running: Running) -> None:
     await running.worker.wait_for_abort()
 
 
+async def test_leaving_a_replay_reaches_the_worker(running: Running) -> None:
+    answer = await running.client.generate_once("tell me", max_new_tokens=500)
+    running.worker.token_seconds = 0.02
+
+    def use(client: Client) -> None:
+        with client.replay(answer.request_id) as replay:
+            next(replay)
+        with pytest.raises(Cancelled):
+            _ = replay.verdict
+
+    await with_client(running, use)
+    await running.worker.wait_for_abort()
+
+
 async def test_a_timeout_is_a_deadline(running: Running) -> None:
     running.worker.token_seconds = 0.02
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -92,6 +93,46 @@ async def test_leaving_the_block_aborts(running: Running) -> None:
         async for _ in stream:
             break
     assert await running.worker.wait_for_abort() == stream.request_id
+
+
+class Left(Exception):
+    pass
+
+
+async def first_of(stream: AsyncIterator[object]) -> None:
+    async for _ in stream:
+        raise Left
+
+
+async def test_leaving_the_loop_aborts(running: Running) -> None:
+    running.worker.token_seconds = 0.02
+    async for _ in running.client.generate("tell me", max_new_tokens=4000):
+        break
+    await running.worker.wait_for_abort_of(1)
+    with pytest.raises(Left):
+        await first_of(running.client.generate("tell me", max_new_tokens=4000))
+    await running.worker.wait_for_abort_of(2)
+
+
+async def test_leaving_a_replay_aborts_it(running: Running) -> None:
+    answer = await running.client.generate_once("tell me", max_new_tokens=500)
+    running.worker.token_seconds = 0.02
+    async with running.client.replay(answer.request_id) as replay:
+        async for _ in replay:
+            break
+    await running.worker.wait_for_abort_of(1)
+    async for _ in running.client.replay(answer.request_id):
+        break
+    await running.worker.wait_for_abort_of(2)
+
+
+async def test_letting_go_in_another_thread_aborts(running: Running) -> None:
+    """As a garbage collector that happens to run there does."""
+    running.worker.token_seconds = 0.02
+    held = [running.client.generate("tell me", max_new_tokens=4000)]
+    request_id = await held[0].started()
+    await asyncio.to_thread(held.clear)
+    assert await running.worker.wait_for_abort() == request_id
 
 
 async def test_leaving_while_the_record_is_written_does_not_undo_it(

@@ -204,7 +204,8 @@ async def test_a_worker_that_hangs_does_not_hold_up_the_end(
         worker.token_seconds = 0.02
         config: dict[str, Any] = {"worker": {"urls": [worker.url]}, "drain_seconds": 0.1}
         async with run_gateway(tmp_path, **config) as running:
-            await running.client.generate("tell me", max_new_tokens=4000).started()
+            stream = running.client.generate("tell me", max_new_tokens=4000)
+            await stream.started()
             await asyncio.wait_for(running.gateway.stop(), 15)
             assert worker.aborted
 
@@ -232,7 +233,8 @@ async def test_what_the_end_cuts_off_is_recorded_before_it(
 
         monkeypatch.setattr(running.gateway._store, "append", slow)
         running.worker.token_seconds = 0.02
-        request_id = await running.client.generate("tell me", max_new_tokens=4000).started()
+        stream = running.client.generate("tell me", max_new_tokens=4000)
+        request_id = await stream.started()
         await running.gateway.stop()
     store = await AuditStore.open(running.audit_url)
     stored = await store.get("alice", request_id)

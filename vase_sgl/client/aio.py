@@ -6,6 +6,7 @@ import asyncio
 import copy
 import datetime
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar, Unpack
 
@@ -26,7 +27,13 @@ _Call = grpc.aio.UnaryStreamCall[Any, M]
 class _Messages(Generic[M]):
     """The messages of a stream, started again while nothing that counts has come."""
 
-    def __init__(self, start: Callable[[float | None], _Call[M]], attempts: Attempts) -> None:
+    def __init__(
+        self,
+        start: Callable[[float | None], _Call[M]],
+        attempts: Attempts,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self._loop = loop
         self._start = start
         self._attempts = attempts
         self._begin()
@@ -86,16 +93,48 @@ class _Messages(Generic[M]):
         self._cancelled.set()
         self._call.cancel()
 
+    def abandon(self) -> None:
+        """Cancel from any thread, also when the loop is closed and the call with it."""
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._call.cancel)
 
-class AsyncGeneration:
+
+class _Running(Generic[M]):
+    """What a stream's user can do besides iterating: leave."""
+
+    def __init__(self, stream: _Messages[M]) -> None:
+        self._stream = stream
+
+    def cancel(self) -> None:
+        """Abort. Iterating on raises `Cancelled`. After the end it does nothing."""
+        self._stream.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.cancel()
+
+    def __del__(self) -> None:
+        # An `async for` left by `break` or an error; gRPC's call would live on by itself.
+        self._stream.abandon()
+
+
+class AsyncGeneration(_Running[pb.GenerateResponse]):
     """A running generation: iterate its chunks, then read `result`.
 
-    Leaving the `async with` block, or `cancel`, aborts what has not finished. So does a timeout or
-    a cancellation of a single step: iterating on then raises `Cancelled`.
+    Leaving the `async with` block, `cancel`, or the end of the last reference to it, such as that
+    of an `async for`, aborts what has not finished. So does a timeout or a cancellation of a single
+    step: iterating on then raises `Cancelled`.
     """
 
     def __init__(self, stream: _Messages[pb.GenerateResponse]) -> None:
-        self._stream = stream
+        super().__init__(stream)
         self._request_id: str | None = None
         self._result: types.Result | None = None
 
@@ -136,27 +175,15 @@ class AsyncGeneration:
             raise VaseError("the result comes last: read the stream to its end first")
         return self._result
 
-    def cancel(self) -> None:
-        """Abort. Iterating on raises `Cancelled`. After the end it does nothing."""
-        self._stream.cancel()
 
-    async def __aenter__(self) -> Self:
-        return self
+class AsyncReplay(_Running[pb.ReplayResponse]):
+    """A running replay: iterate its progress, or await `verdict` at once.
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.cancel()
-
-
-class AsyncReplay:
-    """A running replay: iterate its progress, or await `verdict` at once."""
+    What ends an `AsyncGeneration` early gives it up too.
+    """
 
     def __init__(self, stream: _Messages[pb.ReplayResponse]) -> None:
-        self._stream = stream
+        super().__init__(stream)
         self._verdict: types.Verdict | None = None
 
     def __aiter__(self) -> AsyncIterator[types.ReplayProgress]:
@@ -177,10 +204,6 @@ class AsyncReplay:
         if self._verdict is None:
             raise VaseError("the replay ended without a verdict")
         return self._verdict
-
-    def cancel(self) -> None:
-        """Give the replay up."""
-        self._stream.cancel()
 
 
 class AsyncClient:
@@ -204,6 +227,7 @@ class AsyncClient:
         `retry`: how calls are tried again while nothing has come; `NEVER` for not at all.
         """
         self._api_key = channels.checked_key(api_key)
+        self._loop = asyncio.get_running_loop()
         self._channel = (
             grpc.aio.insecure_channel(target, options=channels.OPTIONS)
             if tls is None
@@ -301,7 +325,7 @@ class AsyncClient:
         def start(left: float | None) -> _Call[M]:
             return method(request, timeout=left, metadata=self._metadata())
 
-        return _Messages(start, Attempts(self._retry, timeout))
+        return _Messages(start, Attempts(self._retry, timeout), self._loop)
 
     async def _unary(
         self, method: Callable[..., Awaitable[Q]], request: Message, timeout: float | None

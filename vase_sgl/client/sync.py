@@ -61,14 +61,36 @@ class _Messages(Generic[M]):
         self._call.cancel()  # type: ignore[no-untyped-call]
 
 
-class Generation:
+class _Running(Generic[M]):
+    """What a stream's user can do besides iterating: leave."""
+
+    def __init__(self, stream: _Messages[M]) -> None:
+        self._stream = stream
+
+    def cancel(self) -> None:
+        """Abort. Iterating on raises `Cancelled`. After the end it does nothing."""
+        self._stream.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.cancel()
+
+
+class Generation(_Running[pb.GenerateResponse]):
     """A running generation: iterate its chunks, then read `result`.
 
     Leaving the `with` block, or `cancel`, aborts what has not finished and frees its slots.
     """
 
     def __init__(self, stream: _Messages[pb.GenerateResponse]) -> None:
-        self._stream = stream
+        super().__init__(stream)
         self._request_id: str | None = None
         self._result: types.Result | None = None
 
@@ -102,27 +124,15 @@ class Generation:
             raise VaseError("the result comes last: read the stream to its end first")
         return self._result
 
-    def cancel(self) -> None:
-        """Abort. Iterating on raises `Cancelled`. After the end it does nothing."""
-        self._stream.cancel()
 
-    def __enter__(self) -> Self:
-        return self
+class Replay(_Running[pb.ReplayResponse]):
+    """A running replay: iterate its progress, or ask for `verdict` at once.
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.cancel()
-
-
-class Replay:
-    """A running replay: iterate its progress, or ask for `verdict` at once."""
+    Leaving the `with` block, or `cancel`, gives it up.
+    """
 
     def __init__(self, stream: _Messages[pb.ReplayResponse]) -> None:
-        self._stream = stream
+        super().__init__(stream)
         self._verdict: types.Verdict | None = None
 
     def __iter__(self) -> Iterator[types.ReplayProgress]:
@@ -144,10 +154,6 @@ class Replay:
         if self._verdict is None:
             raise VaseError("the replay ended without a verdict")
         return self._verdict
-
-    def cancel(self) -> None:
-        """Give the replay up."""
-        self._stream.cancel()
 
 
 class Client:
