@@ -8,7 +8,13 @@ import sys
 
 import pytest
 
-from vase_sgl.client import AsyncClient, AsyncGeneration
+from vase_sgl.client import AsyncClient, AsyncGeneration, VaseError
+
+
+def test_without_a_running_loop_it_says_where_to_make_it() -> None:
+    """It would bind another loop than the one that asyncio.run makes, and every call would fail."""
+    with pytest.raises(VaseError, match="make an AsyncClient inside a coroutine"):
+        AsyncClient("127.0.0.1:9")
 
 
 def test_letting_go_after_the_loop_is_closed_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -207,7 +207,7 @@ class AsyncReplay(_Running[pb.ReplayResponse]):
 
 
 class AsyncClient:
-    """A connection to a gateway, for one event loop.
+    """A connection to a gateway, for the event loop that runs when it is made.
 
     Every call raises `VaseError`s: `InvalidRequest` for a wrong argument at once, the others of
     `vase_sgl.client.errors` when the answer is awaited. A `timeout` is in seconds, for all of a
@@ -225,9 +225,15 @@ class AsyncClient:
         """`target` is host:port. Without `tls` the connection, key included, is clear text.
 
         `retry`: how calls are tried again while nothing has come; `NEVER` for not at all.
+        Raises `VaseError` outside of a running event loop.
         """
         self._api_key = channels.checked_key(api_key)
-        self._loop = asyncio.get_running_loop()
+        try:
+            self._loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise VaseError(
+                "make an AsyncClient inside a coroutine, in the event loop that will use it"
+            ) from None
         self._channel = (
             grpc.aio.insecure_channel(target, options=channels.OPTIONS)
             if tls is None
