@@ -28,6 +28,7 @@ from vase_sgl.gateway.openai import requests
 from vase_sgl.gateway.openai.requests import chat_call, completion_call
 
 CHAT: Any = [{"role": "user", "content": "tell me"}]
+TEXT_PART = {"type": "text", "text": "tell me"}
 VASE = {"vase": {"budget": 32, "window": 8, "policy": "random"}}
 
 
@@ -264,9 +265,11 @@ async def test_an_answer_goes_on_as_the_client_holds_it(door: Running) -> None:
         ),
         ({"messages": []}, "messages: List should have at least 1 item"),
         (
-            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-            "messages.0.content",
+            {"messages": [{"role": "user", "content": [TEXT_PART, {"type": "image_url"}]}]},
+            'messages.0.content: must be a string or a list of {"type": "text", "text": …} parts; '
+            "images and audio are not supported",
         ),
+        ({"stop": [1]}, "stop: must be a string or a list of strings"),
     ],
 )
 async def test_what_is_wrong_is_named_and_nothing_is_dropped(
@@ -277,6 +280,7 @@ async def test_what_is_wrong_is_named_and_nothing_is_dropped(
             await api.chat.completions.create(**{"model": "scripted", "messages": CHAT, **options})
     body: Any = error.value.body
     assert body["message"].startswith(text) and body["type"] == "invalid_request_error"
+    assert body["param"] == (text.split(":")[0] if ":" in text else None)
     assert door.worker.bodies == []
 
 
@@ -286,6 +290,8 @@ async def test_what_is_wrong_is_named_and_nothing_is_dropped(
         ("", "prompt: the prompt is empty"),
         (" ", "prompt: the prompt has no tokens"),
         ([VOCAB], f"prompt: {VOCAB} is no token of this model"),
+        ([[1, 2, 3]], "prompt: must be a string or a list of token ids; send one prompt"),
+        ([-1], "prompt: must be a string or a list of token ids"),
     ],
 )
 async def test_a_prompt_that_is_wrong_is_called_by_its_name(

@@ -8,7 +8,16 @@ from collections.abc import Container, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from google.protobuf import json_format
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from vase_sgl.gateway.errors import InvalidRequest
 from vase_sgl.gateway.validation import check_messages
@@ -37,6 +46,21 @@ Int32 = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 #: The first wrong item is enough: a problem for each of millions takes gigabytes.
 Items = Annotated[list[T], Field(fail_fast=True)]
+
+
+def _must_be(text: str) -> WrapValidator:
+    """One problem that says what a field of several types may be.
+
+    pydantic has one for each type, as if that were the only one, at a path with the type's name.
+    """
+
+    def check(value: object, types: ValidatorFunctionWrapHandler) -> object:
+        try:
+            return types(value)
+        except ValidationError:
+            raise PydanticCustomError("type", f"must be {text}") from None
+
+    return WrapValidator(check)
 
 
 def _unknown(fields: Mapping[str, Any], known: Container[str], count: int) -> list[str]:
@@ -68,7 +92,13 @@ class _TextPart(_Strict):
 
 class _Message(_Strict):
     role: str
-    content: str | Items[_TextPart]
+    content: Annotated[
+        str | Items[_TextPart],
+        _must_be(
+            'a string or a list of {"type": "text", "text": …} parts; images and audio are not '
+            "supported"
+        ),
+    ]
 
     @property
     def text(self) -> str:
@@ -90,7 +120,7 @@ class _Common(_Strict):
     top_p: float | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
-    stop: str | Items[str] | None = None
+    stop: Annotated[str | Items[str] | None, _must_be("a string or a list of strings")] = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] = 1
     stream: bool = False
@@ -110,7 +140,10 @@ class _Chat(_Common):
 
 
 class _Completion(_Common):
-    prompt: str | Items[str] | Items[TokenId]
+    prompt: Annotated[
+        str | Items[str] | Items[TokenId],
+        _must_be("a string or a list of token ids; send one prompt in a request"),
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
