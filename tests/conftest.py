@@ -12,11 +12,6 @@ import pytest
 from tests.triton.device import INTERPRETED
 from vase_sgl.gateway import keys
 
-if INTERPRETED:
-    from tests.triton.interpreter import spare_repeated_work
-
-    spare_repeated_work()
-
 # Upstream's leak checks and our own integrity check are on in every process a test starts.
 os.environ.setdefault("VASE_CHECK_INTEGRITY", "1")
 os.environ.setdefault("SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY", "1")
@@ -24,6 +19,13 @@ os.environ.setdefault("SGLANG_CHECK_KV_PAGE_INVARIANTS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Small tensors: threads that wait for each other on a busy machine only cost time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Where a test asks for several, they sleep until there is work: spinning took half of its CPU time.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+if INTERPRETED:
+    from tests.triton.interpreter import spare_repeated_work
+
+    spare_repeated_work()
 
 # Until the tests are collected, which is mostly imports: a third of their time is the collector's.
 gc.disable()
