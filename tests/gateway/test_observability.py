@@ -213,7 +213,7 @@ async def test_the_page_for_prometheus(tmp_path: Path) -> None:
         async with AsyncClient(running.target, "vsk_unknown", retry=NEVER) as nobody:
             with pytest.raises(AuthenticationError):
                 await nobody.generate_once("tell me")
-        running.worker.token_seconds = 0.01
+        running.worker.token_seconds = 1  # its first comes after the scrape
         stream = running.client.generate("tell me", max_new_tokens=4000)
         await stream.started()
         seen = await scrape(running)
