@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,6 @@ POINTERS = {
     "v_pointers": "*i64",
     "source": "*i64",
     "target": "*i64",
-    "rows": "*i64",
-    "positions": "*i64",
-    "ring_rows": "*i32",
 }
 DTYPES = {
     "fp32": torch.float32,
@@ -74,13 +72,19 @@ CASES = [(dtype, 128) for dtype in DTYPES] + [
 ]
 
 
-def compiled(kernel: Any, queries: str = "*bf16", options: Any = None, **constants: Any) -> Any:
+def compiled(
+    kernel: Any,
+    queries: str = "*bf16",
+    options: Any = None,
+    pointers: Mapping[str, str] = POINTERS,
+    **constants: Any,
+) -> Any:
     signature, divisible = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
-        elif name in POINTERS or name in ("queries", "ring"):
-            signature[name] = POINTERS.get(name, queries)
+        elif name in pointers or name in ("queries", "ring"):
+            signature[name] = pointers.get(name, queries)
             divisible[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name == "scale" else "i32"
@@ -214,7 +218,10 @@ def test_copies(words, tmp_path):
 def test_stores_of_queries(dtype, size, tmp_path):
     """Captured in every decode graph, so if it did not compile no request would run."""
     block = min(MOST_ELEMENTS, triton.next_power_of_2(size))
-    binary = compiled(store_kernel, f"*{dtype}", WINDOW=128, SIZE=size, BLOCK=block)
+    pointers = {"rows": "*i64", "positions": "*i64", "ring_rows": "*i32"}
+    binary = compiled(
+        store_kernel, f"*{dtype}", pointers=pointers, WINDOW=128, SIZE=size, BLOCK=block
+    )
     check(binary, tmp_path)
     assert re.search(r"st\.global\S*\.v4\.b32", binary.asm["ptx"]) or size == 64
 
