@@ -29,7 +29,7 @@ CASES: list[tuple[Any, dict[str, Any], str]] = [
     ("a", {"max_new_tokens": 0}, "max_new_tokens: must be at least 1, got 0"),
     ("a", {"max_new_tokens": -1}, "max_new_tokens: must be at least 1, got -1"),
     ("a", {"max_new_tokens": 8192}, "exceed the model's context length of 8192 tokens; ask for at"),
-    ("a " * 8192, {"max_new_tokens": 1}, "leaves no room for an answer in the model's context"),
+    ("a " * 8186, {"max_new_tokens": 1}, "leaves no room for an answer in the model's context"),
     (
         "a",
         {"max_new_tokens": 10**6},

@@ -11,7 +11,7 @@ from vase_sgl.eviction.policies import POLICIES
 from vase_sgl.gateway.workers import Model, WorkerInfo, WorkerRequest
 
 #: Of the context, and of the slots, what SGLang wants a prompt to leave, at least.
-_BESIDE_PROMPT = 7
+BESIDE_PROMPT = 7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Need:
 
 def max_prompt_tokens(info: WorkerInfo) -> int:
     """The longest prompt that a worker runs. With a budget it may have to be shorter."""
-    return min(info.context_length - _BESIDE_PROMPT, _pool_slots(info) - _slots_beside_prompt(info))
+    return min(info.context_length - BESIDE_PROMPT, _pool_slots(info) - _slots_beside_prompt(info))
 
 
 def _pool_slots(info: WorkerInfo) -> int:
@@ -98,4 +98,4 @@ def _pool_slots(info: WorkerInfo) -> int:
 
 def _slots_beside_prompt(info: WorkerInfo) -> int:
     """SGLang's PrefillAdder wants a page beside the prompt, and strictly less than what is free."""
-    return max(_BESIDE_PROMPT, info.page_size + 1)
+    return max(BESIDE_PROMPT, info.page_size + 1)

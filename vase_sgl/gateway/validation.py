@@ -10,7 +10,7 @@ from typing import Any, Literal
 from vase_sgl.eviction import EvictionLimits, EvictionParams, ParameterError
 from vase_sgl.eviction.params import MAX_SEED
 from vase_sgl.gateway.errors import InvalidRequest, PermissionDenied
-from vase_sgl.gateway.need import Need
+from vase_sgl.gateway.need import BESIDE_PROMPT, Need
 from vase_sgl.gateway.tenants import Role, Tenant
 from vase_sgl.gateway.wire import PROMPT_MODES
 from vase_sgl.gateway.workers import WorkerInfo
@@ -127,17 +127,18 @@ def check_prompt_bytes(prompt: Prompt, tenant: Tenant, info: WorkerInfo) -> None
 def check_prompt_tokens(
     kind: InputKind, token_ids: tuple[int, ...], tenant: Tenant, info: WorkerInfo
 ) -> None:
-    """The tokenized prompt fits the tenant's limit, the vocabulary and, with an answer of at least
-    one token, the context."""
+    """The tokenized prompt fits the tenant's limit, the vocabulary and the context, of which SGLang
+    wants a prompt to leave some."""
     count = len(token_ids)
     require(count > 0, "input: the prompt has no tokens; send a longer one")
     _check_count(count, tenant)
     if kind == "token_ids":
         _check_vocabulary(token_ids, info.vocab_size)
+    longest = info.context_length - BESIDE_PROMPT
     require(
-        count < info.context_length,
+        count <= longest,
         f"input: the prompt has {count} tokens, which leaves no room for an answer in the model's "
-        f"context length of {info.context_length} tokens; shorten it",
+        f"context length of {info.context_length} tokens; shorten it to {longest}",
     )
 
 
