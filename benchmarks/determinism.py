@@ -27,7 +27,7 @@ import aiohttp
 from benchmarks import load, options, results, serving
 from benchmarks.environment import machine_line
 from benchmarks.options import Model
-from benchmarks.results import Report, median, number, ratio
+from benchmarks.results import Report, median, number
 from benchmarks.serving import Arm, Cell
 from benchmarks.workers import WorkerSpec, running
 
@@ -196,20 +196,18 @@ def differences(expected: dict[str, Any], found: dict[str, Any]) -> dict[str, in
 
 
 def summarize(report: Report) -> None:
-    """Totals of the replays; medians of the rates."""
+    """Totals of the replays; medians of the rates; their ratio in every round."""
     replayed = report.get("replays", {})
-    rates = {
-        arm: median(
-            one["tokens_per_second"] for one in report.get("samples", []) if one["arm"] == arm
-        )
-        for arm in ("free", "deterministic")
-    }
-    found = ratio(rates["deterministic"], rates["free"])
+    rates: dict[str, dict[int, float]] = {"free": {}, "deterministic": {}}
+    for one in report.get("samples", []):
+        rates[one["arm"]][one["round"]] = one["tokens_per_second"]
+    free, deterministic = rates.values()
+    both = free.keys() & deterministic.keys()
     report["summary"] = {
         "replays": sum(count["replays"] for count in replayed.get("by_batch_size", {}).values()),
         "mismatches": len(replayed.get("mismatches", [])),
-        "tokens_per_second": rates,
-        "ratio": found,
+        "tokens_per_second": {arm: median(found.values()) for arm, found in rates.items()},
+        "ratios": [deterministic[turn] / free[turn] for turn in sorted(both)],
     }
 
 
@@ -232,12 +230,18 @@ def markdown(report: Report) -> str:
             results.table(("batch", "replays", "that differ"), rows),
         ]
     if report.get("samples"):
-        slower = None if summary["ratio"] is None else 100 * (1 - summary["ratio"])
         lines.append(
             f"Cost at {chosen['cost_cell']}: {number(rates['deterministic'])} against "
-            f"{number(rates['free'])} tokens/s, {number(slower)} % slower."
+            f"{number(rates['free'])} tokens/s{_ratios(summary['ratios'])}."
         )
     return "\n".join(lines) + "\n"
+
+
+def _ratios(found: list[float]) -> str:
+    if not found:
+        return ""
+    spread = f" ({number(min(found))} to {number(max(found))})" if len(found) > 1 else ""
+    return f", {number(median(found))} times as many{spread}; {len(found)} round(s)"
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import statistics
 import sys
@@ -147,8 +148,7 @@ def percentile(values: Sequence[float], share: float) -> float | None:
     """Nearest rank."""
     if not values:
         return None
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
 def _line(cells: Iterable[object]) -> str:

@@ -13,12 +13,14 @@ prompt and exactly so many output tokens. Arms:
     stock-same-bytes   stock with as many more slots as fit into the plugin's buffers (CPU only)
 
 The KV pool holds `--kv-slots` tokens in every other arm; by default what the largest cell takes
-with the budget, (budget + window) per request. Arms take turns in every round, and every round has
-new prompts. On a CPU the workers stay up (an idle one sleeps); on a GPU one after the other has it.
+with the budget, (budget + window) per request. Arms take turns in every round, in every second one
+in the other order, and every round has new prompts. On a CPU the workers stay up (an idle one
+sleeps); on a GPU one after the other has it.
 
-A run is measured for `--seconds` from the submission, the same for all arms, then cut; the budget
-arm goes on to its end, so that "no retraction" is seen over whole answers. In that time stock
-SGLang sees its short contexts only, which favours it. `tail` is the last third of the window.
+A run is measured from the submission to its end, for `--seconds` at most, then cut; the budget arm
+goes on to its end, so that "no retraction" is seen over whole answers. What stock SGLang has not
+begun by then it need not do, nor wait until its last answers end alone, which favours it. `tail` is
+the last third of the measured time.
 """
 
 from __future__ import annotations
@@ -174,18 +176,23 @@ def measure(report: Report, arms: list[Arm], chosen: argparse.Namespace, model: 
                 asyncio.run(warm_up(workers[arm.spec].url, arm, chosen, model))
             for turn in range(chosen.rounds):
                 for cell in chosen.cells:
-                    for arm in arms:
+                    for arm in in_turn(arms, turn):
                         run(arm, cell, turn, workers[arm.spec].url)
         return
     for turn in range(chosen.rounds):
-        for spec in dict.fromkeys(arm.spec for arm in arms):
+        for spec in dict.fromkeys(arm.spec for arm in in_turn(arms, turn)):
             with running([spec], model.path, dummy=model.dummy, gpu=chosen.gpu) as workers:
-                mine = [arm for arm in arms if arm.spec == spec]
+                mine = [arm for arm in in_turn(arms, turn) if arm.spec == spec]
                 for arm in mine:
                     asyncio.run(warm_up(workers[spec].url, arm, chosen, model))
                 for cell in chosen.cells:
                     for arm in mine:
                         run(arm, cell, turn, workers[spec].url)
+
+
+def in_turn(arms: list[Arm], turn: int) -> list[Arm]:
+    """The arms as a round has them: what the first finds, the last finds in the next round."""
+    return arms if turn % 2 == 0 else arms[::-1]
 
 
 async def _about(arm: Arm, url: str) -> dict[str, Any]:
@@ -237,6 +244,7 @@ async def one_run(
         "finished": sum(one.finish is not None for one in seen),
         "ttft": [one.first for one in seen],
         "tpot": [one.per_token() for one in seen],
+        "whole": [one.finish is not None for one in seen],
         "run_to_end": burst.complete,
         "run_seconds": burst.seconds,
         "run_tokens_per_second": burst.tokens_between(-1, burst.seconds) / burst.seconds,
@@ -275,26 +283,36 @@ def _fit(report: Report, cell: str, arm: str) -> int:
 
 def _summary(cell: str, arm: str, samples: list[dict[str, Any]]) -> dict[str, Any]:
     mine = [one for one in samples if (one["cell"], one["arm"]) == (cell, arm)]
-    # A request without a first token in the window has waited longer than all others.
-    waits = [float("inf") if t is None else t for one in mine for t in one["ttft"]]
-    tpots = [t for one in mine for t in one["tpot"] if t is not None]
-    ttft = {f"ttft_p{p}": percentile(waits, p / 100) for p in (50, 95)}
+    ttft = {f"ttft_p{p}": median(_ttft(one, p / 100) for one in mine) for p in (50, 95)}
     return {
         "cell": cell,
         "arm": arm,
+        "seconds": median(one["seconds"] for one in mine),
         "tokens_per_second": median(one["tokens_per_second"] for one in mine),
         "tail_tokens_per_second": median(one["tail_tokens_per_second"] for one in mine),
         "peak_running": max(one["peak_running"] for one in mine),
         "retractions": sum(one["retractions"] for one in mine),
         "run_to_end": all(one["run_to_end"] for one in mine),
-        "tpot_p50": percentile(tpots, 0.5),
+        "tpot_p50": median(_tpot(one, 0.5) for one in mine),
         # JSON has no infinity: null, more than the window.
         **{name: None if t == float("inf") else t for name, t in ttft.items()},
     }
 
 
+def _ttft(sample: dict[str, Any], share: float) -> float | None:
+    # A request without a first token in the window has waited longer than all others.
+    return percentile([float("inf") if t is None else t for t in sample["ttft"]], share)
+
+
+def _tpot(sample: dict[str, Any], share: float) -> float | None:
+    """Of whole answers if there are any: those that were cut had short contexts."""
+    of_whole = [t for t, whole in zip(sample["tpot"], sample["whole"], strict=True) if whole and t]
+    return percentile(of_whole or [t for t in sample["tpot"] if t], share)
+
+
 _HEAD = (
-    *("concurrency x tokens, arm", "tokens/s", "over stock", "tail tokens/s", "over stock"),
+    *("concurrency x tokens, arm", "seconds", "tokens/s", "over stock"),
+    *("tail tokens/s", "over stock"),
     *("peak running", "whole answers that fit", "retractions"),
     *("TTFT p50 s", "TTFT p95 s", "TPOT p50 ms"),
 )
@@ -307,7 +325,8 @@ def markdown(report: Report) -> str:
     window = (
         "every run to its end"
         if chosen["seconds"] is None
-        else f"the first {chosen['seconds']:g} s after all requests were submitted"
+        else "from the submission of all requests to the last answer, "
+        f"{chosen['seconds']:g} s at most"
     )
     pools = [said["slots"] for said in report["workers"].values()]
     pool = f"{min(pools):,}" if len(set(pools)) == 1 else f"{min(pools):,} to {max(pools):,}"
@@ -332,7 +351,7 @@ def markdown(report: Report) -> str:
             [_row(line, chosen["seconds"]) for line in report["summary"]],
         ),
         "`tail`: the last third of the time. Retractions: of the run to its end where the arm has "
-        "a `*`, else of the measured time.",
+        "a `*`, else of the measured time. TPOT: of whole answers if there are any.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -344,6 +363,7 @@ def _row(line: dict[str, Any], seconds: float | None) -> tuple[str, ...]:
     tpot = line["tpot_p50"]
     return (
         f"{line['cell']} {line['arm']}{'*' if line['run_to_end'] else ''}",
+        number(line["seconds"]),
         number(line["tokens_per_second"]),
         number(line["tokens_per_second_over_stock"]),
         number(line["tail_tokens_per_second"]),

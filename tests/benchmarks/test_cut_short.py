@@ -69,10 +69,12 @@ def _sample(arm: str, cell: str) -> dict[str, Any]:
         "round": 0,
         "arm": arm,
         "cell": cell,
+        "seconds": 10.0,
         "tokens_per_second": 10.0,
         "tail_tokens_per_second": 5.0,
         "ttft": [1.0],
         "tpot": [0.1],
+        "whole": [False],
         "run_to_end": False,
         "peak_running": 2,
         "retractions": 0,
@@ -104,7 +106,9 @@ def test_serving_keeps_the_arms_before_one_that_fails(tmp_path: Path) -> None:
     assert [sample["arm"] for sample in report["samples"]] == ["stock", "full"]
     assert report["error"] == "RuntimeError: the worker ended a request"
     block = tables.block("serving", tmp_path)
-    assert " full | 10 | 1 |" in block and "Ended by an error, RuntimeError: the worker" in block
+    assert (
+        " full | 10 | 10 | 1 |" in block and "Ended by an error, RuntimeError: the worker" in block
+    )
 
 
 @pytest.mark.usefixtures("third_arm_fails")

@@ -30,6 +30,7 @@ from benchmarks import (
 )
 from benchmarks.model_configs import SHAPES
 from benchmarks.options import Model
+from benchmarks.workers import WorkerSpec
 
 ENVIRONMENT = {
     "date": "2026-01-02T03:04:05+00:00",
@@ -63,7 +64,8 @@ def _serving_report() -> results.Report:
             "tokens_per_second": rate,
             "tail_tokens_per_second": rate / 2,
             "ttft": ttft,
-            "tpot": [0.1, None],
+            "tpot": [0.1, 0.3 if turn else None],
+            "whole": [True, False],
             "run_to_end": arm == "budget",
             "peak_running": 2,
             "retractions": 3 if arm == "stock" else 0,
@@ -98,13 +100,36 @@ def _serving_report() -> results.Report:
 def test_serving_is_told_by_medians_and_ratios_to_stock() -> None:
     page = serving.markdown(_serving_report())
     assert page.splitlines()[4:6] == [
-        "| 2x100 stock | 15 | 1 | 7.5 | 1 | 2 | 2 | 6 | > 10 | > 10 | 100 |",
-        "| 2x100 budget* | 60 | 4 | 30 | 4 | 2 | 8 | 0 | 2 | 2 | 100 |",
+        "| 2x100 stock | 10 | 15 | 1 | 7.5 | 1 | 2 | 2 | 6 | 2 | > 10 | 100 |",
+        "| 2x100 budget* | 10 | 60 | 4 | 30 | 4 | 2 | 8 | 0 | 1 | 2 | 100 |",
     ]
     assert (
         "KV pool of 220 slots in every arm (220 MiB; the plugin's own buffers beside it: " in page
     )
     assert MACHINE in page
+
+
+def test_a_percentile_is_the_nearest_rank() -> None:
+    assert results.percentile([], 0.5) is None
+    assert [results.percentile([4, 1, 3, 2], share) for share in (0, 0.25, 0.5, 0.51, 0.95)] == [
+        *(1, 1, 2, 3, 4)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("whole", "told"),
+    [([True, True, False, False], 0.2), ([False] * 4, 0.1)],
+    ids=["of-whole-answers", "of-all-where-none-is-whole"],
+)
+def test_answers_that_were_cut_tell_little_of_tpot(whole: list[bool], told: float) -> None:
+    sample = {"tpot": [0.2, 0.2, 0.1, 0.1], "whole": whole}
+    assert serving._tpot(sample, 0.5) == told
+
+
+def test_arms_change_places_every_round() -> None:
+    arms = [serving.Arm(name, WorkerSpec("stock")) for name in ("a", "b")]
+    said = [[arm.name for arm in serving.in_turn(arms, turn)] for turn in range(3)]
+    assert said == [["a", "b"], ["b", "a"], ["a", "b"]]
 
 
 def test_a_result_is_three_files_that_can_be_read_again(tmp_path: Path) -> None:
@@ -262,9 +287,20 @@ def test_replays_that_differ_are_counted_and_located() -> None:
         "replays": 32,
         "mismatches": 1,
         "tokens_per_second": {"free": None, "deterministic": None},
-        "ratio": None,
+        "ratios": [],
     }
     assert "| 16 | 32 | 1 |\n| all | 32 | 1 |" in determinism.markdown(report)
+
+
+def test_the_cost_of_determinism_is_told_with_its_spread() -> None:
+    rates = [("free", 0, 100.0), ("deterministic", 0, 90.0)]
+    rates += [("deterministic", 1, 110.0), ("free", 1, 100.0), ("free", 2, 100.0)]
+    samples = [{"arm": arm, "round": turn, "tokens_per_second": rate} for arm, turn, rate in rates]
+    report = _report("determinism", settings={"model": "m", "cost_cell": "2x8"}, samples=samples)
+    determinism.summarize(report)
+    assert determinism.markdown(report).endswith(
+        "Cost at 2x8: 100 against 100 tokens/s, 1 times as many (0.9 to 1.1); 2 round(s).\n"
+    )
 
 
 def test_a_log_probability_counts_where_it_was_asked_for() -> None:
@@ -342,7 +378,7 @@ def test_a_table_of_the_page_is_its_result(tmp_path: Path) -> None:
     report = _serving_report()
     results.write(report, tmp_path, "serving", markdown=serving.markdown, plot=plots.serving)
     written = tables.rewritten(page, tmp_path)
-    assert "| 2x100 budget* | 60 | 4 |" in written and "old" not in written
+    assert "| 2x100 budget* | 10 | 60 | 4 |" in written and "old" not in written
     assert "![serving](../benchmarks/results/serving.svg)" in written
     assert written.startswith("a\n") and written.endswith("<!-- end -->\nb\n")
     assert tables.rewritten(written, tmp_path) == written
