@@ -10,6 +10,7 @@ from tests.engine.scheduler_harness import SteppedScheduler
 from tests.engine.tiny_model import CONTEXT
 from vase_sgl.engine.pool import BudgetPool
 from vase_sgl.engine.server_info import describe
+from vase_sgl.engine.slots import Slots
 from vase_sgl.eviction import EvictionParams
 from vase_sgl.gateway.need import Need, max_prompt_tokens
 from vase_sgl.gateway.worker_http import worker_info
@@ -46,6 +47,23 @@ def test_gateway_and_engine_agree(
     assert info().reserved_slots == Need.of(request).slots(idle)
     stepped.run()
     assert info().reserved_slots == 0
+
+
+@pytest.mark.parametrize("vase", [None, {"policy": "full"}], ids=["stock", "full"])
+def test_nothing_is_reserved_without_eviction(
+    stepped: SteppedScheduler, vase: dict[str, Any] | None
+) -> None:
+    """Or a few of them with long answers allowed would keep an empty worker from everybody."""
+    stepped.configure()
+    for number in range(2):
+        stepped.submit(f"{number}" * 32, (number + 2,) * 20, vase=vase, max_new_tokens=100)
+    for _ in range(6):
+        stepped.step()
+    slots = Slots.of(stepped.scheduler)
+    seen = [len(req.origin_input_ids) + len(req.output_ids) for req in stepped.running]
+    assert len(seen) == 2 and max(seen) < 30
+    assert (slots.reserved, slots.logical) == (sum(seen), 0)
+    stepped.run()
 
 
 @pytest.mark.parametrize("context", [100, CONTEXT], ids=["bound by context", "bound by slots"])

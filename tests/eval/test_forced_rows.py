@@ -50,6 +50,16 @@ def test_nll_rows_pair_arms_on_the_same_tokens(tiny: ForcedModel) -> None:
         assert row["physical_length"] == 99 - 8 * rounds
 
 
+@pytest.mark.parametrize(
+    ("mode", "forced", "slots"), [("evict", 90, 32), ("keep", 90, 92), ("evict", 5, 65)]
+)
+def test_slots_are_those_at_the_end(tiny: ForcedModel, mode: str, forced: int, slots: int) -> None:
+    """Not those of the first round, which a prompt longer than the budget makes more."""
+    chunks = text_chunks("text", FILLER, prompt_tokens=60, forced_tokens=forced, count=1)
+    (row,) = nll_rows(tiny, chunks, [ForcedArm("a", params(prompt=mode))], "run")
+    assert row["reserved_slots"] == slots >= row["physical_length"]
+
+
 def test_a_text_that_is_too_short_is_refused() -> None:
     with pytest.raises(ValueError, match="text has 400 tokens, but 5 chunks of 10 \\+ 90 need 500"):
         text_chunks("text", FILLER, prompt_tokens=10, forced_tokens=90, count=5)

@@ -54,6 +54,14 @@ def test_a_policy_that_never_evicts_reserves_every_token() -> None:
     assert params.reserved_slots(100, 901, prefix_cache=True) == 1001
 
 
+def test_lower_ceilings_leave_a_recorded_full_cache_as_it_was() -> None:
+    recorded = EvictionParams.parse({"policy": "full"}, EvictionLimits(16384, 64)).to_mapping()
+    lower = EvictionLimits(max_budget=8192)
+    assert EvictionParams.parse(recorded, lower).to_mapping() == recorded
+    with pytest.raises(ParameterError, match="budget must be an integer from 1 to 8192, got 16384"):
+        EvictionParams.parse({**recorded, "policy": "random"}, lower)
+
+
 def test_what_a_request_leaves_out() -> None:
     params = EvictionParams.parse({"budget": 256})
     assert (params.policy.name, params.window, params.prompt) == ("vase-attnv", 64, "evict")

@@ -236,8 +236,9 @@ class Capacity:
     """Slots and ceilings.
 
     context_length: the model's; answers end two tokens before it. slots_per_request,
-    requests_that_fit: None unless a budget was asked about. query_ring_slots: memory that a request
-    has beside its slots if its policy reads queries, in slots; None if no worker says.
+    requests_that_fit: None unless a budget was asked about; the latter of a policy that reads
+    queries. query_ring_slots: memory that a request has beside its slots if its policy reads
+    queries, in slots; None if no worker says.
     """
 
     total_slots: int

@@ -56,12 +56,12 @@ class RequestCache:
     @property
     def kept_length(self) -> int:
         """Physical length right after a round."""
-        return self.pinned + self.params.budget
+        return self.params.kept_length(self.prompt_tokens)
 
     @property
     def steady_slots(self) -> int:
         """Slots the request's row spans from the first round on."""
-        return self.kept_length + self.params.window
+        return self.params.steady_slots(self.prompt_tokens)
 
     @property
     def first_trigger(self) -> int:

@@ -12,7 +12,8 @@ from vase_sgl.engine.request_cache import cache_of
 class Slots:
     """KV slots (one slot = one token in every layer) at one moment.
 
-    reserved: most that the running requests may hold, shared prompts counted for each.
+    reserved: most that the running requests with a budget may hold, shared prompts counted for
+        each, and what the others have seen: for them nothing is reserved.
     owned: held by running requests, the prefix tree's locked part included.
     available: nobody's, or only the prefix tree's.
     physical, logical: cached and seen tokens of the running requests with a budget.
@@ -36,11 +37,10 @@ class Slots:
         for req in scheduler.running_batch.reqs:
             seen = len(req.origin_input_ids) + len(req.output_ids)
             cache = cache_of(req)
-            if cache is None:
+            if cache is None or not cache.evicts:
                 reserved += seen
                 continue
             reserved += cache.max_slots(req.sampling_params.max_new_tokens)
-            if cache.evicts:
-                logical += seen
-                physical += seen - cache.evicted_by(cache.rounds_at(seen))
+            logical += seen
+            physical += seen - cache.evicted_by(cache.rounds_at(seen))
         return cls(total, available, reserved, total - available, physical, logical)

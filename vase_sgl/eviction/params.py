@@ -81,8 +81,10 @@ class EvictionParams:
         prompt = raw.get("prompt", "evict")
         seed = raw.get("seed", 0)
         inspect = raw.get("inspect", False)
-        require_int("window", window, 1, limits.max_window)
-        require_int("budget", budget, 1, limits.max_budget)
+        # Without evictions they are recorded and not applied: another worker's stay as they are.
+        ceilings = limits if policy_type.evicts else WIDEST
+        require_int("window", window, 1, ceilings.max_window)
+        require_int("budget", budget, 1, ceilings.max_budget)
         require_int("seed", seed, 0, MAX_SEED)
         require(
             isinstance(prompt, str) and prompt in PROMPT_MODES,
@@ -114,6 +116,14 @@ class EvictionParams:
     def pinned(self, prompt_tokens: int) -> int:
         """Leading columns that are never evicted, scored or written: the prompt, if it is kept."""
         return prompt_tokens if self.prompt == "keep" else 0
+
+    def kept_length(self, prompt_tokens: int) -> int:
+        """Cached tokens right after a round."""
+        return self.pinned(prompt_tokens) + self.budget
+
+    def steady_slots(self, prompt_tokens: int) -> int:
+        """KV slots that it holds from the first round on."""
+        return self.kept_length(prompt_tokens) + self.window
 
     def first_round_length(self, prompt_tokens: int) -> int:
         """Cached tokens at which the first round is due: the most the request ever has.

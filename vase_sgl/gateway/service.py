@@ -232,11 +232,12 @@ def _page_position(token: str) -> int | None:
 
 
 def _that_fit(info: WorkerInfo, slots: int) -> int:
-    """How many more requests with so many slots the worker could take."""
+    """How many more requests with so many slots and a query ring the worker could take."""
     fit = info.unreserved_slots // slots
-    if info.max_running_requests is None:
-        return fit
-    return min(fit, max(info.max_running_requests - info.running_requests, 0))
+    for most in (info.max_running_requests, info.max_query_requests):
+        if most:
+            fit = min(fit, max(most - info.running_requests, 0))
+    return fit
 
 
 def _verdict(verdict: Verdict) -> pb.ReplayVerdict:

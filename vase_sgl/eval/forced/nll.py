@@ -82,14 +82,14 @@ def nll_rows(
 def row_fields(arm: ForcedArm, report: CacheReport, prompt_tokens: int) -> dict[str, Any]:
     """The arm, and what its cache has behind it, by the names of the evaluation's rows.
 
-    Nothing is shared, so `reserved_slots` are those without a prefix cache. Seconds are those of
-    all arms of a session together: they run side by side.
+    `reserved_slots` are those at the end; nothing is shared, so without a prefix cache. Seconds are
+    those of all arms of a session together: they run side by side.
     """
     params = arm.params
     output_tokens = report.logical_length - prompt_tokens
     slots = report.logical_length
-    if params is not None:
-        slots = params.reserved_slots(prompt_tokens, output_tokens, prefix_cache=False)
+    if params is not None and report.rounds:
+        slots = params.steady_slots(prompt_tokens)
     evicts = params is not None and params.policy.evicts
     return {
         "arm": arm.name,

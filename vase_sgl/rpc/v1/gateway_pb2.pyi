@@ -51,7 +51,7 @@ class _PromptMode:
 class _PromptModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PromptMode.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     PROMPT_MODE_UNSPECIFIED: _PromptMode.ValueType  # 0
-    """The gateway's default."""
+    """Evict."""
     PROMPT_MODE_EVICT: _PromptMode.ValueType  # 1
     """The budget covers prompt and output; prompt tokens may be evicted."""
     PROMPT_MODE_KEEP: _PromptMode.ValueType  # 2
@@ -61,7 +61,7 @@ class PromptMode(_PromptMode, metaclass=_PromptModeEnumTypeWrapper):
     """What happens to the prompt's KV entries."""
 
 PROMPT_MODE_UNSPECIFIED: PromptMode.ValueType  # 0
-"""The gateway's default."""
+"""Evict."""
 PROMPT_MODE_EVICT: PromptMode.ValueType  # 1
 """The budget covers prompt and output; prompt tokens may be evicted."""
 PROMPT_MODE_KEEP: PromptMode.ValueType  # 2
@@ -1601,7 +1601,7 @@ class GetCapacityResponse(_message.Message):
     then on budget and window. Absent without a budget.
     """
     requests_that_fit: _builtins.int
-    """How many more of those requests fit now. Absent without a budget."""
+    """How many more of those requests fit now, if their policy reads queries. Absent without a budget."""
     query_ring_slots: _builtins.float
     """Memory of the query ring that a request has beside its slots if its policy reads queries, in
     slots; of several workers the largest. Absent if no worker says.
