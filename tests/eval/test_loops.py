@@ -94,6 +94,10 @@ def test_a_long_sequence_takes_linear_time() -> None:
         "-" * 3000,
         "_" * 3001,
         "..." * 1000,
+        "= 2" + "2" * 240,
+        "10" * 130,
+        "haha" * 60,
+        "!" * 250,
     ],
     ids=lambda text: text[:12],
 )
@@ -101,9 +105,30 @@ def test_a_loop_without_spaces(text: str) -> None:
     assert detect_loop(words(text)) is not None
 
 
-@pytest.mark.parametrize("text", ["-" * 400, "1" + "0" * 100, "0123456789abcdef" * 4, "等" * 40])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "-" * 400,
+        "+" * 400,
+        "1" + "0" * 200,
+        "!" * 200,
+        "0123456789abcdef" * 4,
+        "等" * 40,
+        "2" * 600 + " is the sum.",
+        "507f1f77bcf86cd799439011\n" * 12,
+    ],
+    ids=lambda text: text[:12],
+)
 def test_a_long_line_without_spaces_is_no_loop(text: str) -> None:
     assert detect_loop(words(text)) is None
+
+
+def test_a_word_without_end_starts_at_its_first_whole_piece() -> None:
+    loop = Loop(start=3, period=1, copies=10)
+    for cut in ("", "2", "2" * 23):
+        assert detect_loop(words("It is 1" + "2" * (23 + 240) + cut)) == loop
+    assert detect_loop(words("It is 1" + "2" * (23 + 239))) is None
+    assert detect_loop(words("222" * 100 + "3")) is None
 
 
 def test_a_loop_may_be_cut_within_a_word() -> None:
@@ -116,15 +141,15 @@ def test_a_loop_may_be_cut_within_a_word() -> None:
 def test_words_are_lower_case_with_punctuation_by_itself() -> None:
     assert words("Ha, ha! x=1_0\n思考") == ["ha", ",", "ha", "!", "x", "=", "1", "_", "0", "思考"]
     assert words("-" * 72 + "\n::=") == ["-" * 72, "::", "="]
-    assert len(words("!" * 4000)) == 50
+    assert len(words("-" * 4000)) == 50 and words("!" * 25) == ["!" * 24, "!"]
     assert words("a" * 24) == ["a" * 24] and words("a" * 50) == ["a" * 24, "a" * 24, "aa"]
 
 
-@pytest.mark.parametrize(("split", "least_recall"), [("tuning", 0.66), ("held-out", 0.81)])
+@pytest.mark.parametrize(("split", "least_recall"), [("tuning", 0.69), ("held-out", 0.81)])
 def test_precision_and_recall_on_labelled_text(
     split: str, least_recall: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Answers of 320 tokens; every miss is a loop in its first copies, or one just left."""
+    """Every miss is a loop in its first copies, or one just left."""
     rows = [json.loads(line) for line in LABELLED.read_text(encoding="utf-8").splitlines()]
     flagged = [
         (row, detect_loop(words(row["text"])) is not None) for row in rows if row["split"] == split

@@ -12,6 +12,7 @@ import pytest
 from benchmarks import nll
 from vase_sgl.eval import tables
 from vase_sgl.eval.cells import load
+from vase_sgl.eval.loops import detect_loop, words
 from vase_sgl.eval.measures import ACCURACY
 from vase_sgl.eval.rows import question_of
 
@@ -41,6 +42,10 @@ def test_problems_that_take_steps() -> None:
     # A ring is a window of the default 64 for 12 query heads, beside K and V of 2 heads.
     assert {c.ring_slots for c in cells} == {0, 64 * 12 / (2 * 2)}
     assert f"gets {scores['full'].replace(' [', ' % [')} right" in text
+    assert all(r.loop == (detect_loop(words(r.text)) is not None) for c in cells for r in c.rows)
+    loops = [(sum(r.loop for r in c.rows), c.arm) for c in cells if c.evicts]
+    most, arm = max(loops)
+    assert f"({min(loops)[0]} to {most} of 64, the {most} with `{arm}`)" in text
 
 
 def test_losses_and_forced_thoughts() -> None:
