@@ -294,6 +294,20 @@ def test_a_question_asked_after_two_texts_counts_once(
     assert "Its 8 items are 4 questions" in text and "| 0 : 4 | 0.125 |" in text
 
 
+def test_answers_that_were_not_judged_are_counted(
+    stored: Callable[[Iterable[Row]], Path], tmp_path: Path
+) -> None:
+    rows = grid()
+    _, markdown = write(load([stored(rows)]), tmp_path, price_per_hour=None)
+    assert "came to a verdict" not in markdown.read_text()
+    reasons = ("the grader failed: E", "math-verify cannot compare it: timeout")
+    for place, reason in enumerate(reasons):
+        rows[place] = dataclasses.replace(rows[place], correct=False, grade_reason=reason)
+    _, markdown = write(load([stored(rows)]), tmp_path, price_per_hour=None)
+    _, _, events = markdown.read_text().partition("## Events")
+    assert f"| t\\|<b>, full | 2 | {reasons[1]} |" in events
+
+
 def test_windows_are_told_apart(stored: Callable[[Iterable[Row]], Path], tmp_path: Path) -> None:
     """An arm of one name and budget may come twice, and is compared at its own window alone."""
 

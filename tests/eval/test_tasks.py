@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 import sys
+import threading
 import types
 from pathlib import Path
 
 import pytest
 
+from vase_sgl.eval import math_answers
 from vase_sgl.eval.items import Item
-from vase_sgl.eval.math_answers import MathAnswers
+from vase_sgl.eval.math_answers import Comparison, MathAnswers
 from vase_sgl.eval.sandbox import LAYERS
 from vase_sgl.eval.tasks import TaskError, code, open_task, records
 
@@ -209,6 +212,37 @@ def test_a_unit_is_not_another_number(
     task = open_task(f"gsm8k:{_write(tmp_path / 'data.jsonl', row)}")
     grade = task.grade(task.items(None, 0)[0], rf"\boxed{{{answer}}}")
     assert grade.correct is correct, grade
+
+
+def test_a_busy_machine_makes_no_answer_wrong() -> None:
+    """The time of a comparison is that which its process computed for."""
+    answers = MathAnswers(seconds=0.5)
+    found: list[Comparison] = []
+    try:
+        assert answers.compare("2", "2") == "equal"
+        assert answers._process is not None
+        answers._process.send_signal(signal.SIGSTOP)
+        comparing = threading.Thread(target=lambda: found.append(answers.compare("2", "2")))
+        comparing.start()
+        comparing.join(1.5)
+        answers._process.send_signal(signal.SIGCONT)
+        comparing.join()
+        assert found == ["equal"]
+    finally:
+        answers.close()
+
+
+def test_a_comparison_that_computes_nothing_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(math_answers, "_WALL", 1)
+    answers = MathAnswers(seconds=0.5)
+    try:
+        assert answers.compare("2", "2") == "equal"
+        assert answers._process is not None
+        answers._process.send_signal(signal.SIGSTOP)
+        assert answers.compare("2", "2") == "stalled"
+        assert answers.compare("2", "2") == "equal"
+    finally:
+        answers.close()
 
 
 def test_an_answer_that_never_ends() -> None:

@@ -8,6 +8,10 @@ from typing import Protocol
 
 from vase_sgl.client.types import Message
 
+#: How the reason of a grade begins where no grader came to a verdict; the answer counts as wrong.
+GRADER_FAILED = "the grader failed"
+NOT_COMPARED = "math-verify cannot compare it"
+
 
 @dataclasses.dataclass(frozen=True)
 class Item:

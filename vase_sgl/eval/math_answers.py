@@ -1,8 +1,8 @@
 """Are two mathematical answers equal? The library `math-verify`, in a process that can be killed.
 
 The library stops long work by an alarm signal, which works in a main thread alone and does not
-interrupt arithmetic on huge integers. So it runs in a child process, which is killed at the time
-limit and started anew for the next answer.
+interrupt arithmetic on huge integers. So it runs in a child process, which ends at a limit of its
+CPU time, whatever else the machine does, and is started anew for the next answer.
 """
 
 from __future__ import annotations
@@ -11,16 +11,20 @@ import atexit
 import functools
 import json
 import selectors
+import signal
 import subprocess
 import sys
 import threading
 from typing import Literal
 
-#: Long enough for every answer that is one, and for a slow machine.
+#: CPU time of a comparison: long enough for every answer that is one.
 SECONDS = 20.0
+#: Wall clock, for a child that waits instead of computing, in multiples of the CPU time.
+_WALL = 60
 
+#: `timeout`: its CPU time was used up. `stalled`: no reply in `_WALL` times as long.
 #: `failure`: math-verify raised or its process died; the error is on stderr.
-Comparison = Literal["equal", "different", "timeout", "failure"]
+Comparison = Literal["equal", "different", "timeout", "stalled", "failure"]
 
 
 class MathAnswers:
@@ -55,10 +59,10 @@ class MathAnswers:
             process.stdin.flush()
             with selectors.DefaultSelector() as selector:
                 selector.register(process.stdout, selectors.EVENT_READ)
-                ready = selector.select(self._seconds)
+                ready = selector.select(_WALL * self._seconds)
             if not ready:
                 self._stop()
-                return "timeout"
+                return "stalled"
             reply = process.stdout.readline().strip()
             if reply == b"equal":
                 return "equal"
@@ -66,6 +70,8 @@ class MathAnswers:
                 return "different"
             if not reply:
                 self._stop()
+                if process.returncode == -signal.SIGPROF:
+                    return "timeout"
             return "failure"
 
     def close(self) -> None:
@@ -75,7 +81,7 @@ class MathAnswers:
 
     def _start(self) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
-            [sys.executable, "-m", "vase_sgl.eval.math_worker"],
+            [sys.executable, "-m", "vase_sgl.eval.math_worker", str(self._seconds)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is for the run, which closes this one

@@ -1,4 +1,7 @@
-"""The child process of `math_answers`: a JSON pair on stdin, a word of its verdict on stdout."""
+"""The child process of `math_answers`: a JSON pair on stdin, a word of its verdict on stdout.
+
+Its argument is the CPU time of one comparison in seconds; SIGPROF ends the process after it.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import logging
 import os
 import re
 import resource
+import signal
 import sys
 
 from math_verify import parse, verify
@@ -34,8 +38,8 @@ def _plain(words: str) -> str:
     return " ".join(words.casefold().strip(" .").split())
 
 
-def main() -> None:
-    """Serve until stdin ends."""
+def main(seconds: float) -> None:
+    """Serve until stdin ends, or until a comparison has used up its CPU time."""
     logging.disable(logging.WARNING)  # that the library's own time limits are off
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # nothing the libraries print is taken for a reply
@@ -43,13 +47,15 @@ def main() -> None:
     equal("1", "1")  # builds the parser, which takes a second
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal stops C code too
         try:
             verdict = "equal" if equal(*json.loads(line)) else "different"
         except Exception:  # of a library that parses whatever a model writes
             logging.exception("math-verify failed on %s", line.strip()[:500])
             verdict = "failure"
+        signal.setitimer(signal.ITIMER_PROF, 0)
         print(verdict, file=replies, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(float(sys.argv[1]))

@@ -9,6 +9,7 @@ from vase_sgl.eval import plots, tables
 from vase_sgl.eval.arms import BASELINE
 from vase_sgl.eval.cells import CONTROL_SHARE, Cell, Results, baseline, windows
 from vase_sgl.eval.html_page import html_page
+from vase_sgl.eval.items import GRADER_FAILED, NOT_COMPARED
 from vase_sgl.eval.measures import LOOPS, MALFORMED, Measure, pareto_front, quality_of
 from vase_sgl.eval.plots import Point
 from vase_sgl.eval.rows import Row
@@ -350,6 +351,7 @@ def _events(results: Results) -> Iterator[str]:
         yield table([*header, "the last one said"], rows)
     else:
         yield "No request was aborted by a worker and no attempt failed."
+    yield from _unjudged([c for cells in results.cells.values() for c in cells])
     for session in results.sessions:
         counters = session["counters"]
         told = (
@@ -367,6 +369,19 @@ def _events(results: Results) -> Iterator[str]:
             f"{session['total_slots']} slots in its pool: {told}."
             + (" Its prefix cache was not emptied before each arm." if warm else "")
         )
+
+
+def _unjudged(cells: Sequence[Cell]) -> Iterator[str]:
+    """Answers that are wrong for want of a verdict, if there are any."""
+    rows = []
+    for c in cells:
+        reasons = [r.grade_reason or "" for r in c.rows]
+        found = [text for text in reasons if text.startswith((GRADER_FAILED, NOT_COMPARED))]
+        if found:
+            rows.append([f"{c.task}, {c.label}", str(len(found)), found[-1][:200]])
+    if rows:
+        yield "Answers on which no grader came to a verdict count as wrong:"
+        yield table(["cell", "answers", "why the last one"], rows)
 
 
 def _name(c: Cell) -> list[str]:

@@ -22,7 +22,7 @@ from vase_sgl.eval.configuration import (
     RunFolder,
     differing,
 )
-from vase_sgl.eval.items import Grade, Item, Task
+from vase_sgl.eval.items import GRADER_FAILED, Grade, Item, Task
 from vase_sgl.eval.rows import Row, RowFile, Status
 from vase_sgl.eval.targets import (
     Answer,
@@ -97,7 +97,7 @@ class _Forgiving:
             if machine_failed and not isinstance(error, RecursionError):
                 raise
             logger.exception("the grader of %s failed on item %s", self.name, item.item_id)
-            return Grade(False, None, f"the grader failed: {error!r:.200}")
+            return Grade(False, None, f"{GRADER_FAILED}: {error!r:.200}")
 
 
 class Run:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from decimal import Decimal
 
 from vase_sgl.eval.answers import final_answer
-from vase_sgl.eval.items import Grade, Item
+from vase_sgl.eval.items import NOT_COMPARED, Grade, Item
 from vase_sgl.eval.math_answers import MathAnswers, shared_answers
 from vase_sgl.eval.tasks.records import Row, chosen, read_rows, refuse_duplicates
 from vase_sgl.eval.tasks.spec import TaskError, TaskSpec
@@ -136,7 +136,7 @@ class MathTask:
         if comparison == "equal":
             return Grade(True, answer, "equal to the reference")
         if comparison != "different":
-            return Grade(False, answer, f"math-verify cannot compare it: {comparison}")
+            return Grade(False, answer, f"{NOT_COMPARED}: {comparison}")
         return Grade(False, answer, f"differs from the reference {item.answer}")
 
     @staticmethod
