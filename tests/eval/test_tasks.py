@@ -180,6 +180,46 @@ def test_mathematics(spec: str, item_id: str, text: str, correct: bool) -> None:
 @pytest.mark.parametrize(
     ("reference", "answer", "correct"),
     [
+        ("40_9", "40_9", True),
+        ("40_9", "40_{9}", True),
+        ("40_9", "$n = 40_9$", True),
+        ("40_9", r"40_9\text{ in base 9}", True),
+        ("101_2", "0101_2", True),
+        ("1101_2", r"1\,101_2", True),
+        ("1A_{12}", "1A_{12}", True),
+        ("40_9", "40_8", False),
+        ("40_9", "40_{10}", False),
+        ("40_9", "41_9", False),
+        ("40_9", "40", False),
+        ("10_2", "10_3", False),
+        ("1133", "1133_{10}", True),
+        ("1133_{10}", "1133", True),
+        ("58,500", r"58\,500", True),
+        ("58,500", r"58,\!500", True),
+        ("58,500", "58{,}500", True),
+        (r"1\,234\,567", "1234567", True),
+        ("1000", "1~000", True),
+        ("58,500", r"58\,501", False),
+        ("(3, 500)", r"(3,\,500)", True),
+        ("500", r"3\,500", False),
+        ("5", "x = 5", True),
+    ],
+)
+def test_how_numbers_are_written(
+    reference: str, answer: str, correct: bool, tmp_path: Path
+) -> None:
+    row = {"problem": "How many?", "answer": reference}
+    task = open_task(f"math500:{_write(tmp_path / 'data.jsonl', row)}")
+    grade = task.grade(task.items(None, 0)[0], rf"\boxed{{{answer}}}")
+    assert (grade.correct, grade.extracted) == (correct, answer), grade
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer", "correct"),
+    [
+        ("58500", r"58\,500\text{ dollars}", True),
+        ("58500", r"\$58\ 500", True),
+        ("500", r"58\,500", False),
         ("10", "10 million", False),
         ("10", r"10\text{ million}", False),
         ("10000000", r"10\text{ million}", True),
@@ -427,6 +467,13 @@ def test_passkey() -> None:
         f"Passkey = $\\text{{{item.answer}}}$",
         f"The passkey I was told: {item.answer}",
         f"Passkey {item.answer}; the passkey has 5 digits",
+        f"{right} Steps done.",
+        f"{right}\nSteps: 3 of 3",
+        f"{right[:-1]}\nSteps: 3 of 3",
+        f"{right[:-1]} (digits checked)",
+        f"{right[:-1]}, steps done",
+        f"{right} The passkey is a 5-digit number.",
+        f"{right} The passkey is *5* digits long.",
     ):
         assert task.grade(item, steps + stated).correct, stated
     for stated in (

@@ -101,6 +101,29 @@ def test_a_turn_is_right_if_it_calls_what_was_called(
 
 
 @pytest.mark.parametrize(
+    ("called", "correct"),
+    [
+        ({"confirm": True, "n": [0, {"x": None}]}, True),
+        ({"n": [0.0, {"x": None}], "confirm": True}, True),
+        ({"confirm": 1, "n": [0, {"x": None}]}, False),
+        ({"confirm": True, "n": [False, {"x": None}]}, False),
+        ({"confirm": True, "n": [0, {"x": 0}]}, False),
+        ({"confirm": True, "n": [0]}, False),
+        ({"confirm": True}, False),
+    ],
+)
+def test_arguments_are_equal_as_json(tmp_path: Path, called: object, correct: bool) -> None:
+    recorded = {"name": "f", "arguments": {"confirm": True, "n": [0, {"x": None}]}}
+    turns = [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "tool_calls": [{"function": recorded}]},
+    ]
+    (item,) = (task := TraceTask.read(write(tmp_path / "t.jsonl", turns))).turns
+    text = json.dumps({"name": "f", "arguments": called})
+    assert task.grade(item, f"<tool_call>{text}</tool_call>").correct is correct
+
+
+@pytest.mark.parametrize(
     ("conversation", "text"),
     [
         ({"tools": []}, "line 1: is not a conversation: it needs a list `messages`"),

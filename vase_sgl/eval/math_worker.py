@@ -18,20 +18,30 @@ from math_verify import parse, verify
 #: Expressions can explode.
 _ADDRESS_SPACE = 4 << 30
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
+#: A numeral with its base: `40_9`, `1A_{12}`.
+_BASED = re.compile(r"0*(\d[0-9A-Z]*)\s*_\s*\{?\s*(\d+)")
 
 
 def equal(reference: str, answer: str) -> bool:
     """Compare by math-verify, each side as the content of a box.
 
     A reference `\\text{east}` is compared as words: read as LaTeX, the answer `seat` would be the
-    same product of letters.
+    same product of letters. The library reads a numeral without its base, so the numerals of the
+    reference that have one, other than ten, must be in the answer too.
     """
     words = _TEXT.fullmatch(reference.strip())
     if words and words[1].replace(" ", "").isalpha():
         written = _TEXT.fullmatch(answer.strip())
         return _plain(words[1]) == _plain(written[1] if written else answer)
+    if not _based(reference) <= _based(answer):
+        return False
     parsed = [parse(f"\\boxed{{{side}}}", parsing_timeout=None) for side in (reference, answer)]
     return bool(verify(*parsed, timeout_seconds=None))
+
+
+def _based(side: str) -> set[tuple[str, str]]:
+    """Numerals with their bases, as they are written."""
+    return {(digits, base) for digits, base in _BASED.findall(side) if base != "10"}
 
 
 def _plain(words: str) -> str:

@@ -94,14 +94,15 @@ class TraceTask:
     def grade(self, item: Item, text: str) -> Grade:
         """Right if the text calls the tools that the recorded turn called, and no others.
 
-        Order counts, and arguments are compared as JSON values. Calls inside a thought do not.
+        Order counts, and arguments are compared as JSON values: 1 is 1.0, but not true. Calls
+        inside a thought do not.
         """
         called, broken = _called(after_thinking(text))
         if broken:
             return Grade(False, None, f"a tool call is not JSON: {broken[:80]}")
         extracted = _canonical(called)
         wanted = json.loads(item.answer)
-        if called == wanted:
+        if _same(called, wanted):
             return Grade(True, extracted, f"{len(wanted)} tool calls as recorded")
         names = ", ".join(call["name"] for call in called) or "none"
         recorded = ", ".join(call["name"] for call in wanted) or "none"
@@ -206,6 +207,15 @@ def _called(text: str) -> tuple[list[dict[str, Any]], str]:
             return calls, text[opening.start() :]
         opening = _OPENING.search(text, closing.end())
     return calls, ""
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Equal as JSON values. Python's `==` takes true for 1."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
 
 
 def _canonical(calls: Sequence[Mapping[str, Any]]) -> str:

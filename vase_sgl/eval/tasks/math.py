@@ -8,7 +8,8 @@ Local formats, one JSON object a line:
 
 Graded by the rule of `vase_sgl.eval.answers` and `math-verify`. Where the answer is a number, a
 unit behind it does not count: `18 dollars` is 18, `2 thousand dollars` is 2000. Words that make it
-another number do: `2 or more`, `2x` and `2 dozen` are not 2.
+another number do: `2 or more`, `2x` and `2 dozen` are not 2. Where the answer is a numeral with a
+base, `40_9`, neither `40` nor `40_8` is right.
 """
 
 from __future__ import annotations
@@ -25,8 +26,11 @@ from vase_sgl.eval.tasks.records import Row, chosen, read_rows, refuse_duplicate
 from vase_sgl.eval.tasks.spec import TaskError, TaskSpec
 
 _PROMPT = "{problem}\n\nReason step by step, and put your final answer within \\boxed{{}}."
-#: How LaTeX sets words and blanks.
-_STYLED = re.compile(r"\\(?:text|mathrm|textbf)\s*\{([^{}]*)\}|\\[,;: ]|~")
+#: How LaTeX sets blanks, and words.
+_BLANK = r"(?:\\[,;: ]|~)"
+_STYLED = re.compile(rf"\\(?:text|mathrm|textbf)\s*\{{([^{{}}]*)\}}|{_BLANK}")
+#: A number with blanks between its thousands.
+_THOUSANDS = re.compile(rf"(?<![\d.])\d{{1,3}}(?:{_BLANK}\d{{3}})+(?!\d)")
 _NUMBER_AND_WORDS = re.compile(
     r"(?:\\\(|\$|\\\$|£|€)*\s*(-?\d[\d,]*(?:\.\d+)?)"  # the number
     r"(?:\\?%|\\\)|\$|\.)*((?:\\?%|\\\)|[$A-Za-z /.])*)"  # what ends it, and words
@@ -131,8 +135,10 @@ class MathTask:
         answer = final_answer(text)
         if answer is None:
             return Grade(False, None, "no final answer")
-        compared = self._without_unit(answer) if self._numeric else answer
-        comparison = self._answers.compare(item.answer, compared)
+        reference, compared = _joined(item.answer), _joined(answer)
+        if self._numeric:
+            compared = self._without_unit(compared)
+        comparison = self._answers.compare(reference, compared)
         if comparison == "equal":
             return Grade(True, answer, "equal to the reference")
         if comparison != "different":
@@ -152,6 +158,11 @@ class MathTask:
         if words.strip() and (not _UNIT.match(words) or _OTHER_NUMBER.search(words)):
             return plain
         return number
+
+
+def _joined(answer: str) -> str:
+    """With the thousands of a number side by side: `58\\,500` is no product."""
+    return _THOUSANDS.sub(lambda found: re.sub(_BLANK, "", found[0]), answer)
 
 
 def _item(task: str, written: _Format, row: Row) -> Item:

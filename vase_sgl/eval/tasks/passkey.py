@@ -27,8 +27,8 @@ DEFAULT_ITEMS = 50
 _PARAMETERS = {"steps": IntegerParameter(default=100, low=1, high=10_000)}
 _DIGITS = 5
 _STEP = re.compile(r"^[^\w\n]*step\s+(\d+)", re.I | re.M)
-#: Digits that are not the number of digits or of steps.
-_NUMBER = r"(?<!\d)(\d+(?:,\d{3})*)(?!,?\d)(?!\W{0,2}(?:digits?|steps?)\b)"
+#: Digits that are not the number of digits or of steps: `5-digit`, but not `29325. Steps done`.
+_NUMBER = r"(?<!\d)(\d+(?:,\d{3})*)(?!,?\d)(?![^\w\n.,;:!?()\[\]]{0,2}(?:digits?|steps?)\b)"
 #: "The passkey is ...", the number in the same line, or below and perhaps in a box.
 _STATED = re.compile(
     r"passkey\b[^\d\n]{0,60}?(?:\b(?:is|was)\b|[:=])"
