@@ -209,6 +209,26 @@ def test_policies_are_compared_at_the_same_budget_and_prompt_mode(
     assert line.startswith("| a | 64 | 8 | -25.0 [") and line.endswith("| 1 : 3 | 0.625 |")
 
 
+def test_plots_tell_budgets_beside_the_prompt(
+    stored: Callable[[Iterable[Row]], Path], tmp_path: Path
+) -> None:
+    """They hold the prompt too: of one budget with others they are not at one memory."""
+    note = "dotted, hollow: kept beside the whole prompt"
+    drawn = {}
+    for mode in ("evict", "keep"):
+        rows = [
+            dataclasses.replace(r, prompt_mode=None if r.budget is None else mode) for r in grid()
+        ]
+        write(load([stored(rows)]), tmp_path / mode, price_per_hour=None)
+        plots = sorted((tmp_path / mode / "plots").iterdir())
+        drawn[mode] = {plot.name: plot.read_text(encoding="utf-8") for plot in plots}
+    for name, drawing in drawn["keep"].items():
+        over_budget = "pareto" not in name
+        assert (note in drawing) is over_budget and note not in drawn["evict"][name]
+        dashes = (d.count("stroke-dasharray") for d in (drawing, drawn["evict"][name]))
+        assert (next(dashes) > next(dashes)) is over_budget
+
+
 def test_memory_holds_the_query_ring(
     stored: Callable[[Iterable[Row]], Path], tmp_path: Path
 ) -> None:

@@ -79,6 +79,11 @@ class Cell:
         return self.budget is not None
 
     @property
+    def keeps_prompt(self) -> bool:
+        """Whether its budget is of generated tokens alone, beside the prompt."""
+        return self.rows[0].prompt_mode == "keep"
+
+    @property
     def evicted_share(self) -> float | None:
         """Share of answered samples in which an eviction happened; None without such samples."""
         return self.mean(lambda row: row.rounds > 0)

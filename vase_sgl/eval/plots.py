@@ -20,7 +20,8 @@ _MARKERS = "osD^vP*Xh<>"
 class Point:
     """One cell in a plot. x: budget, or slots; None for a full cache over budgets.
 
-    low, high: the interval of y, if it has one.
+    low, high: the interval of y, if it has one. beside_prompt: its budget is of generated tokens
+    alone, so that it holds more than others of the same budget.
     """
 
     arm: str
@@ -28,10 +29,14 @@ class Point:
     y: float
     low: float | None = None
     high: float | None = None
+    beside_prompt: bool = False
 
 
 def over_budget(title: str, y_label: str, points: Sequence[Point], styles: Styles) -> str:
-    """A line per arm over the budget, with intervals; full caches as level lines."""
+    """A line per arm over the budget, with intervals; full caches as level lines.
+
+    Lines of arms that keep the prompt beside their budget are dotted, with hollow markers.
+    """
 
     def draw(axes: Axes) -> None:
         arms = dict.fromkeys(point.arm for point in points)
@@ -47,6 +52,8 @@ def over_budget(title: str, y_label: str, points: Sequence[Point], styles: Style
                 continue
             # Side by side, so that intervals of the same budget can be told apart.
             shift = 1 + 0.012 * (number - len(arms) / 2)
+            if mine[0].beside_prompt:
+                style = {**style, "linestyle": ":", "markerfacecolor": "none"}
             axes.errorbar(
                 [(p.x or 0) * shift for p in mine],
                 [p.y for p in mine],
@@ -61,7 +68,10 @@ def over_budget(title: str, y_label: str, points: Sequence[Point], styles: Style
             axes.set_xscale("log", base=2)
             axes.set_xticks(budgets, [f"{budget:g}" for budget in budgets])
             axes.minorticks_off()
-        axes.set_xlabel("budget (KV entries kept per layer and KV head)")
+        label = "budget (KV entries kept per layer and KV head)"
+        if any(point.beside_prompt for point in points):
+            label += "\ndotted, hollow: kept beside the whole prompt"
+        axes.set_xlabel(label)
         axes.set_ylabel(y_label)
 
     return _svg(title, draw)

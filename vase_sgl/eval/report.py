@@ -37,7 +37,9 @@ least one request of the arm ran, *slot-seconds* are slots times seconds from th
 divided by the samples that ended with an answer. Attempts of which no token came take no slots:
 what they held is not known. Seconds and rates compare arms of this very run alone, and
 only where the worker's prefix cache was emptied before each of them: else the first alone computes
-the prompts. A gateway's clients cannot empty it; *Events* says where it was not."""
+the prompts. A gateway's clients cannot empty it; *Events* says where it was not. In plots over the
+budget arms that keep the prompt (`+keep`) are dotted with hollow markers: their budget is of
+generated tokens alone, so at the same budget they hold more than others, by the prompt."""
 
 
 def write(results: Results, folder: Path, price_per_hour: float | None) -> tuple[Path, Path]:
@@ -305,13 +307,16 @@ def _drawings(
     timed = [c for c in cells if c.timed]
     if timed:
         title = f"{task}: throughput over budget"
-        found = [Point(c.name, c.budget, c.tokens_per_second) for c in timed]
+        found = [
+            Point(c.name, c.budget, c.tokens_per_second, beside_prompt=c.keeps_prompt)
+            for c in timed
+        ]
         yield "throughput", title, plots.over_budget(title, "output tokens/s", found, styles)
     answered = [(c, slots) for c in cells if (slots := _slots(c)) is not None]
     if not answered:
         return
     title = f"{task}: memory over budget"
-    found = [Point(c.name, c.budget, slots) for c, slots in answered]
+    found = [Point(c.name, c.budget, slots, beside_prompt=c.keeps_prompt) for c, slots in answered]
     yield "memory", title, plots.over_budget(title, "KV slots (mean)", found, styles)
     for measure in qualities[:1]:
         title = f"{task}: {measure.title} against memory"
@@ -439,9 +444,8 @@ def _estimates(measure: Measure, cells: Sequence[Cell]) -> list[tuple[Cell, Esti
 
 def _point(measure: Measure, c: Cell, estimate: Estimate, x: float | None) -> Point:
     scale = 100 if measure.share else 1
-    return Point(
-        c.name, x, scale * estimate.value, low=scale * estimate.low, high=scale * estimate.high
-    )
+    value, low, high = (scale * v for v in (estimate.value, estimate.low, estimate.high))
+    return Point(c.name, x, value, low, high, beside_prompt=c.keeps_prompt)
 
 
 def _axis(measure: Measure) -> str:
