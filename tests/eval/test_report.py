@@ -161,6 +161,14 @@ def test_seeds_without_an_answer_take_their_item_with_them(
     assert estimate is not None and (estimate.value, estimate.n) == (pytest.approx(1 / 3), 6)
 
 
+def test_no_share_has_an_interval_without_width(stored: Callable[[Iterable[Row]], Path]) -> None:
+    rows = [row("full", None, str(i), seed, correct=seed == 0) for i in range(4) for seed in (0, 1)]
+    (cells,) = load([stored(rows)]).cells.values()
+    estimate = ACCURACY.estimate(cells[0])
+    assert estimate is not None and (estimate.value, estimate.n) == (0.5, 8)
+    assert (estimate.low, estimate.high) == pytest.approx((0.15, 0.85), abs=1e-3)
+
+
 def test_the_report_has_every_number_with_n_and_interval(
     stored: Callable[[Iterable[Row]], Path], tmp_path: Path
 ) -> None:

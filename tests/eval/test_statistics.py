@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
+from scipy import stats
 
 from vase_sgl.eval.statistics import (
     Estimate,
@@ -13,6 +16,7 @@ from vase_sgl.eval.statistics import (
     paired_difference,
     paired_share_difference,
     proportion,
+    share,
     sign_test,
 )
 
@@ -40,6 +44,37 @@ def test_wilson_interval_of_a_textbook_case() -> None:
 def test_wilson_interval_at_the_ends(successes: int, n: int, low: float, high: float) -> None:
     estimate = proportion(successes, n)
     assert (estimate.low, estimate.high) == pytest.approx((low, high), abs=1e-4)
+
+
+@pytest.mark.parametrize("n", [1, 5, 64, 263])
+def test_wilson_interval_is_that_of_scipy(n: int) -> None:
+    for successes in {0, n // 3, n - 1, n}:
+        known = stats.binomtest(successes, n).proportion_ci(method="wilson")
+        estimate = proportion(successes, n)
+        assert (estimate.low, estimate.high) == pytest.approx((known.low, known.high), abs=1e-12)
+        assert 0 <= estimate.low <= estimate.value <= estimate.high <= 1
+
+
+def test_shares_of_items_that_are_alike_have_an_interval() -> None:
+    """Of four questions with two samples each, one of which is right: that says little."""
+    alike = share(_samples([[1, 0], [0, 1], [1, 0], [0, 1]]))
+    assert (alike.value, alike.n) == (0.5, 8)
+    assert (alike.low, alike.high) == pytest.approx((0.1500, 0.8500), abs=1e-4)  # of 2 in 4
+    never = share(_samples(np.zeros((20, 3))))
+    assert (never.value, never.low, never.n) == (0, 0, 60)
+    assert never.high == pytest.approx(0.1611, abs=1e-4)
+    assert share(_samples([[1, 0]])) == dataclasses.replace(proportion(0.5, 1), n=2)
+
+
+def test_shares_by_one_seed_and_by_several() -> None:
+    one = _samples([[1], [0], [1]])
+    assert share(one) == proportion(2, 3)
+    several = _samples([[1, 0], [1, 1], [0, 0]])
+    assert share(several) == mean(several)
+    with pytest.raises(IncompleteCellError, match="ragged"):
+        share({("a", 0): 1.0, ("b", 0): 1.0, ("b", 1): 0.0})
+    with pytest.raises(ValueError, match="n >= 1"):
+        share({})
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 0), (3, 2), (-1, 5)])

@@ -38,24 +38,15 @@ class Measure:
         return {pair: value for pair, value in values.items() if value is not None}
 
     def estimate(self, cell: Cell) -> Estimate | None:
-        """The mean. Wilson's interval for a share with one seed, else a bootstrap over items.
+        """The mean with its interval: `statistics.share` or `statistics.mean`.
 
-        Where every sample of several seeds is alike a bootstrap would give no interval at all; then
-        Wilson's over the items. None if too few samples have an answer. Raises
-        `IncompleteCellError` for a bootstrap of a single item.
+        None if no sample that counts has an answer. Raises `IncompleteCellError` for the mean of a
+        single item, unless it is a share.
         """
         values = self.pairs(cell)
-        items, total = {item for item, _ in values}, sum(values.values())
         if not values:
             return None
-        if self.share and len(items) == len(values):
-            return statistics.proportion(round(total), len(values))
-        if self.share and total in (0, len(values)):
-            alike = statistics.proportion(len(items) if total else 0, len(items))
-            return dataclasses.replace(alike, n=len(values))
-        if self.of_answers and len(items) < 2:
-            return None
-        return statistics.mean(values)
+        return statistics.share(values) if self.share else statistics.mean(values)
 
     def difference(self, cell: Cell, base: Cell) -> Estimate | None:
         """Mean of the paired differences `cell` minus `base`; None if too few have an answer."""

@@ -63,18 +63,22 @@ class SignTest:
         return self.wins + self.losses + self.ties
 
 
-def proportion(successes: int, n: int) -> Estimate:
+def proportion(successes: float, n: int) -> Estimate:
     """The share of successes among independent trials, with Wilson's score interval.
 
-    Source: Wilson, JASA 22 (1927).
+    Where trials succeed in part the successes are no whole number. Source: Wilson, JASA 22
+    (1927).
 
     Raises:
         ValueError: not 0 <= successes <= n, or n is 0.
     """
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"a proportion needs 0 <= successes <= n and n >= 1: {successes} of {n}")
-    interval = stats.binomtest(successes, n).proportion_ci(CONFIDENCE, method="wilson")
-    return Estimate(successes / n, float(interval.low), float(interval.high), n)
+    share, z2 = successes / n, float(stats.norm.ppf((1 + CONFIDENCE) / 2)) ** 2
+    center = (successes + z2 / 2) / (n + z2)
+    half = math.sqrt(z2 * (n * share * (1 - share) + z2 / 4)) / (n + z2)
+    low, high = max(center - half, 0.0), min(center + half, 1.0)
+    return Estimate(share, min(low, share), max(high, share), n)
 
 
 def mean(samples: Samples) -> Estimate:
@@ -87,6 +91,29 @@ def mean(samples: Samples) -> Estimate:
     table = _table(samples)
     low, high = _interval(table.mean(axis=1))
     return Estimate(float(table.mean()), low, high, table.size)
+
+
+def share(samples: Samples) -> Estimate:
+    """The mean of samples that are 0 or 1.
+
+    With one seed per item the interval is Wilson's. Else it is the bootstrap's, unless all items
+    have the same mean over their seeds: a bootstrap would have no width then, however few they are,
+    and the interval is Wilson's over the items.
+
+    Raises:
+        IncompleteCellError: items with different means of which one lacks a seed that another has.
+        ValueError: no samples.
+    """
+    by_item: dict[str, list[float]] = {}
+    for (item, _), value in samples.items():
+        by_item.setdefault(item, []).append(value)
+    alike = len({sum(values) / len(values) for values in by_item.values()}) == 1
+    n = len(by_item)
+    if n < len(samples) and not alike:
+        return mean(samples)
+    return dataclasses.replace(
+        proportion(sum(samples.values()) * n / max(len(samples), 1), n), n=len(samples)
+    )
 
 
 def paired_difference(arm: Samples, baseline: Samples) -> Estimate:
