@@ -28,6 +28,10 @@ class RequestCache:
     planned_rounds: rounds planned so far. Under the overlap scheduler the plan is one step ahead
         of the answer, so what an answer reports goes by its own length (`rounds_at`).
     ring_row: the request's row of the query ring; 0 if it has none.
+    pinned: leading columns that no round touches: the prompt in mode `keep`.
+    kept_length: physical length right after a round.
+    steady_slots: slots the request's row spans from the first round on.
+    first_trigger: physical (and logical) length at which the first round is due.
     unread_sums: per round not read yet, a host tensor that the device fills before the step's
         tokens, and this request's index in it (see `vase_kernels` digest).
     recording: what it kept, if it asked for `inspect`.
@@ -43,30 +47,21 @@ class RequestCache:
     recording: Recording | None = None
     _digests: list[str] = dataclasses.field(default_factory=list)
     _digest: torch.Tensor = dataclasses.field(default_factory=lambda: torch.tensor(0))
+    evicts: bool = dataclasses.field(init=False)
+    pinned: int = dataclasses.field(init=False)
+    kept_length: int = dataclasses.field(init=False)
+    steady_slots: int = dataclasses.field(init=False)
+    first_trigger: int = dataclasses.field(init=False)
+    #: By max_new_tokens, of which a request has one.
+    _first_reservation: dict[int, int] = dataclasses.field(default_factory=dict)
 
-    @property
-    def evicts(self) -> bool:
-        return self.params.policy.evicts
-
-    @property
-    def pinned(self) -> int:
-        """Leading columns that no round touches: the prompt in mode `keep`."""
-        return self.params.pinned(self.prompt_tokens)
-
-    @property
-    def kept_length(self) -> int:
-        """Physical length right after a round."""
-        return self.params.kept_length(self.prompt_tokens)
-
-    @property
-    def steady_slots(self) -> int:
-        """Slots the request's row spans from the first round on."""
-        return self.params.steady_slots(self.prompt_tokens)
-
-    @property
-    def first_trigger(self) -> int:
-        """Physical (and logical) length at which the first round is due."""
-        return self.params.first_round_length(self.prompt_tokens)
+    def __post_init__(self) -> None:
+        # What stays the same is asked for in every step.
+        self.evicts = self.params.policy.evicts
+        self.pinned = self.params.pinned(self.prompt_tokens)
+        self.kept_length = self.params.kept_length(self.prompt_tokens)
+        self.steady_slots = self.params.steady_slots(self.prompt_tokens)
+        self.first_trigger = self.params.first_round_length(self.prompt_tokens)
 
     @property
     def trigger(self) -> int:
@@ -91,12 +86,14 @@ class RequestCache:
         """
         if rounds:
             return self.in_pages(self.steady_slots)
-        return self.params.reserved_slots(
-            self.prompt_tokens,
-            max_new_tokens,
-            prefix_cache=self.prefix_cache,
-            page_size=self.page_size,
-        )
+        if max_new_tokens not in self._first_reservation:
+            self._first_reservation[max_new_tokens] = self.params.reserved_slots(
+                self.prompt_tokens,
+                max_new_tokens,
+                prefix_cache=self.prefix_cache,
+                page_size=self.page_size,
+            )
+        return self._first_reservation[max_new_tokens]
 
     def plan_round(self) -> int:
         """Count one more planned round; returns its logical length (tokens with a KV entry)."""
