@@ -31,7 +31,7 @@ CUT = [
 
 
 def _dry_run(stage: gpu.Stage, folder: Path) -> dict[str, Any]:
-    chosen = argparse.Namespace(dry_run=True, output=folder, worker_arg=["--stream-interval=7"])
+    chosen = argparse.Namespace(dry_run=True, output=folder, worker_arg=["--watchdog-timeout=7"])
     module, *arguments = gpu.command_of(stage, chosen)[2:]
     assert MAINS[module](arguments) == 0
     report: dict[str, Any] = json.loads((folder / f"{stage.name}.json").read_text())
@@ -63,7 +63,7 @@ def test_a_gpu_stage_is_ready(
         assert not any(part.startswith("/") for part in command)  # no paths of this machine
         assert "--disable-cuda-graph" not in command
         assert "--disable-prefill-cuda-graph" in command
-        assert "--stream-interval=7" in command
+        assert "--watchdog-timeout=7" in command
         _, unknown = sglang_flags.parse_known_args(command[2:])
         flags = [part for part in unknown if part.startswith("--")]
         assert all(flag.startswith("--vase-") for flag in flags), flags

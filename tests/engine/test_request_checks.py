@@ -2,44 +2,21 @@
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from sglang.srt.managers.embed_types import PositionalEmbeds
-from sglang.srt.managers.io_struct import GenerateReqInput
-from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.runtime_context import get_exec
-from sglang.srt.sampling.sampling_params import SamplingParams
 
 from tests.engine.scheduler_harness import SteppedScheduler
+from tests.engine.tokenized_request import Create, creator
 from vase_sgl.engine import platform_cpu
-
-Create = Callable[..., Any]
 
 
 @pytest.fixture
 def create(stepped: SteppedScheduler) -> Create:
-    """SGLang's own step from a request as it came to the object that the scheduler is sent."""
-    manager = TokenizerManager.__new__(TokenizerManager)
-    times = SimpleNamespace(set_tokenize_finish_time=lambda: None)
-    manager.model_config = stepped.scheduler.model_config
-    manager.preferred_sampling_params = None
-    manager.sampling_params_class = SamplingParams
-    manager.tokenizer = SimpleNamespace(encode=lambda text, **_: list(text))
-    manager.rid_to_state = {"r": SimpleNamespace(time_stats=times)}
-
-    def create(sampling: dict[str, Any], **fields: Any) -> Any:
-        prompt = {} if "input_embeds" in fields else {"input_ids": [5, 6]}
-        request = GenerateReqInput(rid="r", sampling_params=sampling, **prompt, **fields)
-        request.normalize_batch_and_arguments()
-        ids = array("q", request.input_ids) if prompt else None
-        return manager._create_tokenized_object(request, None, ids, request.input_embeds)
-
-    return create
+    return creator(stepped.scheduler.model_config)
 
 
 NAN, INF = float("nan"), float("inf")

@@ -46,6 +46,7 @@ from vase_sgl.engine import (
     sampling_cpu,
     server_info,
     sizing,
+    stop_strings,
     tokenizer_cache,
     tokenizing,
 )
@@ -270,6 +271,28 @@ HOOKS: tuple[Hook, ...] = (
         HookType.AFTER,
         request_checks.refuse_fatal,
         "a 400 for what would end the scheduler",
+    ),
+    Hook(
+        "managers.tokenizer_manager.TokenizerManager._create_tokenized_object",
+        (
+            "self",
+            "obj",
+            "input_text",
+            "input_ids",
+            "input_embeds",
+            "mm_inputs",
+            "token_type_ids",
+        ),
+        HookType.AFTER,
+        stop_strings.search_far_enough,
+        "a stop string written in unusual tokens is found",
+    ),
+    Hook(
+        "managers.schedule_batch.Req._check_str_based_finish",
+        ("self", "new_accepted_len"),
+        HookType.AROUND,
+        stop_strings.end_at_the_first,
+        "an answer's text has no stop string, whatever their order",
     ),
     Hook(
         "entrypoints.openai.serving_tokenize.OpenAIServingTokenize._handle_non_streaming_request",

@@ -1,0 +1,40 @@
+"""Stop strings that SGLang lets through: one beside another, and one in unusual tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+from sglang.srt.managers.schedule_batch import FINISH_MATCHED_STR
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
+
+def end_at_the_first(original: Callable[..., bool], req: Req, new_accepted_len: int = 1) -> bool:
+    """AROUND `Req._check_str_based_finish`: of several in one token the text ends before the first.
+
+    Upstream ends it before the first of the request's list, and the others stay in the answer.
+    """
+    found = original(req, new_accepted_len)
+    if found and isinstance(req.finished_reason, FINISH_MATCHED_STR):
+        text = req.tail_str(new_accepted_len)
+        places = {text.find(stop): stop for stop in req.sampling_params.stop_strs if stop in text}
+        if places:
+            req.finished_reason.matched = places[min(places)]
+    return found
+
+
+def search_far_enough(result: Any, *args: Any, **kwargs: Any) -> None:
+    """AFTER `TokenizerManager._create_tokenized_object`: more tokens than a stop string encodes to.
+
+    Upstream searches one more than those, but a model may write the string in smaller ones: as many
+    as it has bytes. Twice as many, and a few for short ones, bound what every step decodes.
+    """
+    if isinstance(result, TokenizedGenerateReqInput) and result.sampling_params.stop_strs:
+        params = result.sampling_params
+        most = max(len(stop.encode()) for stop in params.stop_strs)
+        params.stop_str_max_len = max(
+            params.stop_str_max_len, min(most, 2 * params.stop_str_max_len + 4)
+        )
