@@ -12,9 +12,11 @@ ENV PATH=/opt/vase-sgl/bin:$PATH \
     PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1
 COPY . .
-# The lock's versions, of what load tests need of them; the folder beside, for it is no package.
+# The lock's versions, of what load tests need of them; the folder beside, for it is no package, and
+# readable for all, whatever the checkout's modes are.
 RUN pip install --constraint requirements-cpu.txt '.[loadtest]' \
     && cp -r loadtest /opt/vase-sgl/loadtest \
+    && chmod -R a+rX /opt/vase-sgl/loadtest \
     && python -m loadtest --version
 
 FROM ${PYTHON_IMAGE}

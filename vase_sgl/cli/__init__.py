@@ -29,6 +29,7 @@ MODULES = (
     "tenants",
     "audit",
     "doctor",
+    "version",
 )
 
 #: Commands that parse their own arguments: name -> (module, function, help). The function takes

@@ -24,4 +24,5 @@ def worker_command(arguments: list[str]) -> int:
         )
         return 1
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "vase_sgl.engine.server", *arguments])
+    # -P: what lies in the current folder is not imported, a checkout of another version for one.
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "vase_sgl.engine.server", *arguments])

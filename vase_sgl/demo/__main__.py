@@ -165,7 +165,7 @@ def _compare_digests(console: Console, first: Completion, second: Completion) ->
 def _show_memory(console: Console, model: Path, answer: Completion) -> None:
     cache = answer.result.cache
     assert cache is not None  # the request carried a budget
-    config = json.loads((model / "config.json").read_text())
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     entry = 2 * config["num_key_value_heads"] * config["head_dim"]  # one key and one value
     slot_bytes = config["num_hidden_layers"] * entry * 2  # bfloat16
     table = Table("KV cache of this request", "slots", "MiB")

@@ -16,7 +16,7 @@ from typing import Self
 
 from vase_sgl.parent_watch import PARENT_PID
 
-_CLI = (sys.executable, "-m", "vase_sgl.cli")
+_CLI = (sys.executable, "-P", "-m", "vase_sgl.cli")
 _START_SECONDS = 900
 _STOP_SECONDS = 60
 

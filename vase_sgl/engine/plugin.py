@@ -489,7 +489,8 @@ def _register() -> None:
     if installed != SGLANG_VERSION:
         raise RuntimeError(
             f"written for sglang {SGLANG_VERSION}, found {installed}; "
-            f"run `pip install sglang=={SGLANG_VERSION}`"
+            f"run `pip install sglang=={SGLANG_VERSION}`, or leave vase_sgl out of this SGLang "
+            "with SGLANG_PLUGINS=none in the environment"
         )
     for hook in active_hooks():
         check_signature(hook)

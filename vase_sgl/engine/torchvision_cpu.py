@@ -43,5 +43,5 @@ def _torchvision_is_cuda_build() -> bool:
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None:
         return False
-    text = (Path(spec.origin).parent / "version.py").read_text()
+    text = (Path(spec.origin).parent / "version.py").read_text(encoding="utf-8")
     return re.search(r"^__version__ = .*\+cu\d+", text, re.MULTILINE) is not None

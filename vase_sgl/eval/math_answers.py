@@ -81,7 +81,7 @@ class MathAnswers:
 
     def _start(self) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
-            [sys.executable, "-m", "vase_sgl.eval.math_worker", str(self._seconds)],
+            [sys.executable, "-P", "-m", "vase_sgl.eval.math_worker", str(self._seconds)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is for the run, which closes this one

@@ -151,7 +151,7 @@ def worker_command(model_path: str, args: Sequence[str]) -> list[str]:
     the square of its length. Its log leaves out the gateway's own health checks.
     """
     return [
-        *(sys.executable, "-m", "vase_sgl.cli", "worker", "--model-path", model_path),
+        *(sys.executable, "-P", "-m", "vase_sgl.cli", "worker", "--model-path", model_path),
         *("--uvicorn-access-log-exclude-prefixes", "/health", "/server_info"),
         "--incremental-streaming-output",
         *args,

@@ -33,7 +33,7 @@ def environment_for(model_path: str) -> dict[str, str]:
 def _architecture(config: Path) -> str | None:
     """The model's only architecture; None if there are several, or no such file."""
     try:
-        match json.loads(config.read_text()).get("architectures"):
+        match json.loads(config.read_text(encoding="utf-8")).get("architectures"):
             case [str(architecture)]:
                 return architecture
     except (OSError, ValueError, AttributeError):
@@ -51,6 +51,6 @@ def _file_of(architecture: str | None) -> str | None:
     found = [
         path.stem
         for path in (Path(spec.origin).parent / "srt" / "models").glob("*.py")
-        if defined.search(text := path.read_text()) and offered.search(text)
+        if defined.search(text := path.read_text(encoding="utf-8")) and offered.search(text)
     ]
     return found[0] if len(found) == 1 else None
