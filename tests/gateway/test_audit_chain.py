@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import io
+import itertools
 import json
 import random
 import tracemalloc
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from sqlalchemy.ext.asyncio import AsyncConnection
 from typer.testing import CliRunner
 
-from tests.gateway.audit_records import numbered, tamper
+from tests.gateway.audit_records import RECORD, numbered, tamper
 from tests.gateway.test_audit_store import problems
 from vase_sgl.cli import build_app
 from vase_sgl.gateway.audit import AuditError, AuditStore, KeyRing, export, pruning, reading
@@ -344,6 +347,39 @@ async def test_two_prunes_at_once_do_not_both_note_it(store: AuditStore, audit_u
         async with reading.snapshot(one) as connection:
             assert len(await reading.checkpoints_of(connection, "alice")) == 1
     assert await problems(audit_url) == {"alice": None, "bob": None}
+
+
+@pytest.mark.xdist_group("postgres")
+async def test_a_prune_leaves_what_is_appended_meanwhile(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After any of its statements, of which PostgreSQL lets each see a state of its own."""
+    store = await AuditStore.open(postgres_url, migrate=True)
+    execute = AsyncConnection.execute
+    tenant, statements_left = "", 0
+
+    async def execute_then_append(connection: AsyncConnection, *args: Any, **options: Any) -> Any:
+        nonlocal statements_left
+        result = await execute(connection, *args, **options)
+        if connection.engine is engine:
+            statements_left -= 1
+            if statements_left == 0:
+                await store.append(dataclasses.replace(RECORD, record_id=tenant, tenant=tenant))
+        return result
+
+    async with reading.opened(postgres_url) as engine:
+        for statement in itertools.count(1):
+            tenant, statements_left = f"t{statement}", statement
+            await store.append(numbered(statement, tenant=tenant, created_unix_micros=1000))
+            with monkeypatch.context() as patched:
+                patched.setattr(AsyncConnection, "execute", execute_then_append)
+                pruned = await pruning.prune(engine, tenant, before_unix_micros=5000, by="me")
+            assert pruned.last_sequence == 1
+            if statements_left > 0:
+                break
+            assert [s.sequence for s in await store.latest(tenant, before=None, count=9)] == [2]
+    assert statement > 5 and set((await problems(postgres_url)).values()) == {None}
+    await store.close()
 
 
 async def test_a_prune_that_was_cut_short_is_whole_and_goes_on(

@@ -35,6 +35,7 @@ class Pruned:
 async def due(connection: AsyncConnection, tenant: str, before_unix_micros: int) -> Pruned:
     """What a prune would remove: the records before the first that arrived at the time or later.
 
+    connection: a `reading.snapshot`; of two states it would find a beginning and another's end.
     A chain loses its beginning only, so an old record behind a newer one stays for now.
     """
     first_kept = (
@@ -65,13 +66,15 @@ async def prune(
     async with reading.snapshot(engine) as connection:
         end = (await reading.ends(connection))[tenant]
         _, problem = await reading.verify(connection, tenant, end)
-    if problem is not None and not force:
-        raise AuditError(
-            f"the chain of {tenant} is broken, and pruning could remove what shows it: {problem}; "
-            "look into it, or prune with --force"
-        )
+        if problem is not None and not force:
+            raise AuditError(
+                f"the chain of {tenant} is broken, and pruning could remove what shows it: "
+                f"{problem}; look into it, or prune with --force"
+            )
+        # Of the state that was verified: what is appended meanwhile stays, however old it is.
+        pruned = await due(connection, tenant, before_unix_micros)
     try:
-        pruned, through = await _note(engine, tenant, before_unix_micros, by, problem is None)
+        through = await _note(engine, pruned, before_unix_micros, by, problem is None)
     except IntegrityError as error:
         raise AuditError(f"another prune of {tenant}'s chain is under way; try again") from error
     await _remove(engine, tenant, through)
@@ -79,15 +82,15 @@ async def prune(
 
 
 async def _note(
-    engine: AsyncEngine, tenant: str, before_unix_micros: int, by: str, whole: bool
-) -> tuple[Pruned, int]:
+    engine: AsyncEngine, pruned: Pruned, before_unix_micros: int, by: str, whole: bool
+) -> int:
     """Store the checkpoint if there is something to prune; up to where records may go now.
 
     It takes no lock, for which the role that prunes would need more rights: of two prunes at the
     same time one finds the checkpoint's number taken.
     """
+    tenant = pruned.tenant
     async with database.writing(engine) as connection:
-        pruned = await due(connection, tenant, before_unix_micros)
         last_checkpoint = (
             await connection.execute(
                 select(checkpoints)
@@ -129,7 +132,7 @@ async def _note(
                 )
             )
             reached = pruned.last_sequence
-    return pruned, reached
+    return reached
 
 
 async def _remove(engine: AsyncEngine, tenant: str, through: int) -> None:
