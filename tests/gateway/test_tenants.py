@@ -57,6 +57,20 @@ def test_a_file_that_is_replaced_keeps_its_owner_and_mode(tmp_path: Path) -> Non
     assert stat.S_IMODE(after.st_mode) == 0o640
 
 
+def test_a_link_leads_to_the_file_that_is_edited(tmp_path: Path) -> None:
+    file, link = tmp_path / "real" / "tenants.yaml", tmp_path / "tenants.yaml"
+    link.symlink_to(file)
+    add_tenant(link, "alice")  # there was no file yet
+    with tenants.locked(link):
+        tenants.save(link, tenants.TenantFile())
+    assert link.is_symlink() and tenants.load(file).tenants == ()
+    assert sorted(path.name for path in file.parent.iterdir()) == [
+        "tenants.yaml",
+        "tenants.yaml.lock",
+    ]
+    assert list(tmp_path.glob("*.lock")) == []
+
+
 @pytest.mark.parametrize("number", [errno.EPERM, errno.EINVAL])  # EINVAL: an owner not mapped here
 def test_who_may_not_keep_the_owner_writes_a_private_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int

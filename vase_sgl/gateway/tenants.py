@@ -258,6 +258,7 @@ def locked(path: Path) -> Iterator[None]:
 
     By a file beside it, which stays. Whoever only reads need not wait, for `save` is atomic.
     """
+    path = _behind_links(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
@@ -271,11 +272,12 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def save(path: Path, content: TenantFile) -> None:
-    """Replace the file atomically. Raises `TenantFileError`.
+    """Replace the file atomically, or the one a symbolic link leads to. Raises `TenantFileError`.
 
     A new file is readable by its owner only; another one keeps its owner and mode, so that the
     gateway can still read what root wrote. Where that is not permitted, it is like a new one.
     """
+    path = _behind_links(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # mkstemp makes the file with mode 0600.
@@ -292,6 +294,12 @@ def save(path: Path, content: TenantFile) -> None:
             raise
     except OSError as error:
         raise TenantFileError(f"cannot write tenants file {path}: {error.strerror}") from error
+
+
+def _behind_links(path: Path) -> Path:
+    """The file itself. Were a link replaced, who reads the file by another name would go on with
+    the old content, revoked keys included."""
+    return Path(os.path.realpath(path))
 
 
 def _take_over_access(path: Path, descriptor: int) -> None:
