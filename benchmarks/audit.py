@@ -81,7 +81,11 @@ async def _measure(
     if mode == "alone":
         group = store._commits
         store._commits = GroupCommit(
-            group._commit, retry_alone=group._retry_alone, size=group._size, max_items=1
+            group._commit,
+            retry_alone=group._retry_alone,
+            size=group._size,
+            max_bytes=group._max_bytes,
+            max_items=1,
         )
     left = iter([_record(arguments.tokens) for _ in range(arguments.records)])
 

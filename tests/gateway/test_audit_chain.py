@@ -20,7 +20,15 @@ from typer.testing import CliRunner
 from tests.gateway.audit_records import RECORD, numbered, tamper
 from tests.gateway.test_audit_store import problems
 from vase_sgl.cli import build_app
-from vase_sgl.gateway.audit import AuditError, AuditStore, KeyRing, export, pruning, reading
+from vase_sgl.gateway.audit import (
+    AuditError,
+    AuditStore,
+    KeyRing,
+    database,
+    export,
+    pruning,
+    reading,
+)
 from vase_sgl.gateway.audit.chain import ChainCheck, Checkpoint
 from vase_sgl.gateway.audit.entries import GENESIS, canonical, hash_of, seal
 from vase_sgl.gateway.tenants import Retention
@@ -394,10 +402,29 @@ async def test_a_prune_that_was_cut_short_is_whole_and_goes_on(
             with pytest.raises(KeyboardInterrupt):
                 await pruning.prune(engine, "alice", before_unix_micros=3000, by="me")
     assert await problems(audit_url) == {"alice": None, "bob": None}
-    monkeypatch.setattr(pruning, "_CHUNK", 1)
+    monkeypatch.setattr(database, "TRANSACTION_BYTES", 1)  # a record is longer
     async with reading.opened(audit_url) as engine:
         await pruning.prune(engine, "alice", before_unix_micros=3000, by="me")
     assert [s.sequence for s in await store.latest("alice", before=None, count=9)] == [5, 4, 3]
+
+
+async def test_sqlites_wal_stays_short(tmp_path: Path) -> None:
+    """A prune has to free a volume that is nearly full, so it may not fill the rest."""
+    url, wal = f"sqlite+aiosqlite:///{tmp_path / 'a.sqlite3'}", tmp_path / "a.sqlite3-wal"
+    store = await AuditStore.open(url)
+    most = 2.1 * database.TRANSACTION_BYTES
+    async with reading.opened(url) as engine:
+        async with reading.snapshot(engine) as connection:
+            await reading.ends(connection)  # while it reads, the WAL only grows
+            for number in range(30):
+                await store.append(numbered(number, text="x" * 2**20, created_unix_micros=1))
+            assert wal.stat().st_size > 1.5 * most
+        for number in range(30, 33):
+            await store.append(numbered(number))
+        assert wal.stat().st_size < most
+        assert (await pruning.prune(engine, "alice", before_unix_micros=2, by="me")).records == 30
+        assert wal.stat().st_size < most
+    await store.close()
 
 
 @pytest.mark.parametrize(

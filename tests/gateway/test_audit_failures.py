@@ -321,7 +321,7 @@ async def test_the_writer_says_what_it_says_in_no_callers_name() -> None:
         seen.append(name.get())
         return batch
 
-    commits = GroupCommit(commit, retry_alone=lambda error: False, size=lambda item: 1)
+    commits = GroupCommit(commit, retry_alone=lambda error: False, size=lambda item: 1, max_bytes=9)
     name.set("alice")
     await commits.submit(1)
     await commits.close()
@@ -339,7 +339,7 @@ async def test_who_gives_up_waiting_for_a_commit_harms_no_other(failing: bool) -
             raise OSError("disk full")
         return batch
 
-    commits = GroupCommit(commit, retry_alone=lambda error: False, size=lambda item: 1)
+    commits = GroupCommit(commit, retry_alone=lambda error: False, size=lambda item: 1, max_bytes=9)
     waiting = asyncio.create_task(commits.submit(1))
     await begun.wait()
     waiting.cancel()

@@ -24,6 +24,10 @@ from sqlalchemy.pool import ConnectionPoolEntry, StaticPool
 from vase_sgl.gateway.audit import schema
 from vase_sgl.gateway.audit.errors import AuditError
 
+#: Bytes of records, about, that one transaction stores or removes: who waits for its locks waits no
+#: longer than that takes, and what SQLite writes for it has room on a volume that is nearly full.
+TRANSACTION_BYTES = 8 * 2**20
+
 #: Seconds one statement, or the wait for another process's lock, may take.
 _PATIENCE_SECONDS = 10.0
 #: Seconds a read may wait for a connection, while others that may hang have them all.
@@ -213,6 +217,8 @@ def _prepare_sqlite(engine: AsyncEngine, create: bool) -> None:
         connection.run_async(_use_wal)
         cursor = connection.cursor()
         cursor.execute("PRAGMA synchronous=FULL")
+        # What a long reader let grow is given back to the volume.
+        cursor.execute(f"PRAGMA journal_size_limit={2 * TRANSACTION_BYTES}")
         # Another process, such as `audit prune`, may hold the write lock for a moment.
         cursor.execute(f"PRAGMA busy_timeout={int(_PATIENCE_SECONDS * 1000)}")
         cursor.close()

@@ -27,14 +27,15 @@ class GroupCommit(Generic[T, R]):
         *,
         retry_alone: Callable[[Exception], bool],
         size: Callable[[T], int],
+        max_bytes: int,
         max_items: int = 64,
-        max_bytes: int = 8 * 2**20,
         capacity: int = 1024,
     ) -> None:
         """`commit` stores a batch whole or not at all, and returns a result per item.
 
         retry_alone: whether an exception may be the fault of one item, so that the others of its
-            batch deserve a commit of their own. size: an item's bytes.
+            batch deserve a commit of their own. size: an item's bytes; a batch is complete when it
+            has `max_bytes`.
         """
         self._commit = commit
         self._retry_alone = retry_alone

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import itertools
 import time
 
 from sqlalchemy import delete, func, insert, select
@@ -14,7 +16,7 @@ from vase_sgl.gateway.audit.entries import GENESIS, canonical, hash_of
 from vase_sgl.gateway.audit.errors import AuditError
 from vase_sgl.gateway.audit.tables import checkpoints, records
 
-#: Records removed in one transaction, so that appending gateways never wait long.
+#: Records removed in one transaction at most, so that appending gateways never wait long.
 _CHUNK = 1000
 
 
@@ -136,17 +138,21 @@ async def _note(
 
 
 async def _remove(engine: AsyncEngine, tenant: str, through: int) -> None:
+    size = func.length(records.c.entry) + func.coalesce(func.length(records.c.payload), 0)
+    last = 0
     while True:
+        # From the last one on: PostgreSQL would look at all that are removed and not vacuumed yet.
+        there = (
+            records.c.tenant == tenant,
+            records.c.sequence > last,
+            records.c.sequence <= through,
+        )
+        query = select(records.c.sequence, size).where(*there).order_by(records.c.sequence)
         async with database.writing(engine) as connection:
-            first = await connection.scalar(
-                select(func.min(records.c.sequence)).where(records.c.tenant == tenant)
-            )
-            if first is None or first > through:
+            chunk = (await connection.execute(query.limit(_CHUNK))).all()
+            if not chunk:
                 return
-            await connection.execute(
-                delete(records).where(
-                    records.c.tenant == tenant,
-                    records.c.sequence < first + _CHUNK,
-                    records.c.sequence <= through,
-                )
-            )
+            sizes = list(itertools.accumulate(size for _, size in chunk))
+            fits = bisect.bisect_right(sizes, database.TRANSACTION_BYTES)
+            last = chunk[max(fits, 1) - 1].sequence
+            await connection.execute(delete(records).where(*there, records.c.sequence <= last))

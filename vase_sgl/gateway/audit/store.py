@@ -57,6 +57,7 @@ class AuditStore:
             self._commit,
             retry_alone=lambda error: not isinstance(error, AuditUnavailable),
             size=lambda sealed: len(sealed.payload or b""),
+            max_bytes=database.TRANSACTION_BYTES,
         )
 
     @classmethod
