@@ -93,7 +93,12 @@ async def test_the_documented_backup_holds_what_a_copy_lacks(
     )
     assert verified.exit_code == 1 and "holds no record, so nothing was" in verified.stderr
 
+    content = Path("audit-backup.sqlite3").read_bytes()
     assert await problems(backup) == {"alice": None}
+    async with reading.opened(backup) as engine, reading.snapshot(engine) as connection:
+        await pruning.due(connection, "alice", 2**60)
+    assert len(await exported(backup)) == 4
+    assert Path("audit-backup.sqlite3").read_bytes() == content  # a checksum of it still fits
     restored = await AuditStore.open(backup)
     assert await restored.append(numbered(3)) == 2
     await restored.close()

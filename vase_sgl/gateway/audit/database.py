@@ -74,7 +74,7 @@ async def connect(url: str, *, migrate: bool | None, create: bool = True) -> Asy
 
     migrate: bring an older or empty database to the newest schema; None: if it is SQLite, whose
         file belongs to this process alone.
-    create: make a SQLite file that is not there.
+    create: make a SQLite file that is not there, and turn it to the WAL.
     """
     engine = _engine(url, create)
     if migrate is None:
@@ -212,10 +212,13 @@ def _prepare_sqlite(engine: AsyncEngine, create: bool) -> None:
     def configure(connection: AsyncAdapt_aiosqlite_connection, _: ConnectionPoolEntry) -> None:
         # Python's driver would begin transactions itself, and late: see `begin`.
         connection.isolation_level = None
-        # Readers do not block the writer, nor the writer them, and a commit is one write of one
-        # file. FULL syncs that file in each commit: NORMAL would lose the last ones with the power.
-        connection.run_async(_use_wal)
+        if create:
+            # Readers do not block the writer, nor the writer them, and a commit is one write of one
+            # file. The file keeps the mode. What is only looked for may be a backup without it,
+            # which stays as it is and need not be writable.
+            connection.run_async(_use_wal)
         cursor = connection.cursor()
+        # Each commit syncs its file: NORMAL would lose the last ones with the power.
         cursor.execute("PRAGMA synchronous=FULL")
         # What a long reader let grow is given back to the volume.
         cursor.execute(f"PRAGMA journal_size_limit={2 * TRANSACTION_BYTES}")
