@@ -98,6 +98,27 @@ async def test_pages_go_back_in_time(store: AuditStore) -> None:
     assert await store.tenants() == {"alice": 5, "bob": 1}
 
 
+async def test_a_list_reads_no_content(tmp_path: Path) -> None:
+    """Not even where SQLite keeps it in pages before what is listed."""
+    url = f"sqlite+aiosqlite:///{tmp_path / 'a.sqlite3'}"
+    store = await AuditStore.open(url)
+    for number in range(20):
+        await store.append(numbered(number, text="x" * 2**19))
+    await store.close()
+
+    def bytes_read() -> int:
+        fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+        return int(fields["rchar"])
+
+    store = await AuditStore.open(url)
+    before = bytes_read()
+    listed = await store.latest("alice", before=None, count=20)
+    assert bytes_read() - before < 2 * 2**20
+    found = await store.get("alice", listed[0].record.record_id)
+    assert found is not None and listed[0].hash == found.hash
+    await store.close()
+
+
 async def test_many_at_once_are_few_commits_and_one_chain(
     store: AuditStore, audit_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
