@@ -159,6 +159,16 @@ def test_a_file_that_is_no_yaml_is_named(tmp_path: Path, content: bytes, text: s
     assert f"{file} {text}" in str(error.value)
 
 
+@pytest.mark.parametrize("content", ["", "# tenants\n", "version: 1\n"])
+def test_a_file_that_was_cut_off_is_not_one_without_tenants(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "tenants.yaml"
+    file.write_text(content)
+    with pytest.raises(TenantFileError, match=r"no list of tenants, as if .* is `tenants: \[\]`"):
+        tenants.load(file)
+    tenants.save(file, tenants.TenantFile())
+    assert tenants.load(file).tenants == ()
+
+
 def test_a_missing_file_says_how_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(TenantFileError, match="vase-sgl tenants add NAME --file"):
         tenants.load(tmp_path / "none.yaml")

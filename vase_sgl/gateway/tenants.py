@@ -232,7 +232,7 @@ def load(path: Path) -> TenantFile:
     """Read a tenants file. Raises `TenantFileError`, and of it `TenantFileUnreadable`."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return TenantFile.model_validate({} if content is None else content)
+        loaded = TenantFile.model_validate({} if content is None else content)
     except FileNotFoundError as error:
         raise TenantFileUnreadable(
             f"there is no tenants file {path}; make one with "
@@ -250,6 +250,12 @@ def load(path: Path) -> TenantFile:
         raise TenantFileError(f"{path}: {describe(error)}") from error
     except ValueError as error:  # of a date or number that YAML knows and Python does not
         raise TenantFileError(f"{path} holds a value that cannot be: {error}") from error
+    if "tenants" not in loaded.model_fields_set:
+        # So it is while somebody writes it in place, or after that on a full disk.
+        raise TenantFileError(
+            f"{path} has no list of tenants, as if it were cut off; an empty one is `tenants: []`"
+        )
+    return loaded
 
 
 @contextmanager
