@@ -23,7 +23,7 @@ from tests.gateway.audit_records import numbered
 from tests.gateway.running import Running, run_gateway, until
 from tests.gateway.test_audit_store import problems
 from vase_sgl.client import Unavailable
-from vase_sgl.gateway.audit import AuditStore, database
+from vase_sgl.gateway.audit import AuditError, AuditStore, database, pruning, reading
 from vase_sgl.gateway.audit.group_commit import GroupCommit
 from vase_sgl.gateway.errors import AuditUnavailable
 
@@ -261,6 +261,27 @@ async def test_a_read_that_gets_no_connection_is_told_so_soon(
             await taken.enter_async_context(engine.connect())
         with pytest.raises(Unavailable, match="audit store cannot be read now; try again later"):
             await running.client.get_record("a" * 32, timeout=15)
+
+
+@pytest.mark.xdist_group("postgres")
+async def test_a_statement_that_takes_too_long_is_named(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The exception of a time limit has no text of its own."""
+    await (await AuditStore.open(postgres_url, migrate=True)).close()
+    monkeypatch.setitem(database._CONNECT_ARGS["postgresql+asyncpg"], "command_timeout", 0.5)
+    store = await AuditStore.open(postgres_url)
+    other = await asyncpg.connect(postgres_url.replace("+asyncpg", ""))
+    async with other.transaction():
+        await other.execute("LOCK TABLE records, chains")
+        with pytest.raises(AuditUnavailable, match="cannot be read now"):
+            await store.get("alice", numbered(1).record_id)
+        assert "the audit store cannot be read: TimeoutError" in caplog.text
+        with pytest.raises(AuditError, match="the audit store failed: TimeoutError"):
+            async with reading.opened(postgres_url) as engine:
+                await pruning.prune(engine, "alice", before_unix_micros=1, by="me")
+    await other.close()
+    await store.close()
 
 
 async def test_an_append_that_gets_no_connection_is_a_failed_write(audit_url: str) -> None:

@@ -22,7 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from sqlalchemy.pool import ConnectionPoolEntry, StaticPool
 
 from vase_sgl.gateway.audit import schema
-from vase_sgl.gateway.audit.errors import AuditError
+from vase_sgl.gateway.audit.errors import AuditError, described
 
 #: Bytes of records, about, that one transaction stores or removes: who waits for its locks waits no
 #: longer than that takes, and what SQLite writes for it has room on a volume that is nearly full.
@@ -89,8 +89,8 @@ async def connect(url: str, *, migrate: bool | None, create: bool = True) -> Asy
         await engine.dispose()
         if isinstance(error, (SQLAlchemyError, OSError, TimeoutError)):
             raise AuditError(
-                f"cannot open the audit store {engine.url.render_as_string()}: {error}; check "
-                "audit.url, and that its database can be reached and written"
+                f"cannot open the audit store {engine.url.render_as_string()}: {described(error)}; "
+                "check audit.url, and that its database can be reached and written"
             ) from error
         raise
     return engine

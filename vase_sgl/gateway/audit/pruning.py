@@ -18,6 +18,8 @@ from vase_sgl.gateway.audit.tables import checkpoints, records
 
 #: Records removed in one transaction at most, so that appending gateways never wait long.
 _CHUNK = 1000
+#: Records looked at in one statement, whose time is limited.
+_PAGE = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,20 +42,17 @@ async def due(connection: AsyncConnection, tenant: str, before_unix_micros: int)
     connection: a `reading.snapshot`; of two states it would find a beginning and another's end.
     A chain loses its beginning only, so an old record behind a newer one stays for now.
     """
-    first_kept = (
-        await connection.execute(
-            select(records.c.sequence, records.c.created_unix_micros)
-            .where(records.c.tenant == tenant, records.c.created_unix_micros >= before_unix_micros)
-            .order_by(records.c.sequence)
-            .limit(1)
-        )
-    ).first()
-    query = select(func.count(), func.max(records.c.sequence)).where(records.c.tenant == tenant)
-    if first_kept is not None:
-        query = query.where(records.c.sequence < first_kept.sequence)
-    count, last = (await connection.execute(query)).one()
-    kept = None if first_kept is None else (first_kept[0], first_kept[1])
-    return Pruned(tenant, count, last or 0, kept)
+    # In SQL, as a damaged SQLite row may hold text.
+    stays = records.c.created_unix_micros >= before_unix_micros
+    query = select(records.c.sequence, records.c.created_unix_micros, stays)
+    query = query.where(records.c.tenant == tenant).order_by(records.c.sequence).limit(_PAGE)
+    count = last = 0
+    while page := (await connection.execute(query.where(records.c.sequence > last))).all():
+        for sequence, created, kept in page:
+            if kept:
+                return Pruned(tenant, count, last, (sequence, created))
+            count, last = count + 1, sequence
+    return Pruned(tenant, count, last, None)
 
 
 async def prune(
@@ -66,7 +65,7 @@ async def prune(
     then says so. Raises `AuditError` for a broken chain, or if another prune is under way.
     """
     async with reading.snapshot(engine) as connection:
-        end = (await reading.ends(connection))[tenant]
+        end = await reading.end_of(connection, tenant)
         _, problem = await reading.verify(connection, tenant, end)
         if problem is not None and not force:
             raise AuditError(

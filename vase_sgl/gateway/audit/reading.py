@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 
-from sqlalchemy import select, union
+from sqlalchemy import func, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from vase_sgl.gateway.audit import database
 from vase_sgl.gateway.audit.chain import ChainCheck, Checkpoint, Problem
 from vase_sgl.gateway.audit.entries import GENESIS, Row
-from vase_sgl.gateway.audit.errors import AuditError
+from vase_sgl.gateway.audit.errors import AuditError, described
 from vase_sgl.gateway.audit.tables import chains, checkpoints, records
 
 #: Records read at once. With an answer of 32k tokens each they take some 60 MiB.
@@ -26,7 +26,7 @@ async def opened(url: str) -> AsyncIterator[AsyncEngine]:
     try:
         yield engine
     except (SQLAlchemyError, OSError, TimeoutError) as error:
-        raise AuditError(f"the audit store failed: {error}") from error
+        raise AuditError(f"the audit store failed: {described(error)}") from error
     finally:
         await engine.dispose()
 
@@ -43,11 +43,22 @@ async def snapshot(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
 
 async def ends(connection: AsyncConnection) -> dict[str, tuple[int, str]]:
     """Sequence and hash at the noted end of every tenant's chain, by name in order."""
-    named = union(*(select(table.c.tenant) for table in (chains, records, checkpoints)))
-    tenants = sorted((await connection.execute(named)).scalars())
     rows = (await connection.execute(select(chains))).all()
     noted = {row.tenant: (row.sequence, row.hash) for row in rows}
-    return {tenant: noted.get(tenant, (0, GENESIS)) for tenant in tenants}
+    tenants = {*noted, *await connection.scalars(select(checkpoints.c.tenant).distinct())}
+    # From name to name: who asks for all of them has every record looked at.
+    following = select(func.min(records.c.tenant))
+    last: str | None = ""
+    while last := await connection.scalar(following.where(records.c.tenant > last)):
+        tenants.add(last)
+    return {tenant: noted.get(tenant, (0, GENESIS)) for tenant in sorted(tenants)}
+
+
+async def end_of(connection: AsyncConnection, tenant: str) -> tuple[int, str]:
+    """What `ends` says of this tenant."""
+    query = select(chains.c.sequence, chains.c.hash).where(chains.c.tenant == tenant)
+    row = (await connection.execute(query)).first()
+    return (0, GENESIS) if row is None else (row.sequence, row.hash)
 
 
 async def checkpoints_of(connection: AsyncConnection, tenant: str) -> list[Checkpoint]:

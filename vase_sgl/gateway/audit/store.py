@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from vase_sgl.gateway.audit import database
 from vase_sgl.gateway.audit.encryption import KeyRing
 from vase_sgl.gateway.audit.entries import GENESIS, Row, Sealed, hash_of, seal, unseal
+from vase_sgl.gateway.audit.errors import described
 from vase_sgl.gateway.audit.group_commit import GroupCommit
 from vase_sgl.gateway.audit.records import Record, StoredRecord
 from vase_sgl.gateway.audit.tables import chains, records
@@ -149,7 +150,9 @@ class AuditStore:
             except _ITEM_FAULTS:
                 raise
             except _TROUBLE as error:
-                logger.warning("appending %d records failed, once more: %s", len(batch), error)
+                logger.warning(
+                    "appending %d records failed, once more: %s", len(batch), described(error)
+                )
                 await asyncio.sleep(_RETRY_SECONDS)
                 if not isinstance(error, PoolTimeout):  # there was one
                     # After a failover it may lead to a standby, which answers and never writes.
@@ -245,5 +248,5 @@ def _unavailable(what: str) -> Iterator[None]:
     except _TROUBLE as error:
         if isinstance(error, SQLAlchemyError) and not isinstance(error, (DBAPIError, PoolTimeout)):
             raise  # a defect in a query
-        logger.error("the audit store cannot be %s: %s", what, error)
+        logger.error("the audit store cannot be %s: %s", what, described(error))
         raise AuditUnavailable(f"the audit store cannot be {what} now; try again later") from error
