@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import event
@@ -60,3 +61,20 @@ async def test_what_a_prune_would_remove_is_found_in_pages(
             due = await pruning.due(connection, "alice", 10**9)
             assert due == pruning.Pruned("alice", LENGTH, LENGTH, None)
     assert max(counts) * 100 < LENGTH
+
+
+async def test_records_of_a_time_are_found_without_the_others(url: str) -> None:
+    store = await AuditStore.open(url)
+    counts = await counted(store._engine)
+
+    async def listed(**options: Any) -> list[int]:
+        found = await store.latest("alice", count=50, by_arrival=True, **options)
+        return [s.sequence for s in found]
+
+    since, place = 2000 * 1000, (2020 * 1000, 2020)
+    assert await listed(before=None, since_unix_micros=since) == list(range(4000, 3950, -1))
+    assert await listed(before=place, since_unix_micros=since) == list(range(2019, 1999, -1))
+    assert await listed(before=None, until_unix_micros=since) == list(range(1999, 1949, -1))
+    assert await listed(before=None, since_unix_micros=10**9) == []
+    assert max(counts) * 100 < LENGTH
+    await store.close()

@@ -59,7 +59,7 @@ async def test_an_older_store_is_taken_over_whole(old: str) -> None:
     assert first.record.retention is Retention.FULL and first.record.completion_tokens == 2
     assert first.record.seeds.sampling == 2**63 - 1 and first.record.seeds.origin is None
     (failed,) = [
-        s.record for s in await store.latest("alice", before=4, count=1) if s.sequence == 3
+        s.record for s in await store.latest("alice", before=(4,), count=1) if s.sequence == 3
     ]
     assert (failed.status, failed.failure) == (RecordStatus.FAILED, "worker lost")
     # The chain goes on where it was.

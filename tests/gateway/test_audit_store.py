@@ -90,7 +90,7 @@ async def test_pages_go_back_in_time(store: AuditStore) -> None:
     page = await store.latest("alice", before=None, count=3)
     assert [s.sequence for s in page] == [5, 4, 3]
     assert page[0].record.text == "" and page[0].record.prompt_tokens == 3
-    assert [s.sequence for s in await store.latest("alice", before=3, count=3)] == [2, 1]
+    assert [s.sequence for s in await store.latest("alice", before=(3,), count=3)] == [2, 1]
     between = await store.latest(
         "alice", before=None, count=9, since_unix_micros=101, until_unix_micros=103
     )

@@ -135,8 +135,9 @@ async def test_pages_and_capacity_check_their_fields(running: Running) -> None:
     with pytest.raises(InvalidRequest, match="page_size: must be from 1 to 1000"):
         _ = [r async for r in running.client.list_records(page_size=1001)]
     stub, metadata = running.client._stub, channels.metadata(running.key)
-    with pytest.raises(Exception, match="page_token: 'x' is not one"):
-        await stub.ListRecords(pb.ListRecordsRequest(page_token="x"), metadata=metadata)
+    for token in ("x", "-", "-1", "1-", "1-2-3", "\u0661", "1" * 19, "1-2\n"):
+        with pytest.raises(Exception, match=r"page_token: '.*' is not one"):
+            await stub.ListRecords(pb.ListRecordsRequest(page_token=token), metadata=metadata)
     with pytest.raises(InvalidRequest, match="budget: must be greater than window 64, got 10"):
         await running.client.capacity(budget=10)
     with pytest.raises(InvalidRequest, match="prompt_tokens: must not be negative, got -1"):

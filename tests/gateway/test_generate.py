@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from tests.gateway.audit_records import numbered
 from tests.gateway.running import Running, run_gateway
 from tests.gateway.scripted_worker import token_of
-from vase_sgl.client import NEVER, AsyncClient, InvalidRequest, Message
+from vase_sgl.client import NEVER, AsyncClient, InvalidRequest, Message, channels
+from vase_sgl.rpc.v1 import gateway_pb2 as pb
 
 
 async def test_a_stream_brings_text_tokens_statistics_and_result(running: Running) -> None:
@@ -202,6 +204,29 @@ async def test_many_requests_at_once_are_all_recorded_in_one_chain(running: Runn
     assert {s.record_id for s in summaries} == {a.request_id for a in answers}
     records = [await running.client.get_record(s.record_id) for s in summaries]
     assert [r.sequence for r in records] == list(range(24, 0, -1))
+
+
+async def test_records_of_a_time_are_listed_by_arrival(running: Running) -> None:
+    """They are stored by their ends. Several may arrive in one microsecond."""
+    for number, arrival in enumerate((1, 4, 2, 2, 2, 3), start=1):
+        await running.gateway._store.append(numbered(number, created_unix_micros=arrival))
+    stub, metadata = running.client._stub, channels.metadata(running.key)
+
+    async def pages(first_token: str, **period: int) -> list[list[int]]:
+        request = pb.ListRecordsRequest(page_size=2, page_token=first_token, **period)
+        found = []
+        while True:
+            page = await stub.ListRecords(request, metadata=metadata)
+            found.append([int(record.record_id, 16) for record in page.records])
+            if not page.next_page_token:
+                return found
+            request.page_token = page.next_page_token
+
+    assert await pages("", since_unix_micros=2) == [[2, 6], [5, 4], [3]]
+    assert await pages("", until_unix_micros=4) == [[6, 5], [4, 3], [1]]
+    assert await pages("") == [[6, 5], [4, 3], [2, 1]]
+    # Begun at a gateway of a version that listed by sequence.
+    assert await pages("5", since_unix_micros=2) == [[4, 3], [2]]
 
 
 async def test_capacity_says_how_many_requests_fit(running: Running) -> None:

@@ -291,7 +291,8 @@ class AsyncClient:
     ) -> AsyncIterator[types.RecordSummary]:
         """The tenant's own records, newest first; fetches pages as it goes.
 
-        Requests that arrived at `since` or later, and before `until`; both need a time zone.
+        Requests that arrived at `since` or later, and before `until`; both need a time zone. With
+        one of them in the order of arrival, else in that of the chain.
         `page_size`: records a fetch, up to 1000; 0: 50. `timeout` is of one fetch.
         """
         request = messages.fitted(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import re
 
 from google.protobuf.message import Message
 
 from vase_sgl.eviction.params import DEFAULT_WINDOW, reserved_slots
 from vase_sgl.gateway import validation, wire
 from vase_sgl.gateway.admission import Admissions
-from vase_sgl.gateway.audit import AuditStore
+from vase_sgl.gateway.audit import AuditStore, StoredRecord
 from vase_sgl.gateway.auth import current_tenant
 from vase_sgl.gateway.comparison import Outcome, Progress, Verdict
 from vase_sgl.gateway.errors import InvalidRequest, NotFound, as_status
@@ -129,20 +130,24 @@ class GatewayService(gateway_pb2_grpc.VaseGatewayServicer):
                 1 <= size <= MAX_PAGE,
                 f"page_size: must be from 1 to {MAX_PAGE}, or 0 for {DEFAULT_PAGE}, got {size}",
             )
-            before = _page_position(request.page_token)
-            # One more than asked for tells whether there is a next page.
             has = request.HasField
+            before = _page_position(request.page_token)
+            timed = has("since_unix_micros") or has("until_unix_micros")
+            # A token tells the order: one of a version that had no other is a sequence alone.
+            by_arrival = timed if before is None else len(before) > 1
+            # One more than asked for tells whether there is a next page.
             found = await self._store.latest(
                 tenant.name,
                 before=before,
                 count=size + 1,
                 since_unix_micros=request.since_unix_micros if has("since_unix_micros") else None,
                 until_unix_micros=request.until_unix_micros if has("until_unix_micros") else None,
+                by_arrival=by_arrival,
             )
             page = found[:size]
             return pb.ListRecordsResponse(
                 records=[wire.summary(stored) for stored in page],
-                next_page_token=str(page[-1].sequence) if len(found) > size else "",
+                next_page_token=_page_token(page[-1], by_arrival) if len(found) > size else "",
             )
         return None
 
@@ -221,14 +226,20 @@ async def _discard(message: pb.GenerateResponse) -> None:
     """GenerateOnce answers from the record; what streams by is not needed."""
 
 
-def _page_position(token: str) -> int | None:
+def _page_token(last: StoredRecord, by_arrival: bool) -> str:
+    sequence = str(last.sequence)
+    return f"{last.record.created_unix_micros}-{sequence}" if by_arrival else sequence
+
+
+def _page_position(token: str) -> tuple[int, ...] | None:
+    """What `AuditStore.latest` takes as `before`."""
     if token == "":
         return None
-    if not token.isascii() or not token.isdecimal() or len(token) > 18:
+    if not re.fullmatch(r"([0-9]{1,18}-)?[0-9]{1,18}", token):
         raise InvalidRequest(
             f"page_token: {token!r} is not one; send next_page_token of the page before"
         )
-    return int(token)
+    return tuple(int(number) for number in token.split("-"))
 
 
 def _that_fit(info: WorkerInfo, slots: int) -> int:

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 
-from sqlalchemy import RowMapping, func, insert, select, update
+from sqlalchemy import ColumnElement, RowMapping, and_, func, insert, or_, select, update
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -104,26 +104,31 @@ class AuditStore:
         self,
         tenant: str,
         *,
-        before: int | None,
+        before: tuple[int, ...] | None,
         count: int,
         since_unix_micros: int | None = None,
         until_unix_micros: int | None = None,
+        by_arrival: bool = False,
     ) -> list[StoredRecord]:
         """Up to `count` of the tenant's records without their content, newest first.
 
-        before: only sequences below it. since, until: only requests that arrived at or after, and
-        before.
+        since, until: only requests that arrived at or after, and before. by_arrival: in the order
+        of arrival and then sequence, not of sequence alone: so an index finds those of a time,
+        which otherwise takes a look at the whole chain. before: where the page before ended, as its
+        last record's sequence, or (by arrival) its arrival and sequence.
         """
+        created = records.c.created_unix_micros
+        order = (created, records.c.sequence) if by_arrival else (records.c.sequence,)
         # SQLite would read all of a payload to come to the hash behind it.
         columns = [column for column in records.c if column.name not in ("payload", "hash")]
         query = select(*columns).where(records.c.tenant == tenant)
         if before is not None:
-            query = query.where(records.c.sequence < before)
+            query = query.where(_behind(before))
         if since_unix_micros is not None:
-            query = query.where(records.c.created_unix_micros >= since_unix_micros)
+            query = query.where(created >= since_unix_micros)
         if until_unix_micros is not None:
-            query = query.where(records.c.created_unix_micros < until_unix_micros)
-        query = query.order_by(records.c.sequence.desc()).limit(count)
+            query = query.where(created < until_unix_micros)
+        query = query.order_by(*(column.desc() for column in order)).limit(count)
         async with self._reading() as connection:
             rows = (await connection.execute(query)).mappings().all()
         # As in `append`: a page of long ones takes a tenth of a second.
@@ -232,6 +237,16 @@ class AuditStore:
         query = select(records.c.record_id, records.c.sequence)
         rows = await connection.execute(query.where(records.c.record_id.in_(ids)))
         return {row.record_id: row.sequence for row in rows}
+
+
+def _behind(place: tuple[int, ...]) -> ColumnElement[bool]:
+    """Whether a record comes after this place of a list, newest first."""
+    *arrival, sequence = place
+    below = records.c.sequence < sequence
+    if not arrival:
+        return below
+    created = records.c.created_unix_micros
+    return and_(created <= arrival[0], or_(created < arrival[0], below))
 
 
 def _summary(values: RowMapping, keys: KeyRing) -> StoredRecord:

@@ -1403,7 +1403,7 @@ Global___ListRecordsRequest: _TypeAlias = ListRecordsRequest  # noqa: Y015
 
 @_typing.final
 class ListRecordsResponse(_message.Message):
-    """One page of records, newest first."""
+    """One page of records, newest first: with since or until by arrival, else by sequence."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
