@@ -114,9 +114,9 @@ async def _watch(lateness: list[float]) -> None:
 
 async def _verify(url: str) -> None:
     async with reading.opened(url) as engine, reading.snapshot(engine) as connection:
-        for tenant, end in (await reading.ends(connection)).items():
+        for tenant in await reading.tenants(connection):
             begun = time.perf_counter()
-            check, problem = await reading.verify(connection, tenant, end)
+            check, problem = await reading.verify(connection, tenant)
             seconds = time.perf_counter() - begun
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
             print(

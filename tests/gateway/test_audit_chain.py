@@ -10,6 +10,7 @@ import json
 import random
 import tracemalloc
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ async def store(audit_url: str) -> AsyncIterator[AuditStore]:
 
 async def exported(url: str) -> list[str]:
     async with reading.opened(url) as engine, reading.snapshot(engine) as connection:
-        return [line async for line in export.lines(connection, await reading.ends(connection))]
+        return [line async for line in export.lines(engine, await reading.tenants(connection))]
 
 
 def cut_files(lines: list[str]) -> list[list[str]]:
@@ -68,8 +69,7 @@ def file_problems(lines: list[str]) -> dict[str, str | None]:
 async def checked(url: str, known: tuple[int, str]) -> str | None:
     """What is wrong with alice's chain for somebody who noted that place of it."""
     async with reading.opened(url) as engine, reading.snapshot(engine) as connection:
-        end = (await reading.ends(connection))["alice"]
-        _, problem = await reading.verify(connection, "alice", end, known)
+        _, problem = await reading.verify(connection, "alice", known)
         return None if problem is None else str(problem)
 
 
@@ -259,13 +259,25 @@ async def test_any_changed_file_is_found(
     assert file_problems(lines)["alice"] is not None
 
 
+async def test_an_export_holds_no_state_of_the_store_for_longer_than_a_chain(
+    store: AuditStore, audit_url: str
+) -> None:
+    async with reading.opened(audit_url) as engine:
+        lines = [line async for line in export.lines(engine, ["alice"])]
+        async with aclosing(export.lines(engine, ["alice", "bob"])) as file:
+            for line in lines[:-1]:
+                assert await anext(file) == line
+                await store.append(numbered(200 + lines.index(line), tenant="bob"))
+            rest = [line async for line in file]
+    assert sum('"kind":"record"' in line for line in rest) == len(lines)
+    assert file_problems([*lines[:-1], *rest]) == {"alice": None, "bob": None}
+
+
 async def test_a_chain_written_anew_is_found_with_its_old_head(
     store: AuditStore, audit_url: str
 ) -> None:
     async with reading.opened(audit_url) as engine, reading.snapshot(engine) as connection:
-        old, _ = await reading.verify(
-            connection, "alice", (await reading.ends(connection))["alice"]
-        )
+        old, _ = await reading.verify(connection, "alice")
     head = (old.sequence, old.hash)
     await store.append(numbered(6))
 
@@ -415,7 +427,7 @@ async def test_sqlites_wal_stays_short(tmp_path: Path) -> None:
     most = 2.1 * database.TRANSACTION_BYTES
     async with reading.opened(url) as engine:
         async with reading.snapshot(engine) as connection:
-            await reading.ends(connection)  # while it reads, the WAL only grows
+            await reading.tenants(connection)  # while it reads, the WAL only grows
             for number in range(30):
                 await store.append(numbered(number, text="x" * 2**20, created_unix_micros=1))
             assert wal.stat().st_size > 1.5 * most

@@ -55,7 +55,7 @@ async def test_what_a_prune_would_remove_is_found_in_pages(
     async with reading.opened(url) as engine:
         counts = await counted(engine)
         async with reading.snapshot(engine) as connection:
-            assert list(await reading.ends(connection)) == ["alice", "bob"]
+            assert await reading.tenants(connection) == ["alice", "bob"]
             due = await pruning.due(connection, "alice", 3950 * 1000)
             assert due == pruning.Pruned("alice", 3949, 3949, (3950, 3950 * 1000))
             due = await pruning.due(connection, "alice", 10**9)

@@ -34,8 +34,8 @@ async def problems(url: str) -> dict[str, str | None]:
     """Every tenant, with what is wrong with its chain."""
     async with reading.opened(url) as engine, reading.snapshot(engine) as connection:
         found = {}
-        for tenant, end in (await reading.ends(connection)).items():
-            _, problem = await reading.verify(connection, tenant, end)
+        for tenant in await reading.tenants(connection):
+            _, problem = await reading.verify(connection, tenant)
             found[tenant] = None if problem is None else str(problem)
         return found
 

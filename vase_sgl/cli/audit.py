@@ -149,16 +149,17 @@ async def _verify(url: str, tenant: str | None, head: tuple[int, str] | None) ->
     from vase_sgl.gateway.audit import AuditError, reading
 
     whole = True
-    async with reading.opened(url) as engine, reading.snapshot(engine) as connection:
-        ends = await reading.ends(connection)
-        if not ends:
+    async with reading.opened(url) as engine:
+        tenants = await _tenants(engine)
+        if not tenants:
             raise AuditError(
                 "the audit store holds no record, so nothing was verified; that is right before "
                 "the first generation only: a copy of SQLite's file without its -wal file is "
                 "empty too"
             )
-        for name in _chosen(ends, tenant):
-            check, problem = await reading.verify(connection, name, ends[name], head)
+        for name in _chosen(tenants, tenant):
+            async with reading.snapshot(engine) as connection:
+                check, problem = await reading.verify(connection, name, head)
             whole = _report(name, check, problem) and whole
     return whole
 
@@ -202,12 +203,11 @@ async def _export(url: str, tenant: str | None, output: Path | None) -> int:
     from vase_sgl.gateway.audit import export, reading
 
     count = 0
-    async with reading.opened(url) as engine, reading.snapshot(engine) as connection:
-        ends = await reading.ends(connection)
-        chosen = {name: ends[name] for name in _chosen(ends, tenant)}
+    async with reading.opened(url) as engine:
+        chosen = _chosen(await _tenants(engine), tenant)
         stdout = typer.get_text_stream("stdout", encoding="utf-8")  # whatever a terminal has
         with nullcontext(stdout) if output is None else _private(output) as file:
-            async with aclosing(export.lines(connection, chosen)) as lines:
+            async with aclosing(export.lines(engine, chosen)) as lines:
                 async for line in lines:
                     with _naming(output):
                         file.write(line + "\n")
@@ -240,9 +240,7 @@ async def _prune(
     from vase_sgl.gateway.audit import reading
 
     async with reading.opened(url) as engine:
-        async with reading.snapshot(engine) as connection:
-            chosen = _chosen(await reading.ends(connection), tenant)
-        for name in chosen:
+        for name in _chosen(await _tenants(engine), tenant):
             await _prune_one(engine, name, cutoff, by, dry_run, force)
 
 
@@ -278,13 +276,20 @@ async def _migrate(url: str) -> str:
     return schema.newest()
 
 
-def _chosen(tenants: dict[str, tuple[int, str]] | list[str], tenant: str | None) -> list[str]:
+async def _tenants(engine: AsyncEngine) -> list[str]:
+    from vase_sgl.gateway.audit import reading
+
+    async with engine.connect() as connection:
+        return await reading.tenants(connection)
+
+
+def _chosen(tenants: list[str], tenant: str | None) -> list[str]:
     from vase_sgl.gateway.audit import AuditError
 
     if tenant is None:
         if not tenants:
             typer.echo("the audit store holds no record yet", err=True)
-        return list(tenants)
+        return tenants
     if tenant not in tenants:
         raise AuditError(
             f"there is no chain of a tenant {tenant!r}; there are: {', '.join(tenants)}"

@@ -22,16 +22,16 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, TextIO
 
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from vase_sgl.gateway.audit.chain import ChainCheck, Checkpoint, Damage, Problem
 from vase_sgl.gateway.audit.entries import GENESIS, Row
 from vase_sgl.gateway.audit.errors import AuditError
-from vase_sgl.gateway.audit.reading import checkpoints_of, rows_of
+from vase_sgl.gateway.audit.reading import checkpoints_of, end_of, rows_of, snapshot
 
 #: Version of this file format.
 FORMAT = 2
@@ -39,23 +39,22 @@ FORMAT = 2
 _ENDLESS_FORMAT = 1
 
 
-async def lines(
-    connection: AsyncConnection, ends: Mapping[str, tuple[int, str]]
-) -> AsyncGenerator[str, None]:
+async def lines(engine: AsyncEngine, tenants: Sequence[str]) -> AsyncGenerator[str, None]:
     """A file with the chains of these tenants, line by line without newlines.
 
-    `ends` is what `reading.ends` said of them.
+    Each chain is as it was when it was begun.
     """
-    for tenant, end in ends.items():
-        async with aclosing(_chain_lines(connection, tenant, end)) as chain:
+    for tenant in tenants:
+        async with (
+            snapshot(engine) as connection,
+            aclosing(_chain_lines(connection, tenant)) as chain,
+        ):
             async for line in chain:
                 yield line
-    yield _line("file-end", chains=len(ends))
+    yield _line("file-end", chains=len(tenants))
 
 
-async def _chain_lines(
-    connection: AsyncConnection, tenant: str, end: tuple[int, str]
-) -> AsyncGenerator[str, None]:
+async def _chain_lines(connection: AsyncConnection, tenant: str) -> AsyncGenerator[str, None]:
     yield _line("start", format=FORMAT, tenant=tenant, sequence=0, hash=GENESIS)
     after = 0
     for checkpoint in await checkpoints_of(connection, tenant):
@@ -65,7 +64,8 @@ async def _chain_lines(
         async for row in rows:
             payload = None if row.payload is None else base64.b64encode(row.payload).decode()
             yield _line("record", **{**vars(row), "payload": payload})
-    yield _line("end", tenant=tenant, sequence=end[0], hash=end[1])
+    sequence, hash = await end_of(connection, tenant)
+    yield _line("end", tenant=tenant, sequence=sequence, hash=hash)
 
 
 class FileCheck:

@@ -65,8 +65,7 @@ async def prune(
     then says so. Raises `AuditError` for a broken chain, or if another prune is under way.
     """
     async with reading.snapshot(engine) as connection:
-        end = await reading.end_of(connection, tenant)
-        _, problem = await reading.verify(connection, tenant, end)
+        _, problem = await reading.verify(connection, tenant)
         if problem is not None and not force:
             raise AuditError(
                 f"the chain of {tenant} is broken, and pruning could remove what shows it: "

@@ -33,7 +33,11 @@ async def opened(url: str) -> AsyncIterator[AsyncEngine]:
 
 @asynccontextmanager
 async def snapshot(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
-    """One state of the store, whatever gateways append meanwhile."""
+    """One state of the store, whatever gateways append meanwhile.
+
+    For one chain, not for all of them: PostgreSQL cannot vacuum, nor SQLite cut its WAL, while a
+    state is held.
+    """
     async with engine.connect() as connection:
         if engine.dialect.name == "postgresql":
             await connection.execution_options(isolation_level="REPEATABLE READ")
@@ -41,21 +45,23 @@ async def snapshot(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
             yield connection
 
 
-async def ends(connection: AsyncConnection) -> dict[str, tuple[int, str]]:
-    """Sequence and hash at the noted end of every tenant's chain, by name in order."""
-    rows = (await connection.execute(select(chains))).all()
-    noted = {row.tenant: (row.sequence, row.hash) for row in rows}
-    tenants = {*noted, *await connection.scalars(select(checkpoints.c.tenant).distinct())}
+async def tenants(connection: AsyncConnection) -> list[str]:
+    """Whose chains there are, in order."""
+    found = {
+        name
+        for table in (chains, checkpoints)
+        for name in await connection.scalars(select(table.c.tenant).distinct())
+    }
     # From name to name: who asks for all of them has every record looked at.
     following = select(func.min(records.c.tenant))
     last: str | None = ""
     while last := await connection.scalar(following.where(records.c.tenant > last)):
-        tenants.add(last)
-    return {tenant: noted.get(tenant, (0, GENESIS)) for tenant in sorted(tenants)}
+        found.add(last)
+    return sorted(found)
 
 
 async def end_of(connection: AsyncConnection, tenant: str) -> tuple[int, str]:
-    """What `ends` says of this tenant."""
+    """Sequence and hash at the noted end of the tenant's chain."""
     query = select(chains.c.sequence, chains.c.hash).where(chains.c.tenant == tenant)
     row = (await connection.execute(query)).first()
     return (0, GENESIS) if row is None else (row.sequence, row.hash)
@@ -90,12 +96,9 @@ async def rows_of(
 
 
 async def verify(
-    connection: AsyncConnection,
-    tenant: str,
-    end: tuple[int, str],
-    known: tuple[int, str] | None = None,
+    connection: AsyncConnection, tenant: str, known: tuple[int, str] | None = None
 ) -> tuple[ChainCheck, Problem | None]:
-    """Check the tenant's chain, which `ends` said ends at `end`; `known` as in `ChainCheck`.
+    """Check the tenant's chain in a `snapshot`; `known` as in `ChainCheck`.
 
     Leftovers of a prune that was cut short lie before the last checkpoint and are not looked at.
     """
@@ -109,4 +112,4 @@ async def verify(
             problem = check.record(row)
             if problem is not None:
                 return check, problem
-    return check, check.end(*end)
+    return check, check.end(*await end_of(connection, tenant))
