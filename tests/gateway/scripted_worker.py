@@ -82,6 +82,8 @@ class ScriptedWorker:
         self.token_seconds = 0.0
         #: What every answer's text begins with.
         self.opening = ""
+        #: Events carry what is new, as under `--incremental-streaming-output`, and not all output.
+        self.incremental = False
         #: Letters added to each token's text, to make chunks big.
         self.padding = 0
         self.bodies: list[dict[str, Any]] = []
@@ -226,7 +228,12 @@ class ScriptedWorker:
             "page_size": 1,
             **({} if self.hides_vocabulary else {"vocab_size": VOCAB}),
         }
-        return web.json_response({"internal_states": [{"vase": vase}]})
+        return web.json_response(
+            {
+                "internal_states": [{"vase": vase}],
+                "incremental_streaming_output": self.incremental,
+            }
+        )
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -258,6 +265,7 @@ class ScriptedWorker:
         sampling = body["sampling_params"]
         run = Run(body["input_ids"], sampling, self.faults)
         text = self.opening
+        letters = tokens = 0
         while run.finish is None:
             if self.token_seconds:
                 await asyncio.sleep(self.token_seconds)
@@ -276,8 +284,12 @@ class ScriptedWorker:
                     if stop in text:
                         text = text[: text.index(stop)]
                         run.finish = {"type": "stop", "matched": stop}
-            await response.write(_event(run.event(body["rid"], text)))
-            self.tokens_written = len(run.tokens)
+            event = run.event(body["rid"], text)
+            if self.incremental:
+                event |= {"text": text[letters:], "output_ids": run.tokens[tokens:]}
+            await response.write(_event(event))
+            letters, tokens = len(text), len(run.tokens)
+            self.tokens_written = tokens
         await response.write(b"data: [DONE]\n\n")
 
 

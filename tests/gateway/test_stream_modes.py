@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.gateway.running import run_gateway
+from tests.gateway.scripted_worker import ScriptedWorker
 from vase_sgl.gateway.errors import WorkerUnavailable
-from vase_sgl.gateway.worker_http import _Output
+from vase_sgl.gateway.worker_http import HttpWorker, _Output
 
 
 def _event(text: str, token_ids: list[int], total: int, reason: str | None = None) -> Any:
@@ -80,3 +84,30 @@ def test_lost_output_is_an_error() -> None:
     list(output.chunks([encoded(_event("a", [1], 1))]))
     with pytest.raises(WorkerUnavailable, match="lost output"):
         list(output.chunks([encoded(_event("d", [4], 4))]))
+
+
+async def test_both_give_one_answer_and_the_dear_one_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers = []
+    async with run_gateway(tmp_path) as running:
+        for incremental in (False, True):
+            running.worker.incremental = incremental
+            await running.worker.noticed()
+            answers.append(await running.client.generate_once("tell me", max_new_tokens=20, seed=1))
+    assert (answers[0].text, answers[0].token_ids) == (answers[1].text, answers[1].token_ids)
+    told = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    (warning,) = (text for text in told if "--incremental-streaming-output" in text)
+    assert running.worker.url in warning
+
+
+async def test_no_warning_of_a_worker_that_sends_what_is_new(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with ScriptedWorker() as worker:
+        http = HttpWorker(worker.url, stall_seconds=1)
+        for incremental, warnings in ((True, 0), (False, 1), (False, 1), (True, 1), (False, 2)):
+            worker.incremental = incremental
+            await http.info()
+            assert caplog.text.count("--incremental-streaming-output") == warnings
+        await http.close()

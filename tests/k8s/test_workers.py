@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.k8s.chart import POSTGRESQL, Rendered, Values, render
+from tests.k8s.chart import POSTGRESQL, PROFILES, Rendered, Values, render
 from vase_sgl.engine.config import EngineConfig
 from vase_sgl.engine.server import complete_argv, value_of
 
@@ -42,6 +42,14 @@ def test_worker_command_accepts_the_arguments() -> None:
         value_of(argv, "--port") == "31000" == str(rendered.worker()["ports"][0]["containerPort"])
     )
     assert value_of(argv, "--host") == "0.0.0.0"
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_streams_carry_what_is_new(profile: str) -> None:
+    """With all of an answer in each event, long ones would cost the square of their length."""
+    rendered = render({"canary.enabled": True}, profile=profile)
+    for name in ("-worker", "-worker-canary"):
+        assert "--incremental-streaming-output" in arguments(rendered, name)
 
 
 def test_default_eviction_is_one_the_engine_accepts() -> None:

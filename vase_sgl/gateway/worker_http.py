@@ -78,6 +78,7 @@ class HttpWorker:
         #: Set: no call but `generate` is under way.
         self._calls_ended = asyncio.Event()
         self._calls_ended.set()
+        self._repeats_output = False
 
     @property
     def name(self) -> str:
@@ -139,14 +140,16 @@ class HttpWorker:
         await self._call("GET", "/health", timeout=HEALTH_TIMEOUT)
 
     async def info(self) -> WorkerInfo:
-        info = await self._call("GET", "/server_info")
+        answer = await self._call("GET", "/server_info")
         try:
-            return worker_info(info)
+            info = worker_info(answer)
         except (IndexError, *_NOT_UNDERSTOOD) as error:
             raise WorkerUnavailable(
                 f"worker {self.name} does not report vase_sgl's state ({error!r}); start it with "
                 "`vase-sgl worker` of the same version as this gateway"
             ) from error
+        self._warn_of_repeated_output(answer.get("incremental_streaming_output") is False)
+        return info
 
     async def empty_prefix_cache(self) -> None:
         """Forget cached prompts. `InvalidRequest` if requests still run after `IDLE_SECONDS`."""
@@ -234,6 +237,17 @@ class HttpWorker:
         raise WorkerUnavailable(
             f"worker {self.name} answered {call} with status {response.status}", said=message
         )
+
+    def _warn_of_repeated_output(self, repeats: bool) -> None:
+        """Once, or again after the worker has run with the flag meanwhile."""
+        if repeats and not self._repeats_output:
+            logger.warning(
+                "worker %s sends all of an answer again with each token, which costs the square of "
+                "its length: one of 32,000 tokens takes some 6 GB of traffic and a minute of this "
+                "gateway's CPU; start it with --incremental-streaming-output",
+                self.name,
+            )
+        self._repeats_output = repeats
 
     def _lost(self, error: Exception) -> GatewayError:
         logger.debug("worker %s: %r", self.name, error)

@@ -70,6 +70,7 @@ vase-sgl/track: {{ .track }}
 - --host=0.0.0.0
 - --port={{ .worker.port }}
 - --enable-metrics
+- --incremental-streaming-output
 {{- if gt (int .worker.tensorParallelSize) 1 }}
 - --tp-size={{ .worker.tensorParallelSize }}
 {{- end }}
