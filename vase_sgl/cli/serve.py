@@ -76,6 +76,7 @@ def serve(
     from vase_sgl.gateway.config import ConfigError, load_config
     from vase_sgl.gateway.limits.shared import SharedUsageError
     from vase_sgl.gateway.listening import PortInUse
+    from vase_sgl.gateway.open_files import raise_limit
     from vase_sgl.gateway.tenants import TenantFileError
     from vase_sgl.gateway.worker_embedded import WorkerStartError
 
@@ -103,6 +104,7 @@ def serve(
         ConfigError, TenantFileError, SharedUsageError, AuditError, PortInUse, WorkerStartError
     ):
         settings = load_config(config, overrides)
+        raise_limit(settings)
         # Less time from call to first token than asyncio's own loop; the tests run on it too.
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(settings))

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 from vase_sgl.gateway.breaker import BreakerState
 from vase_sgl.gateway.config import WorkerSection
-from vase_sgl.gateway.errors import GatewayError
+from vase_sgl.gateway.errors import GatewayError, LimitExceeded
 from vase_sgl.gateway.leases import WorkerLoad
 from vase_sgl.gateway.workers import Worker
 
@@ -160,6 +160,8 @@ class Fleet:
         try:
             await worker.check_health()
             info = await worker.info()
+        except LimitExceeded as error:  # of this gateway
+            logger.warning("worker %s was not checked: %s", worker.name, error)
         except GatewayError as error:
             if load.info is not None:
                 logger.error("worker %s is lost: %s", worker.name, error)

@@ -8,7 +8,7 @@ from vase_sgl.gateway import telemetry, wire
 from vase_sgl.gateway.admission import Passage
 from vase_sgl.gateway.audit import Record
 from vase_sgl.gateway.deltas import OutputDeltas
-from vase_sgl.gateway.errors import WorkerUnavailable
+from vase_sgl.gateway.errors import LimitExceeded, WorkerUnavailable
 from vase_sgl.gateway.leases import Lease
 from vase_sgl.gateway.metrics import Metrics
 from vase_sgl.gateway.outbox import Outbox, Send
@@ -95,6 +95,11 @@ class Generations:
                 try:
                     await self._stream_from(lease, passage, plan, run, outbox)
                     return
+                except LimitExceeded:  # this gateway could not even connect
+                    passage.tokens = 0
+                    if not run.failed:
+                        run.info = None
+                    raise
                 except WorkerUnavailable as error:
                     if not run.latest.token_ids:
                         passage.tokens = 0  # no tenant pays for a worker that gave it nothing

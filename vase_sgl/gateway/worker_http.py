@@ -19,6 +19,7 @@ from vase_sgl.gateway.errors import (
     TokenizingTimeout,
     WorkerUnavailable,
 )
+from vase_sgl.gateway.open_files import out_of_files
 from vase_sgl.gateway.sse import events
 from vase_sgl.gateway.workers import (
     CacheStats,
@@ -251,6 +252,10 @@ class HttpWorker:
 
     def _lost(self, error: Exception) -> GatewayError:
         logger.debug("worker %s: %r", self.name, error)
+        if isinstance(error, aiohttp.ClientConnectorError) and (
+            full := out_of_files(error.os_error)
+        ):
+            return full  # which says nothing about the worker
         match error:
             case aiohttp.ConnectionTimeoutError():
                 reason = "cannot be reached"

@@ -174,7 +174,8 @@ class WorkerInfo:
 
 
 class Worker(Protocol):
-    """A running model. Methods raise `WorkerUnavailable` if it cannot be reached."""
+    """A running model. Methods raise `WorkerUnavailable` if it cannot be reached, and
+    `LimitExceeded` if this gateway can open no further connection."""
 
     @property
     def name(self) -> str:
