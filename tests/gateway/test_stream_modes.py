@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from tests.gateway.running import run_gateway
 from tests.gateway.scripted_worker import ScriptedWorker
 from vase_sgl.gateway.errors import WorkerUnavailable
-from vase_sgl.gateway.worker_http import HttpWorker, _Output
+from vase_sgl.gateway.worker_http import _NOT_UNDERSTOOD, HttpWorker, _Output
 
 
 def _event(text: str, token_ids: list[int], total: int, reason: str | None = None) -> Any:
@@ -84,6 +85,34 @@ def test_lost_output_is_an_error() -> None:
     list(output.chunks([encoded(_event("a", [1], 1))]))
     with pytest.raises(WorkerUnavailable, match="lost output"):
         list(output.chunks([encoded(_event("d", [4], 4))]))
+
+
+@pytest.mark.parametrize("wrong", [None, "1", 1.5, 2**31], ids=str)
+def test_what_is_no_token_is_not_understood(wrong: Any) -> None:
+    output = _Output()
+    list(output.chunks([encoded(_event("a", [1], 1))]))
+    seen: list[Any] = []
+    with pytest.raises(_NOT_UNDERSTOOD):
+        for chunk in output.chunks(
+            [encoded(_event("b", [2], 2)), encoded(_event("cd", [3, wrong], 4))]
+        ):
+            seen.append((chunk.text, tuple(chunk.token_ids)))
+    assert seen == [("ab", (1, 2))]
+
+
+def test_a_long_answer_takes_few_bytes_a_token() -> None:
+    """A gateway holds as many of them as it has calls."""
+    tokens, output = 20_000, _Output()
+    tracemalloc.start()
+    try:
+        for end in range(100, tokens + 1, 100):
+            ids = list(range(100_000 + end, 100_100 + end))
+            for chunk in output.chunks([encoded(_event("x" * 100, ids, end))]):
+                assert len(chunk.token_ids) == end
+        del ids, chunk
+        assert tracemalloc.get_traced_memory()[0] < 8 * tokens
+    finally:
+        tracemalloc.stop()
 
 
 async def test_both_give_one_answer_and_the_dear_one_a_warning(

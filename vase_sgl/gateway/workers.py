@@ -52,9 +52,9 @@ class Finish:
 
 
 class TokenPrefix(Sequence[int]):
-    """The first tokens of a list that only grows: chunks of a long answer share it."""
+    """The first tokens of a sequence that only grows: chunks of a long answer share it."""
 
-    def __init__(self, growing: list[int]) -> None:
+    def __init__(self, growing: Sequence[int]) -> None:
         self._growing = growing
         self._length = len(growing)
 
