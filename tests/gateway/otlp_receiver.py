@@ -33,14 +33,21 @@ class OtlpReceiver:
         ]
 
     def latest_metrics(self) -> dict[str, Any]:
-        """The metrics by name, as last sent."""
-        return {
-            metric.name: metric
+        """The metrics by name, as last sent, in however many messages."""
+        latest: dict[str, Any] = {}
+        sent = (
+            metric
             for request in self.metrics
             for resource in request.resource_metrics
             for scope in resource.scope_metrics
             for metric in scope.metrics
-        }
+        )
+        for metric in sent:
+            known = latest.get(metric.name)
+            if known is None or _time(known) != _time(metric):
+                latest[metric.name] = known = type(metric)()
+            known.MergeFrom(metric)
+        return latest
 
 
 @asynccontextmanager
@@ -67,6 +74,11 @@ async def otlp_receiver() -> AsyncIterator[OtlpReceiver]:
         yield receiver
     finally:
         await server.stop(None)
+
+
+def _time(metric: Any) -> int:
+    """When the points of a metric were collected, all of them at once."""
+    return int(getattr(metric, metric.WhichOneof("data")).data_points[0].time_unix_nano)
 
 
 def attributes(holder: Any) -> Iterator[tuple[str, Any]]:

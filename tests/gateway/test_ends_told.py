@@ -19,7 +19,7 @@ from vase_sgl.client import Unavailable, VaseError
 from vase_sgl.gateway import logs, worker_http
 from vase_sgl.gateway.audit import store
 
-LABELS = ("alice", "scripted", "text_completion", "vase_sgl")
+LABELS = ("scripted", "text_completion", "vase_sgl")
 DURATIONS = "gen_ai_server_request_duration_seconds_count"
 
 

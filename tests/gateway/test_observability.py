@@ -225,11 +225,13 @@ async def test_the_page_for_prometheus(tmp_path: Path) -> None:
         assert seen["vase_rejections_total", "", "unauthenticated"] == 1
         assert seen["vase_eviction_rounds_total", "alice", "random"] == 3
         assert seen["vase_eviction_tokens_total", "alice", "random"] == 24
-        assert seen["vase_queue_duration_seconds_count", "alice"] == 2
+        assert seen["vase_queue_duration_seconds_count",] == 3
+        assert seen["vase_tokens_total", "alice", "input"] == 2
+        assert seen["vase_tokens_total", "alice", "output"] == 60
         assert seen["vase_requests_open",] == 1 and seen["vase_worker_in_flight", worker] == 1
         assert seen["vase_worker_breaker", "closed", worker] == 1
-        labels = ("alice", "scripted", "text_completion", "vase_sgl")
-        assert seen["gen_ai_server_time_to_first_token_seconds_count", *labels] == 1
+        labels = ("scripted", "text_completion", "vase_sgl")
+        assert seen["gen_ai_server_time_to_first_token_seconds_count", *labels] == 2
         assert seen["gen_ai_server_time_per_output_token_seconds_count", *labels] == 1
         assert {"alice", "bob", ""} >= {
             key[1] for key in seen if key[0].startswith("vase_rejections")
@@ -289,19 +291,40 @@ async def test_streams_go_on_while_the_page_is_made() -> None:
         assert not any("otel_scope" in text for text in pages)
 
 
+@pytest.mark.parametrize("by_tenant", [False, True])
+async def test_histograms_tell_tenants_apart_on_demand(tmp_path: Path, by_tenant: bool) -> None:
+    section = {"metrics_port": 0, "tenant_histograms": by_tenant}
+    async with run_gateway(tmp_path, telemetry=section) as running:
+        await running.client.generate_once("tell me", max_new_tokens=2)
+        seen = await scrape(running)
+    histograms = {
+        key[0]: "alice" in key
+        for key in seen
+        if key[0].endswith("_bucket") and "commit" not in key[0]
+    }
+    assert len(histograms) == 5 and set(histograms.values()) == {by_tenant}
+    counters = {key[0] for key in seen if key[0].endswith("_total") and "alice" in key}
+    assert {"vase_requests_total", "vase_tokens_total"} <= counters
+
+
 async def test_no_tenant_of_many_is_left_out() -> None:
     outcomes = ("OK", "CANCELLED", "UNAVAILABLE")
     async with otlp_receiver() as collector:
         seen = observability.Observability(
             TelemetrySection(metrics_port=0, otlp_endpoint=collector.url)
         )
-        metrics = Metrics(seen.meters)
+        metrics = Metrics(seen.meters, tenant_histograms=True)
         for number in range(1000):
             for outcome in outcomes:
                 metrics.ended(f"tenant-{number}", "generate", outcome)
+            for operation in ("chat", "text_completion"):
+                metrics.answered(f"tenant-{number}", operation, {"model": "m" * 100}, 0.1)
         families = {family.name: family for family in seen._registry.collect()}
         await seen.close()
         sent = collector.latest_metrics()
+        # gRPC servers take 4 MiB unless told otherwise.
+        assert len(collector.metrics) > 1
+        assert all(message.ByteSize() < 2 * 2**20 for message in collector.metrics)
     tenants = {f"tenant-{number}" for number in range(1000)}
     requests = families["vase_requests"].samples
     assert len(requests) == 3000 and {s.labels["vase_tenant"] for s in requests} == tenants

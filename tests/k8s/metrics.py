@@ -26,7 +26,7 @@ GATEWAY_TYPES = {
     "queue_seconds": "Histogram",
     "ttft_seconds": "Histogram",
     "tpot_seconds": "Histogram",
-    "token_usage": "Histogram",
+    "tenant_tokens": "Counter",
     "worker_ready": "Gauge",
     "worker_breaker": "Gauge",
     "audit_write_failures": "Counter",

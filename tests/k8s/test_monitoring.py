@@ -118,6 +118,17 @@ def test_query_sees_its_own_release_only(name: str, query: str) -> None:
         assert {"namespace", "vase_release"} <= labels, f"{name}: {selector.name}"
 
 
+def test_tenants_are_told_apart_by_counters() -> None:
+    """Histograms have the label on demand only."""
+    kinds = {
+        metrics.series()[selector.name]
+        for _, query in queries()
+        if "vase_tenant" in query
+        for selector, _ in selectors(promql_parser.parse(query))
+    }
+    assert kinds == {"Counter"}
+
+
 def test_unknown_metric_would_be_found() -> None:
     (selector,) = (s for s, _ in selectors(promql_parser.parse("rate(vase:bogus_total[5m])")))
     assert selector.name not in metrics.series()

@@ -234,6 +234,9 @@ class TelemetrySection(_Section):
     export_interval_seconds: float = Field(default=10.0, gt=0)
     #: Port of the /metrics page for Prometheus, on the host of `listen`; 0: any. None: off.
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
+    #: Label the histograms of times and tokens by tenant, as the counters are. For up to some
+    #: hundred tenants: of more, each scrape of /metrics takes the streams' time for seconds.
+    tenant_histograms: bool = False
     #: The resource attribute `service.name`.
     service_name: str = Field(default="vase-sgl-gateway", min_length=1)
 

@@ -1,7 +1,8 @@
 """What the gateway counts and measures, as OpenTelemetry instruments.
 
 Names follow the GenAI semantic conventions where these have one. The label `vase.tenant` only ever
-holds names from the tenants file: who is not known has no tenant.
+holds names from the tenants file: who is not known has no tenant. Histograms have it on demand:
+each is some twenty lines of a page, and those of a thousand tenants take seconds to write.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ _TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576)
 class Metrics:
     """The instruments. Calls are cheap, and go nowhere without a reader."""
 
-    def __init__(self, provider: MeterProvider) -> None:
+    def __init__(self, provider: MeterProvider, *, tenant_histograms: bool = False) -> None:
+        """`tenant_histograms`: label the histograms by tenant, as the counters are."""
+        self._tenant_histograms = tenant_histograms
         meter = self._meter = provider.get_meter("vase_sgl.gateway")
         self._requests = meter.create_counter(
             "vase.requests", description="Requests that ended, by tenant, operation and outcome."
@@ -36,6 +39,11 @@ class Metrics:
         )
         self._retries = meter.create_counter(
             "vase.worker.retries", description="Requests that went on to another worker."
+        )
+        self._used = meter.create_counter(
+            "vase.tokens",
+            unit="{token}",
+            description="Prompt (input) and output tokens of requests that ended, by tenant.",
         )
         self._rounds = meter.create_counter(
             "vase.eviction.rounds", description="Eviction rounds of requests that ended."
@@ -150,13 +158,13 @@ class Metrics:
 
     def waited(self, tenant: str, seconds: float) -> None:
         """A request left the queue, with a worker or without."""
-        self._queue.record(seconds, {"vase.tenant": tenant})
+        self._queue.record(seconds, self._tenant(tenant))
 
     def answered(
         self, tenant: str, operation: str, fingerprint: Mapping[str, str], seconds: float
     ) -> None:
         """The first token of a generation came from a worker of this fingerprint."""
-        self._ttft.record(seconds, _labels(tenant, operation, fingerprint))
+        self._ttft.record(seconds, self._labels(tenant, operation, fingerprint))
 
     def stored(self, seconds: float) -> None:
         """A record was stored, or could not be."""
@@ -165,26 +173,31 @@ class Metrics:
     def generated(self, record: Record, operation: str, error: str | None) -> None:
         """A generation ended. `error`: the name of its gRPC status, unless it completed."""
         timings, output = record.timings, len(record.output_token_ids)
-        labels = _labels(record.tenant, operation, record.fingerprint)
+        labels = self._labels(record.tenant, operation, record.fingerprint)
         failed = {} if error is None else {"error.type": error}
         self._duration.record(timings.total_seconds, labels | failed)
         if timings.ttft_seconds is not None and output > 1:
             rest = timings.total_seconds - timings.ttft_seconds
             self._tpot.record(rest / (output - 1), labels)
-        prompt = len(record.prompt_token_ids)
-        self._tokens.record(prompt, labels | {"gen_ai.token.type": "input"})
-        self._tokens.record(output, labels | {"gen_ai.token.type": "output"})
+        for kind, tokens in (("input", len(record.prompt_token_ids)), ("output", output)):
+            self._tokens.record(tokens, labels | {"gen_ai.token.type": kind})
+            self._used.add(tokens, {"vase.tenant": record.tenant, "gen_ai.token.type": kind})
         if record.cache is not None and record.eviction is not None:
             evicted = {"vase.tenant": record.tenant, "vase.policy": str(record.eviction["policy"])}
             self._rounds.add(record.cache.rounds, evicted)
             self._evicted.add(record.cache.evicted_tokens, evicted)
 
+    def _labels(
+        self, tenant: str, operation: str, fingerprint: Mapping[str, str]
+    ) -> dict[str, str]:
+        """Of the histograms that the GenAI conventions name."""
+        return {
+            "gen_ai.operation.name": operation,
+            "gen_ai.provider.name": PROVIDER,
+            "gen_ai.request.model": fingerprint.get("model", ""),
+            **self._tenant(tenant),
+        }
 
-def _labels(tenant: str, operation: str, fingerprint: Mapping[str, str]) -> dict[str, str]:
-    """Of the metrics that the GenAI conventions name."""
-    return {
-        "gen_ai.operation.name": operation,
-        "gen_ai.provider.name": PROVIDER,
-        "gen_ai.request.model": fingerprint.get("model", ""),
-        "vase.tenant": tenant,
-    }
+    def _tenant(self, tenant: str) -> dict[str, str]:
+        """Of all histograms."""
+        return {"vase.tenant": tenant} if self._tenant_histograms else {}

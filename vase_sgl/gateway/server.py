@@ -131,7 +131,9 @@ class Gateway:
         `AuditError`, `WorkerStartError`; failed or cancelled, it leaves nothing behind.
         """
         observability = Observability(config.telemetry)
-        metrics = Metrics(observability.meters)
+        metrics = Metrics(
+            observability.meters, tenant_histograms=config.telemetry.tenant_histograms
+        )
         authenticator: Authenticator = (
             NoAuthenticator()
             if config.insecure_no_auth
