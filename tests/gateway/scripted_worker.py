@@ -93,6 +93,8 @@ class ScriptedWorker:
         self.traceparents: list[str | None] = []
         self.aborted: list[str] = []
         self.running: set[str] = set()
+        #: Requests with output so far.
+        self.answered: set[str] = set()
         self.most_running = 0
         self.health_checks = 0
         #: Requests received before each time its prefix cache was emptied.
@@ -290,6 +292,7 @@ class ScriptedWorker:
             await response.write(_event(event))
             letters, tokens = len(text), len(run.tokens)
             self.tokens_written = tokens
+            self.answered.add(body["rid"])
         await response.write(b"data: [DONE]\n\n")
 
 

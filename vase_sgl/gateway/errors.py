@@ -132,6 +132,12 @@ class TokenizingTimeout(GatewayError):
     code = grpc.StatusCode.UNAVAILABLE
 
 
+class GatewayStopped(GatewayError):
+    """The gateway stopped, and the time for what still ran was over."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+
+
 class AuditUnavailable(GatewayError):
     """The audit store cannot be used now; a record that was to be stored may not be."""
 

@@ -16,10 +16,13 @@ from vase_sgl.gateway.planning import Plan, Planner, Shared
 from vase_sgl.gateway.recording import Recorder, Run, tell_of_none
 from vase_sgl.gateway.router import WorkerRouter
 from vase_sgl.gateway.runs import Background, raise_if_aborted, running
+from vase_sgl.gateway.shutdown import Shutdown
 from vase_sgl.gateway.workers import WorkerRequest
 from vase_sgl.rpc.v1 import gateway_pb2 as pb
 
 logger = logging.getLogger(__name__)
+
+_ANSWER = "the answer; how far it came says its record, if it reached a worker"
 
 
 class Generations:
@@ -31,6 +34,7 @@ class Generations:
         planner: Planner,
         recorder: Recorder,
         background: Background,
+        shutdown: Shutdown,
         metrics: Metrics,
         *,
         retries: int,
@@ -40,6 +44,7 @@ class Generations:
         self._planner = planner
         self._recorder = recorder
         self._background = background
+        self._shutdown = shutdown
         self._metrics = metrics
         self._retries = retries
 
@@ -64,12 +69,18 @@ class Generations:
         with telemetry.span("vase.generate", tenant=passage.tenant.name) as span, run.errors():
             try:
                 self._recorder.check()
-                plan = await self._planner.plan(
-                    passage.tenant, request, run.request_id, clip=clip, shared=shared or Shared()
-                )
-                telemetry.describe_eviction(span, plan.request.eviction)
-                async with Outbox(send) as outbox:
-                    await self._stream(passage, plan, run, outbox)
+                # Not around the record at the end: an answer that is whole by then is given out.
+                async with self._shutdown.ends(_ANSWER):
+                    plan = await self._planner.plan(
+                        passage.tenant,
+                        request,
+                        run.request_id,
+                        clip=clip,
+                        shared=shared or Shared(),
+                    )
+                    telemetry.describe_eviction(span, plan.request.eviction)
+                    async with Outbox(send) as outbox:
+                        await self._stream(passage, plan, run, outbox)
             except BaseException as error:
                 if run.info is None:
                     tell_of_none(run, error)

@@ -16,6 +16,7 @@ from vase_sgl.gateway.errors import (
     ClientStalled,
     Defect,
     GatewayError,
+    GatewayStopped,
     InvalidRequest,
     LimitExceeded,
     PermissionDenied,
@@ -115,7 +116,7 @@ class Recorder:
     async def unfinished(self, plan: Plan, run: Run, error: BaseException) -> None:
         """Record a generation that reached a worker and did not complete."""
         run.clock.total_seconds = run.clock.elapsed()
-        failed = isinstance(error, Exception) and not isinstance(error, (ClientGone, ClientStalled))
+        failed = isinstance(error, Exception) and not isinstance(error, _GIVEN_UP)
         if failed:
             failure = str(error) if isinstance(error, GatewayError) else _DEFECT
             record = _record(plan, run, RecordStatus.FAILED, failure)
@@ -170,6 +171,9 @@ class Recorder:
             },
         )
 
+
+#: What ends a generation without a fault of its own or of its worker's.
+_GIVEN_UP = (ClientGone, ClientStalled, GatewayStopped)
 
 #: What a record and the log say of an error that was not foreseen; the log has its stack, too.
 _DEFECT = "a defect inside the gateway"

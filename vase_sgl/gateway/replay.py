@@ -27,6 +27,7 @@ from vase_sgl.gateway.replay_gate import ReplayGate, Waiting
 from vase_sgl.gateway.router import WorkerRouter
 from vase_sgl.gateway.runs import Background, raise_if_aborted, running
 from vase_sgl.gateway.seeds import check_seeds
+from vase_sgl.gateway.shutdown import Shutdown
 from vase_sgl.gateway.tenants import Retention, Tenant
 from vase_sgl.gateway.workers import Worker, WorkerInfo, WorkerRequest
 
@@ -50,6 +51,7 @@ class Replays:
         admissions: Admissions,
         store: AuditStore,
         background: Background,
+        shutdown: Shutdown,
         gate: ReplayGate[Lease],
         salts: CacheSalts,
     ) -> None:
@@ -57,6 +59,7 @@ class Replays:
         self._admissions = admissions
         self._store = store
         self._background = background
+        self._shutdown = shutdown
         self._gate = gate
         self._salts = salts
 
@@ -80,7 +83,8 @@ class Replays:
                 sample_index=record.sample_index,
             )
             try:
-                verdict = await self._run(tenant, record, waiting, send)
+                async with self._shutdown.ends("the replay; try again"):
+                    verdict = await self._run(tenant, record, waiting, send)
             except _Incomparable as error:
                 verdict = Verdict(Outcome.INCOMPARABLE, differences=error.differences)
             span.set_attribute("vase.outcome", verdict.outcome.value)

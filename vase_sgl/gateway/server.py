@@ -37,12 +37,16 @@ from vase_sgl.gateway.replay_gate import ReplayGate
 from vase_sgl.gateway.router import WorkerRouter
 from vase_sgl.gateway.runs import Background
 from vase_sgl.gateway.service import GatewayService
+from vase_sgl.gateway.shutdown import Shutdown
 from vase_sgl.gateway.tokenizing import Tokenizing
 from vase_sgl.gateway.worker_embedded import EmbeddedWorker, Progress, worker_command
 from vase_sgl.gateway.worker_http import HttpWorker
 from vase_sgl.rpc.v1 import gateway_pb2, gateway_pb2_grpc
 
 logger = logging.getLogger(__name__)
+
+#: Between the end of what still runs and that of its connections: clients are told meanwhile.
+_TELLING_SECONDS = 2.0
 
 SERVICE_NAME: str = gateway_pb2.DESCRIPTOR.services_by_name["VaseGateway"].full_name
 
@@ -71,6 +75,7 @@ class Gateway:
             SERVICE_NAME, max(min(MAX_WATCHES, config.grpc.max_concurrent_calls // 4), 1)
         )
         self._background = Background()
+        self._shutdown = Shutdown()
         self._embedded = _embedded_worker(config)
         self._queue: FairQueue[Lease] = FairQueue(
             max_waiting=config.queue.max_waiting,
@@ -101,6 +106,7 @@ class Gateway:
             ),
             Recorder(store, self._background, metrics),
             self._background,
+            self._shutdown,
             metrics,
             retries=config.worker.retries,
         )
@@ -174,15 +180,15 @@ class Gateway:
     async def stop(self) -> None:
         """Drain: health says NOT_SERVING, new calls are refused, running ones may finish.
 
-        After `drain_seconds` the rest is cancelled, aborted in its worker and recorded.
+        After `drain_seconds` the rest is ended with `GatewayStopped`, aborted in its worker and
+        recorded.
         """
         await self._health.shut_down()
-        logger.info("draining for up to %g s", self._config.drain_seconds)
-        await asyncio.gather(
-            self._server.stop(self._config.drain_seconds),
-            self._door.drain(self._config.drain_seconds),
-        )
-        await self._door.close()
+        seconds = self._config.drain_seconds
+        logger.info("draining for up to %g s", seconds)
+        end = asyncio.get_running_loop().call_later(seconds, self._shutdown.now)
+        await self._close_doors(seconds + _TELLING_SECONDS)
+        end.cancel()
         await self._tokenizing.close()
         await self._background.settle()
         await self._fleet.close()
@@ -191,8 +197,14 @@ class Gateway:
         await self._observability.close()
 
     async def hurry(self) -> None:
-        """Cut a running `stop` short: cancel what still runs."""
-        await asyncio.gather(self._server.stop(None), self._door.close())
+        """Cut a running `stop` short: end what still runs."""
+        self._shutdown.now()
+        await self._close_doors(_TELLING_SECONDS)
+
+    async def _close_doors(self, seconds: float) -> None:
+        """Take no more calls; close as soon as there are none, and after so long whatever runs."""
+        await asyncio.gather(self._server.stop(seconds), self._door.drain(seconds))
+        await self._door.close()
 
     def _remote(self, url: str) -> HttpWorker:
         section = self._config.worker
@@ -215,6 +227,7 @@ class Gateway:
                 self._admissions,
                 self._store,
                 self._background,
+                self._shutdown,
                 gate,
                 self._salts,
             ),

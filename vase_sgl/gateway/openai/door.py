@@ -76,6 +76,7 @@ class OpenAIDoor:
         self._bodies = BodyReader(max_body_bytes)
         self._running = 0
         self._draining = False
+        self._closing = asyncio.Lock()
         app = web.Application(
             middlewares=[self._close_if_draining, self._answer_errors, self._authenticate],
         )
@@ -110,7 +111,8 @@ class OpenAIDoor:
     async def close(self) -> None:
         """End what still runs, and stop listening."""
         self._draining = True
-        await self._runner.cleanup()
+        async with self._closing:  # a second signal may come while it closes
+            await self._runner.cleanup()
 
     # -- the calls -------------------------------------------------------------------------------
 
