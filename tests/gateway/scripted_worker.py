@@ -42,6 +42,7 @@ class Faults:
     refuse_status: int | None = None
     error_event: str | None = None
     cut_after_tokens: int | None = None
+    cut_before_done: bool = False
     abort_after_tokens: int | None = None
     other_token_at: int | None = None
     other_digest_at_round: int | None = None
@@ -274,8 +275,7 @@ class ScriptedWorker:
             if body["rid"] in self.aborted:
                 run.finish = {"type": "abort", "message": "Aborted by request."}
             elif self.faults.cut_after_tokens == len(run.tokens):
-                assert response._req is not None and response._req.transport is not None
-                response._req.transport.abort()
+                _cut(response)
                 return
             elif self.faults.abort_after_tokens == len(run.tokens):
                 run.finish = {"type": "abort", "message": "out of luck", "status_code": 500}
@@ -293,7 +293,11 @@ class ScriptedWorker:
             letters, tokens = len(text), len(run.tokens)
             self.tokens_written = tokens
             self.answered.add(body["rid"])
-        await response.write(b"data: [DONE]\n\n")
+        if self.faults.cut_before_done:
+            await asyncio.sleep(0.05)  # what was written arrives
+            _cut(response)
+        else:
+            await response.write(b"data: [DONE]\n\n")
 
 
 class Run:
@@ -385,6 +389,12 @@ class Run:
 def token_of(word: str) -> int:
     """The token id of a word."""
     return _hash(word) % VOCAB
+
+
+def _cut(response: web.StreamResponse) -> None:
+    assert response._req is not None
+    if response._req.transport is not None:  # else the gateway was first
+        response._req.transport.abort()
 
 
 def _hash(*parts: Any) -> int:

@@ -109,6 +109,19 @@ async def test_failures_of_a_generation(
     await running.client.generate_once("tell me", max_new_tokens=2)
 
 
+async def test_a_worker_lost_after_its_last_token_answered(running: Running) -> None:
+    """Before the mark of its stream's end; the breaker knows nothing of it either."""
+    running.worker.faults.cut_before_done = True
+    for _ in range(6):  # more failures than the breaker takes
+        stream = running.client.generate("tell me", max_new_tokens=6)
+        assert sum([len(chunk.token_ids) async for chunk in stream]) == 6
+        assert stream.result.finish_reason == "length"
+        record = await running.client.get_record(stream.request_id)
+        assert record.status == "completed" and len(record.output_token_ids) == 6
+    verdict = await running.client.replay(stream.request_id).verdict()
+    assert verdict.outcome == "MATCH"
+
+
 class EndlessError(ScriptedWorker):
     """A worker that does not stop to say what went wrong."""
 

@@ -129,7 +129,8 @@ class HttpWorker:
                         if together[-1] == DONE:
                             break
         except (aiohttp.ClientError, TimeoutError, *_NOT_UNDERSTOOD) as error:
-            raise self._lost(error) from error
+            if not finished:  # else only the mark of the stream's end is missing
+                raise self._lost(error) from error
         if not finished:
             raise WorkerUnavailable(
                 f"worker {self.name} ended the answer early; it may be restarting, try again"
