@@ -48,6 +48,11 @@ CASES: list[tuple[Any, dict[str, Any], str]] = [
     ("a", {"stop": ["x"] * 17}, "sampling.stop: send at most 16 strings"),
     ("a", {"stop": ["語" * 257]}, "sampling.stop: a string may have 256 characters at most"),
     ("a", {"stop_token_ids": [-1]}, "sampling.stop_token_ids: send at most 64 ids, none of them"),
+    (
+        "a",
+        {"stop_token_ids": [7], "ignore_eos": True},
+        "sampling.stop_token_ids: workers that are told ignore_eos look at none of them; leave one",
+    ),
     ("a", {"seed": -1}, "seed: must be from 0 to 2^63 - 1, got -1"),
     ("a", {"sample_index": -1}, "sample_index: must not be negative, got -1"),
     ("a", {**EVICT, "policy": "lru"}, "eviction: unknown policy 'lru'; choose one of vase-attnv"),

@@ -303,6 +303,24 @@ async def test_a_prompt_that_is_wrong_is_called_by_its_name(
     assert error.value.param == "prompt"
 
 
+async def test_stop_tokens_that_would_not_stop_are_refused(door: Running) -> None:
+    async with client(door) as api:
+        for extra, refused in (
+            ({"stop_token_ids": [7], "ignore_eos": True}, True),
+            ({"stop_token_ids": [7], "ignore_eos": False}, False),
+            ({"stop_token_ids": [], "ignore_eos": True}, False),
+        ):
+            call = api.completions.create(
+                model="scripted", prompt="a", max_tokens=1, stop="x", extra_body=extra
+            )
+            if not refused:
+                await call
+                continue
+            with pytest.raises(openai.BadRequestError, match="told ignore_eos") as error:
+                await call
+            assert error.value.param == "stop_token_ids"
+
+
 @pytest.mark.parametrize(
     ("ceiling", "words", "length"), [(512, 1, 512), (2000, 1, 1024), (2000, 7300, 891)]
 )

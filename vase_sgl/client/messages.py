@@ -61,7 +61,8 @@ class Options(TypedDict, total=False):
     new seed for every request. sample_index: another sample of the same seed.
     temperature: 0 (greedy) to 100, 1 without it. top_p: above 0 to 1. top_k: -1 is all. min_p: 0 to
     1. repetition_penalty: 0.01 to 2. frequency_penalty, presence_penalty: -2 to 2.
-    stop, stop_token_ids: end the answer. ignore_eos: go on to max_new_tokens.
+    stop, stop_token_ids: end the answer. ignore_eos: go on to max_new_tokens, or to one of `stop`;
+    not with stop_token_ids.
     inspect: have what was kept written to a file on the worker's disk, for `vase-sgl inspect`.
     """
 

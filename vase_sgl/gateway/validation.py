@@ -253,6 +253,11 @@ def sampling_of(params: pb.SamplingParams) -> dict[str, Any]:
         and all(token >= 0 for token in params.stop_token_ids),
         f"sampling.stop_token_ids: send at most {MAX_STOP_TOKENS} ids, none of them negative",
     )
+    require(
+        not (params.stop_token_ids and params.ignore_eos),
+        "sampling.stop_token_ids: workers that are told ignore_eos look at none of them; leave "
+        "one of the two out, or use stop",
+    )
     return {
         "temperature": between("temperature", 1.0, 0, 100),
         "top_p": top_p,

@@ -371,7 +371,9 @@ class SamplingParams(_message.Message):
     presence_penalty: _builtins.float
     """-2 to 2. Absent: 0."""
     ignore_eos: _builtins.bool
-    """Go on past the model's end-of-sequence token, to max_new_tokens."""
+    """Go on past the model's end-of-sequence token, to max_new_tokens. Strings in stop still end the
+    answer; stop_token_ids would not, and are refused.
+    """
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Strings that end the answer; they are not part of its text. At most 16, of up to 256 characters
@@ -380,7 +382,7 @@ class SamplingParams(_message.Message):
 
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Token ids that end the answer, besides the model's own. At most 64."""
+        """Token ids that end the answer, besides the model's own. At most 64; refused beside ignore_eos."""
 
     def __init__(
         self,
