@@ -182,6 +182,21 @@ async def test_errors_are_one_line_and_status_1(running: Running) -> None:
     assert "No such option: --budgett" in errors
 
 
+async def test_an_error_midway_names_the_generation(running: Running) -> None:
+    """And advises no other try where that would be another generation."""
+    running.worker.faults.cut_after_tokens = 3
+    for options in ((), ("--json",)):
+        _, errors = await run(running, "generate", "tell me", *options, status=1)
+        (record, *_) = [r async for r in running.client.list_records()]
+        assert errors == (
+            f"error: worker {running.worker.url} was lost while it answered; another try is "
+            f"another generation, charged like this (request id {record.record_id})\n"
+        )
+    running.worker.faults.cut_after_tokens = 0
+    _, errors = await run(running, "generate", "tell me", status=1)
+    assert "; try again later (request id " in errors
+
+
 async def test_ctrl_c_aborts(running: Running) -> None:
     running.worker.token_seconds = 0.02
     process = await asyncio.create_subprocess_exec(

@@ -27,7 +27,7 @@ from vase_sgl.client import (
     VaseError,
 )
 from vase_sgl.client.retries import Attempts
-from vase_sgl.gateway.errors import LimitExceeded, WorkerUnavailable, as_status
+from vase_sgl.gateway.errors import Defect, LimitExceeded, WorkerUnavailable, as_status
 from vase_sgl.rpc.v1 import gateway_pb2 as pb
 from vase_sgl.rpc.v1 import gateway_pb2_grpc
 
@@ -197,6 +197,51 @@ async def test_a_request_id_that_was_handed_out_stays_the_right_one(server: Serv
     server.flaky.failures = [unavailable()]
     await asyncio.to_thread(body)
     assert server.flaky.calls == 2
+
+
+async def test_errors_name_the_generation_though_the_gateway_does_not(server: Server) -> None:
+    """By the id that it started with: a lost connection, a deadline and a cancel bring none."""
+    server.flaky.before = [MESSAGES["started"], MESSAGES["chunk"]]
+    server.flaky.failures = [unavailable(), unavailable()]
+    async with AsyncClient(server.target, retry=FAST) as client:
+        with pytest.raises(Unavailable) as error:
+            _ = [chunk async for chunk in client.generate("a")]
+        assert error.value.request_id == "r"
+        generation = client.generate("a")
+        await generation.started()
+        generation.cancel()
+        for _ in range(2):
+            with pytest.raises(Cancelled) as cancelled:
+                _ = [chunk async for chunk in generation]
+            assert cancelled.value.request_id == "r"
+
+    def body() -> None:
+        with Client(server.target, retry=FAST) as client:
+            with pytest.raises(Unavailable) as error:
+                list(client.generate("a"))
+            assert error.value.request_id == "r"
+            generation = client.generate("a")
+            assert generation.request_id == "r"
+            generation.cancel()
+            with pytest.raises(Cancelled) as cancelled:
+                list(generation)
+            assert cancelled.value.request_id == "r"
+
+    server.flaky.failures = [unavailable()]
+    await asyncio.to_thread(body)
+
+
+@pytest.mark.parametrize("use", [stream, stream_sync])
+async def test_the_error_of_another_attempt_does_not_name_the_first(
+    server: Server, use: Use, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its generation never started."""
+    server.flaky.before = [MESSAGES["started"]]
+    server.flaky.failures = [unavailable(), Defect("no")]
+    before_waiting(monkeypatch, server.flaky.before.clear)
+    with pytest.raises(VaseError, match="no") as error:
+        await use(server, FAST)
+    assert error.value.code == "INTERNAL" and error.value.request_id is None
 
 
 async def test_the_timeout_covers_every_attempt(server: Server) -> None:

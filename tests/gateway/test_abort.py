@@ -64,9 +64,9 @@ async def test_cancelling_after_the_end_does_nothing(running: Running) -> None:
 async def test_a_deadline_aborts_in_the_worker(running: Running) -> None:
     running.worker.token_seconds = 0.02
     stream = running.client.generate("tell me", max_new_tokens=4000, timeout=0.5)
-    with pytest.raises(DeadlineExceeded):
+    with pytest.raises(DeadlineExceeded) as error:
         _ = [chunk async for chunk in stream]
-    assert await running.worker.wait_for_abort() == stream.request_id
+    assert await running.worker.wait_for_abort() == stream.request_id == error.value.request_id
     assert (await record_of(running, stream.request_id)).status == "aborted"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -44,14 +45,30 @@ _EXTRAS = {
 
 @contextmanager
 def reported(*expected: type[Exception]) -> Iterator[None]:
-    """End the command with the text of an `expected` exception."""
+    """End the command with the text of an `expected` exception.
+
+    Of a generation's it has the request id, which log and record have too.
+    """
     import typer
 
     try:
         yield
     except expected as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {_text(error)}", err=True)
         raise typer.Exit(1) from error
+
+
+#: The gateway's advice, which is wrong once output has come.
+_TRY_AGAIN = re.compile("[;,] try again( later)?")
+
+
+def _text(error: Exception) -> str:
+    text = str(error)
+    # Asked like this since the SDK, whose errors have both, needs packages that may not be there.
+    if getattr(error, "final", False):
+        text = f"{_TRY_AGAIN.sub('', text)}; another try is another generation, charged like this"
+    request_id = getattr(error, "request_id", None)
+    return text if request_id is None else f"{text} (request id {request_id})"
 
 
 def missing_package(error: ModuleNotFoundError, command: str = "") -> str | None:

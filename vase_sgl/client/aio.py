@@ -42,6 +42,8 @@ class _Messages(Generic[M]):
         self._error: VaseError | None = None
 
     def _begin(self) -> None:
+        #: Of the generation that runs, once it has started: errors name it.
+        self.request_id: str | None = None
         self._call = self._start(self._attempts.begin())
         self._messages = aiter(self._call)
 
@@ -62,8 +64,10 @@ class _Messages(Generic[M]):
         except asyncio.CancelledError:
             self.cancel()
             self._error = cancelled_here()
+            self._error.request_id = self.request_id
             raise
         except VaseError as error:
+            error.request_id = error.request_id or self.request_id
             self._error = copy.copy(error)
             raise
 
@@ -146,7 +150,7 @@ class AsyncGeneration(_Running[pb.GenerateResponse]):
             message = await self._stream.next()
             match message.WhichOneof("event"):
                 case "started":
-                    self._request_id = message.started.request_id
+                    self._stream.request_id = self._request_id = message.started.request_id
                 case "chunk":
                     self._stream.commit()
                     return messages.chunk(message.chunk)
@@ -156,7 +160,8 @@ class AsyncGeneration(_Running[pb.GenerateResponse]):
     async def started(self) -> str:
         """The request id, as soon as the gateway has accepted the request."""
         if self._request_id is None:
-            self._request_id = (await self._stream.next()).started.request_id
+            message = await self._stream.next()
+            self._stream.request_id = self._request_id = message.started.request_id
         self._stream.commit()
         return self._request_id
 

@@ -17,7 +17,7 @@ class VaseError(Exception):
 
     retry_seconds: when the gateway says that it is worth coming back; None: it does not say.
     request_id: of the generation that failed, for the gateway's log and, if it reached a worker,
-    its record; None: the gateway does not say.
+    its record; None: it has none, or none is known.
     final: the gateway says not to try again, for output had come: another try would be another
     generation, charged like this one.
     """

@@ -34,6 +34,8 @@ class _Messages(Generic[M]):
         self._call = start(attempts.begin())
         self._final = False
         self._cancelled = threading.Event()
+        #: Of the generation that runs, once it has started: errors name it.
+        self.request_id: str | None = None
 
     def commit(self) -> None:
         """From now on an error is an error: output has come, or the request id was handed out."""
@@ -41,6 +43,13 @@ class _Messages(Generic[M]):
 
     def next(self) -> M:
         """The next message. Raises `VaseError`, and `StopIteration` at the end."""
+        try:
+            return self._next()
+        except VaseError as error:
+            error.request_id = error.request_id or self.request_id
+            raise
+
+    def _next(self) -> M:
         while True:
             try:
                 with translated():
@@ -52,6 +61,7 @@ class _Messages(Generic[M]):
                     raise cancelled_here() from None
                 if self._final:  # another thread was given the request id meanwhile
                     raise
+                self.request_id = None
                 self._call = self._start(self._attempts.begin())
                 if self._cancelled.is_set():  # by another thread, which saw the call before only
                     self._call.cancel()  # type: ignore[no-untyped-call]
@@ -102,7 +112,7 @@ class Generation(_Running[pb.GenerateResponse]):
             message = self._stream.next()
             match message.WhichOneof("event"):
                 case "started":
-                    self._request_id = message.started.request_id
+                    self._stream.request_id = self._request_id = message.started.request_id
                 case "chunk":
                     self._stream.commit()
                     return messages.chunk(message.chunk)
@@ -113,7 +123,8 @@ class Generation(_Running[pb.GenerateResponse]):
     def request_id(self) -> str:
         """Id of the request and of its record; waits until the gateway has accepted it."""
         if self._request_id is None:
-            self._request_id = self._stream.next().started.request_id
+            message = self._stream.next()
+            self._stream.request_id = self._request_id = message.started.request_id
         self._stream.commit()
         return self._request_id
 
