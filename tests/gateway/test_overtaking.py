@@ -42,9 +42,6 @@ class Fleet:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, names: str) -> None:
         self.now = 0.0
         monkeypatch.setattr(fair_queue, "time", SimpleNamespace(monotonic=lambda: self.now))
-        self.queue: FairQueue[Lease] = FairQueue(
-            max_waiting=100, max_waiting_per_tenant=100, max_wait_seconds=40
-        )
 
         async def tell(ready: bool) -> None:
             raise AssertionError("nothing is watched")
@@ -53,9 +50,15 @@ class Fleet:
             [cast(Worker, SimpleNamespace(name=name)) for name in names],
             WorkerSection(urls=("http://x:1",)),
             on_change=tell,
-            on_room=self.queue.dispatch,
+            on_room=lambda: self.queue.dispatch_soon(),
         )
         self.router = WorkerRouter(self.workers)
+        self.queue: FairQueue[Lease] = FairQueue(
+            max_waiting=100,
+            max_waiting_per_tenant=100,
+            max_wait_seconds=40,
+            sweep=self.router.sweep,
+        )
         for load in self.workers.loads.values():
             load.found_ready(INFO)
         self.tasks: list[asyncio.Task[Lease]] = []

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Generic, Protocol, TypeVar
 
 from vase_sgl.gateway.errors import LimitExceeded
@@ -21,6 +22,9 @@ from vase_sgl.gateway.errors import LimitExceeded
 _REMEMBERED_GRANTS = 64
 #: Share of the longest wait after which a request at the head of its line may keep what it needs.
 _PATIENCE = 0.25
+#: Seconds between dispatches, at most, while requests arrive: time alone may have made room or
+#: ended somebody's patience.
+_DISPATCH_SECONDS = 1.0
 
 
 class Releasable(Protocol):
@@ -63,9 +67,17 @@ class Place(Generic[T]):
 
 
 class FairQueue(Generic[T]):
-    """The line. `dispatch` is to be called whenever something got free."""
+    """The line. `dispatch` or `dispatch_soon` is to be called whenever something got free."""
 
-    def __init__(self, *, max_waiting: int, max_waiting_per_tenant: int, max_wait_seconds: float):
+    def __init__(
+        self,
+        *,
+        max_waiting: int,
+        max_waiting_per_tenant: int,
+        max_wait_seconds: float,
+        sweep: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """`sweep` is entered for each dispatch, in which many ask and nothing gets free."""
         self._max = max_waiting
         self._max_per_tenant = max_waiting_per_tenant
         self._max_wait = max_wait_seconds
@@ -75,6 +87,10 @@ class FairQueue(Generic[T]):
         self._lines: collections.OrderedDict[str, collections.deque[_Waiter[T]]] = (
             collections.OrderedDict()
         )
+        self._sweep = sweep
+        self._dispatched = -math.inf
+        #: A dispatch that is due.
+        self._soon: asyncio.Handle | None = None
         self._grants: collections.deque[float] = collections.deque(maxlen=_REMEMBERED_GRANTS)
 
     @property
@@ -108,11 +124,21 @@ class FairQueue(Generic[T]):
 
     def dispatch(self) -> None:
         """Grant whatever can be granted, in turn."""
-        granted = True
-        while granted:
-            granted = False
-            for tenant in list(self._lines):
-                granted |= self._serve(tenant)
+        if self._soon is not None:
+            self._soon.cancel()
+            self._soon = None
+        self._dispatched = time.monotonic()
+        with self._sweep():
+            granted = True
+            while granted:
+                granted = False
+                for tenant in list(self._lines):
+                    granted |= self._serve(tenant)
+
+    def dispatch_soon(self) -> None:
+        """Dispatch in the event loop's next turn, once for all that got free in this one."""
+        if self._lines and self._soon is None:
+            self._soon = asyncio.get_running_loop().call_soon(self.dispatch)
 
     def _serve(self, tenant: str) -> bool:
         """Serve the head of one line; whether it was granted something."""
@@ -146,7 +172,10 @@ class FairQueue(Generic[T]):
     async def _wait(self, tenant: str, take: Callable[[], T | None], keep: Callable[[], None]) -> T:
         waiter = _Waiter(tenant, take, keep)
         self._lines.setdefault(tenant, collections.deque()).append(waiter)
-        self.dispatch()
+        if time.monotonic() - self._dispatched >= _DISPATCH_SECONDS:
+            self.dispatch()
+        else:
+            self._serve_first(waiter)
         if waiter.granted.done():
             return waiter.granted.result()
         try:
@@ -157,13 +186,20 @@ class FairQueue(Generic[T]):
             if granted.done() and not granted.cancelled() and granted.exception() is None:
                 granted.result().release()  # granted in the moment it was given up
             else:
+                self._serve_first(waiter)  # the next one may need less
                 self._leave(waiter)
-                self.dispatch()  # the next one may need less
             if isinstance(error, TimeoutError):
                 raise self._full(
                     f"no worker had room within {self._max_wait:g} s", "queue_time", self.waiting
                 ) from error
             raise
+
+    def _serve_first(self, waiter: _Waiter[T]) -> None:
+        """Serve a line if that one is at its head; nothing got free, so the others wait on."""
+        line = self._lines.get(waiter.tenant)
+        if line is not None and line[0] is waiter and self._soon is None:
+            while waiter.tenant in self._lines and self._serve(waiter.tenant):
+                pass
 
     def _leave(self, waiter: _Waiter[T]) -> None:
         line = self._lines.get(waiter.tenant)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from vase_sgl.gateway.breaker import CircuitBreaker
 from vase_sgl.gateway.config import WorkerSection
 from vase_sgl.gateway.need import Need
+from vase_sgl.gateway.refusals import Refusals
 from vase_sgl.gateway.workers import Worker, WorkerChunk, WorkerInfo
 
 #: Requests in flight for a worker that does not report its own maximum.
@@ -41,9 +42,11 @@ class WorkerLoad:
         self.failure = f"worker {worker.name} has not answered yet"
         #: Set: its first check has ended.
         self.checked = asyncio.Event()
-        self.leases: set[Lease] = set()
-        #: Slots of these leases. Not summed when asked: each choice of a worker asks for each.
-        self.slots = 0
+        #: In the order they came; none has a value.
+        self.leases: dict[Lease, None] = {}
+        #: Slots of these leases, and how many are of requests whose policy reads queries. Not
+        #: summed when asked: each choice of a worker asks for each.
+        self.slots = self.query_readers = 0
         #: The only request that gets a lease.
         self.kept_for: Claim | None = None
         #: Set: a request failed, so look at the worker without waiting for the next check.
@@ -69,11 +72,6 @@ class WorkerLoad:
         return len(self.leases)
 
     @property
-    def query_readers(self) -> int:
-        """Of these, requests whose policy reads queries."""
-        return sum(lease.need.reads_queries for lease in self.leases)
-
-    @property
     def reserved(self) -> int:
         """Reserved slots: as reported, corrected by what this gateway did since. Not ready: 0."""
         info = self.info  # which the metrics' thread may see change
@@ -89,7 +87,10 @@ class WorkerLoad:
         assert self.info is not None
         over: list[Lease] = []
         if without_leases_from is not None:
-            over = [lease for lease in self.leases if lease.number >= without_leases_from]
+            for lease in reversed(self.leases):
+                if lease.number < without_leases_from:
+                    break
+                over.append(lease)
         in_flight = self.in_flight - len(over)
         if in_flight == 0:
             return True
@@ -123,8 +124,9 @@ class Lease:
         self.slots = need.slots(load.info)
         self.worker = load.worker
         self.number = next(_arrivals)
-        load.leases.add(self)
+        load.leases[self] = None
         load.slots += self.slots
+        load.query_readers += need.reads_queries
         load.idle.clear()
         self._trial = load.breaker.enter()
 
@@ -165,8 +167,9 @@ class Lease:
         load, self._load = self._load, None
         if load is None:
             return
-        load.leases.discard(self)
+        del load.leases[self]
         load.slots -= self.slots
+        load.query_readers -= self.need.reads_queries
         load.breaker.leave(self._trial, self._outcome)
         if self._outcome is False:
             load.suspect.set()
@@ -183,11 +186,19 @@ class Claim:
         need: Need,
         take: Callable[[Claim], Lease | None],
         able: Callable[[], list[WorkerLoad]],
+        refusals: Refusals,
+        *,
+        anywhere: bool,
     ) -> None:
-        """`take` gives this claim a lease, `able` the workers that could; see `WorkerRouter`."""
+        """`take` gives this claim a lease, `able` the workers that could; see `WorkerRouter`.
+
+        refusals: of all claims, and true of this one if it may go `anywhere`.
+        """
         self._need = need
         self._take = take
         self._able = able
+        self._refusals = refusals
+        self._anywhere = anywhere
         #: Leases from this number on were taken after this request had found no room.
         self._overtaken_from: int | None = None
         self._kept: WorkerLoad | None = None
@@ -197,7 +208,11 @@ class Claim:
 
         Raises `WorkerUnavailable` if no worker could serve, however long one waits.
         """
-        lease = self._take(self)
+        lease = None
+        if not self._covered("room"):
+            lease = self._take(self)
+            if lease is None:
+                self._refused("room")
         if lease is not None:
             self._drop()
         elif self._overtaken_from is None:
@@ -211,21 +226,24 @@ class Claim:
         soon as those are done that overtook it. Of several the one where least is missing. If
         there is none, none is kept.
         """
-        helpful = [
-            load
-            for load in self._able()
-            if load.kept_for in (None, self)
-            and load.has_room(self._need, without_leases_from=self._overtaken_from)
-        ]
-        if self._kept not in helpful:
-            self._drop()
-            if helpful:
-                self._kept = min(
-                    helpful,
-                    # One that is being tried has no room until the trial has output, if ever.
-                    key=lambda load: (not load.breaker.allows, load.missing_slots(self._need)),
-                )
-                self._kept.kept_for = self
+        assert self._overtaken_from is not None
+        since = self._overtaken_from
+        if self._covered("help", since):
+            return
+        able = self._able()
+        if self._kept in able and self._helps(self._kept):
+            return
+        helpful = [load for load in able if load.kept_for in (None, self) and self._helps(load)]
+        self._drop()
+        if helpful:
+            self._kept = min(
+                helpful,
+                # One that is being tried has no room until the trial has output, if ever.
+                key=lambda load: (not load.breaker.allows, load.missing_slots(self._need)),
+            )
+            self._kept.kept_for = self
+        else:
+            self._refused("help", since)
 
     def end(self) -> None:
         """Keep nothing any more; others may find room."""
@@ -233,9 +251,25 @@ class Claim:
         if kept is not None:
             kept.on_room()
 
+    def _helps(self, load: WorkerLoad) -> bool:
+        return load.has_room(self._need, without_leases_from=self._overtaken_from)
+
+    def _covered(self, question: str, since: int = 0) -> bool:
+        """Whether one that needs as much or less was refused, and this has no worker of its own."""
+        return (
+            self._anywhere
+            and self._kept is None
+            and self._refusals.cover(question, self._need, since)
+        )
+
+    def _refused(self, question: str, since: int = 0) -> None:
+        if self._anywhere:
+            self._refusals.add(question, self._need, since)
+
     def _drop(self) -> WorkerLoad | None:
         """The worker that was kept."""
         kept, self._kept = self._kept, None
         if kept is not None:
             kept.kept_for = None
+            self._refusals.forget()
         return kept

@@ -20,6 +20,7 @@ from vase_sgl.gateway.errors import GatewayError, WorkerUnavailable
 from vase_sgl.gateway.fleet import Fleet
 from vase_sgl.gateway.leases import Claim, Lease, WorkerLoad
 from vase_sgl.gateway.need import Need
+from vase_sgl.gateway.refusals import Refusals
 from vase_sgl.gateway.workers import Worker, WorkerInfo
 
 
@@ -32,6 +33,7 @@ class WorkerRouter:
         self._affinity_tokens = affinity_tokens
         #: Whose turn it is to be asked, and to be leased.
         self._turn, self._lease_turn = itertools.count(), itertools.count()
+        self._refusals = Refusals()
 
     def take(
         self,
@@ -59,11 +61,26 @@ class WorkerRouter:
             need,
             take=lambda claim: self.take(need, exclude=exclude, claim=claim),
             able=lambda: self._able(need, exclude),
+            refusals=self._refusals,
+            anywhere=not exclude,
         )
         try:
             yield claim
         finally:
             claim.end()
+
+    @contextlib.contextmanager
+    def sweep(self) -> Iterator[None]:
+        """For the body, that awaits nothing and releases nothing, many claims are cheap.
+
+        Those that need as much as one that found no room take nothing without looking for it.
+        """
+        try:
+            ready = self._available()
+        except WorkerUnavailable:  # which each claim is told
+            ready = []
+        with self._refusals.remembered(load.info for load in ready if load.info):
+            yield
 
     def _able(
         self, need: Need, exclude: Collection[str], only: str | None = None

@@ -77,18 +77,19 @@ class Gateway:
         self._background = Background()
         self._shutdown = Shutdown()
         self._embedded = _embedded_worker(config)
-        self._queue: FairQueue[Lease] = FairQueue(
-            max_waiting=config.queue.max_waiting,
-            max_waiting_per_tenant=config.queue.max_waiting_per_tenant,
-            max_wait_seconds=config.queue.max_wait_seconds,
-        )
         self._fleet = Fleet(
             [self._embedded] if self._embedded else [self._remote(u) for u in config.worker.urls],
             config.worker,
             on_change=self._health.announce,
-            on_room=self._queue.dispatch,
+            on_room=lambda: self._queue.dispatch_soon(),
         )
         self._router = WorkerRouter(self._fleet, affinity_tokens=config.worker.affinity_tokens)
+        self._queue: FairQueue[Lease] = FairQueue(
+            max_waiting=config.queue.max_waiting,
+            max_waiting_per_tenant=config.queue.max_waiting_per_tenant,
+            max_wait_seconds=config.queue.max_wait_seconds,
+            sweep=self._router.sweep,
+        )
         self._admissions = Admissions(usage, self._queue, self._router, self._background, metrics)
         metrics.watch(self._fleet.statuses, lambda: self._queue.waiting)
         self._tokenizing = Tokenizing(
