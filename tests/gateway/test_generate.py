@@ -247,8 +247,10 @@ async def test_capacity_says_how_many_requests_fit(running: Running) -> None:
     small = await running.client.capacity(budget=16, window=8)
     assert small.slots_per_request == 24 and small.requests_that_fit == 64  # as many as it runs
     running.worker.max_query_requests = 20
+    await running.worker.noticed()
     assert (await running.client.capacity(budget=16, window=8)).requests_that_fit == 20
     running.worker.prefix_cache = False
+    await running.worker.noticed()
     alone = await running.client.capacity(budget=128, window=32, prompt_tokens=200)
     assert alone.slots_per_request == 232
 

@@ -79,6 +79,8 @@ class Fleet:
         await asyncio.gather(*self._watches.values(), return_exceptions=True)
         for load in self._leaving:
             load.idle.set()  # nobody waits for what they still run
+        for load in (*self.loads.values(), *self._leaving):
+            load.state.close()
         closing = [load.worker.close() for load in self.loads.values()]
         await asyncio.gather(*closing, *self._leaving.values())
 
@@ -159,7 +161,7 @@ class Fleet:
         worker = load.worker
         try:
             await worker.check_health()
-            info = await worker.info()
+            info = await load.state.now()
         except LimitExceeded as error:  # of this gateway
             logger.warning("worker %s was not checked: %s", worker.name, error)
         except GatewayError as error:

@@ -16,6 +16,7 @@ from vase_sgl.gateway.breaker import CircuitBreaker
 from vase_sgl.gateway.config import WorkerSection
 from vase_sgl.gateway.need import Need
 from vase_sgl.gateway.refusals import Refusals
+from vase_sgl.gateway.shared_state import SharedState
 from vase_sgl.gateway.workers import Worker, WorkerChunk, WorkerInfo
 
 #: Requests in flight for a worker that does not report its own maximum.
@@ -36,6 +37,7 @@ class WorkerLoad:
     ) -> None:
         """`on_room()` is called whenever the worker may have got room."""
         self.worker = worker
+        self.state = SharedState(worker)
         self.breaker = CircuitBreaker(settings.breaker)
         #: As at the last check. None: it is not ready.
         self.info: WorkerInfo | None = None

@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import hashlib
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 
 from vase_sgl.gateway.breaker import BreakerState
 from vase_sgl.gateway.errors import GatewayError, WorkerUnavailable
@@ -21,6 +21,7 @@ from vase_sgl.gateway.fleet import Fleet
 from vase_sgl.gateway.leases import Claim, Lease, WorkerLoad
 from vase_sgl.gateway.need import Need
 from vase_sgl.gateway.refusals import Refusals
+from vase_sgl.gateway.shared_state import SharedState
 from vase_sgl.gateway.workers import Worker, WorkerInfo
 
 
@@ -115,9 +116,7 @@ class WorkerRouter:
         The states are those of the last health check; lengths, limits and fingerprint hold.
         Raises `WorkerUnavailable` if there is none.
         """
-        loads = self._available()
-        first = next(self._turn) % len(loads)
-        return [(load.worker, load.info) for load in loads[first:] + loads[:first] if load.info]
+        return [(load.worker, load.info) for load in self._in_turn() if load.info]
 
     def has_other(self, need: Need, exclude: Collection[str]) -> bool:
         """Whether a worker outside `exclude` could serve."""
@@ -127,20 +126,36 @@ class WorkerRouter:
             return False
 
     async def current(self) -> list[tuple[Worker, WorkerInfo]]:
-        """As `ready`, but with states fetched now; a worker that does not answer is left out."""
-        ready = self.ready()
-        infos = await asyncio.gather(
-            *(worker.info() for worker, _ in ready), return_exceptions=True
-        )
-        current: list[tuple[Worker, WorkerInfo]] = []
-        for (worker, _), info in zip(ready, infos, strict=True):
+        """As `ready`, but with states after this call; a worker that does not answer is left out.
+
+        Those who ask at the same time share the answers, as they do for `recent`.
+        """
+        return await self._states(SharedState.now)
+
+    async def recent(self) -> list[tuple[Worker, WorkerInfo]]:
+        """As `current`, but states may be from up to `RECENT_SECONDS` ago."""
+        return await self._states(SharedState.recent)
+
+    async def _states(
+        self, ask: Callable[[SharedState], Awaitable[WorkerInfo]]
+    ) -> list[tuple[Worker, WorkerInfo]]:
+        loads = self._in_turn()
+        infos = await asyncio.gather(*(ask(load.state) for load in loads), return_exceptions=True)
+        states: list[tuple[Worker, WorkerInfo]] = []
+        for load, info in zip(loads, infos, strict=True):
             if isinstance(info, WorkerInfo):
-                current.append((worker, info))
+                states.append((load.worker, info))
             elif not isinstance(info, GatewayError):
                 raise info
-        if not current:
+        if not states:
             raise WorkerUnavailable("no worker answers; try again later")
-        return current
+        return states
+
+    def _in_turn(self) -> list[WorkerLoad]:
+        """Those that take requests, the next in turn first. Raises as `_available`."""
+        loads = self._available()
+        first = next(self._turn) % len(loads)
+        return loads[first:] + loads[:first]
 
     def _available(self) -> list[WorkerLoad]:
         """Those that take requests. Raises `WorkerUnavailable` if there is none."""

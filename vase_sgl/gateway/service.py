@@ -156,7 +156,7 @@ class GatewayService(gateway_pb2_grpc.VaseGatewayServicer):
     ) -> pb.GetCapacityResponse | None:
         async with as_status(context, "GetCapacity"):
             limits = current_tenant().limits
-            infos = [info for _, info in await self._router.current()]
+            infos = [info for _, info in await self._router.recent()]
             max_window = min(info.max_window for info in infos)
             context_length = min(info.context_length for info in infos)
             response = pb.GetCapacityResponse(
