@@ -233,6 +233,62 @@ async def test_an_error_reaches_the_waiter_and_the_next_goes_on() -> None:
         assert isinstance(await place.wait(Token), Token)
 
 
+class Full:
+    """A line of four in which nobody is granted anything."""
+
+    def __init__(self) -> None:
+        self.line: FairQueue[Token] = FairQueue(
+            max_waiting=4, max_waiting_per_tenant=4, max_wait_seconds=5
+        )
+        self.tasks: list[asyncio.Task[Token]] = []
+
+    async def _wait(self, tenant: str) -> Token:
+        with self.line.place(tenant) as place:
+            return await place.wait(lambda: None)
+
+    async def come(self, *tenants: str) -> str:
+        """Whose requests wait after these came, all at once."""
+        self.tasks += [asyncio.create_task(self._wait(tenant), name=tenant) for tenant in tenants]
+        for _ in range(3):
+            await asyncio.sleep(0)
+        return "".join(task.get_name() for task in self.tasks if not task.done())
+
+    async def close(self) -> list[LimitExceeded]:
+        """Why the others were refused."""
+        for task in self.tasks:
+            task.cancel()
+        ends = await asyncio.gather(*self.tasks, return_exceptions=True)
+        assert self.line.waiting == 0 and not self.line._lines
+        return [end for end in ends if isinstance(end, LimitExceeded)]
+
+
+async def test_a_tenant_with_a_long_line_does_not_fill_that_of_all() -> None:
+    """The last to come in the longest line makes room, until the lines are equally long."""
+    full = Full()
+    assert await full.come("a", "a", "a", "a") == "aaaa"
+    assert await full.come("b") == "aaab" and full.tasks[3].done()
+    assert await full.come("b", "b") == "aabb"
+    assert await full.come("c", "d", "e") == "abcd" and full.line.waiting == 4
+    assert await full.come("a") == "abcd"
+    refused = await full.close()
+    assert len(refused) == 7 and {error.reason for error in refused} == {"queue_total"}
+
+
+async def test_who_does_not_wait_in_the_line_is_not_refused_for_others() -> None:
+    """Those still on their way to it, and those whom a lost worker sent back."""
+    full = Full()
+    with full.line.place("a"), full.line.place("a"), full.line.place("a"):
+        with full.line.place("a") as left:
+            pass
+        back = asyncio.create_task(left.wait(lambda: None))
+        assert await full.come("b") == "b"
+        assert await full.come("c") == "b"
+        assert not back.done()
+        back.cancel()
+        await asyncio.gather(back, return_exceptions=True)
+    assert len(await full.close()) == 1
+
+
 async def test_the_hint_follows_how_fast_the_line_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(fair_queue, "time", SimpleNamespace(monotonic=lambda: now))

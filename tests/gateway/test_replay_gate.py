@@ -95,12 +95,16 @@ async def test_so_many_wait_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None
     await asyncio.sleep(0)
     for tenant, text, reason in (
         ("bob", "replays: tenant bob has 3 requests waiting", "queue_tenant"),
-        ("alice", "replays: 5 requests are waiting", "queue_total"),
+        ("carol", "replays: 5 requests are waiting", "queue_total"),
     ):
         with pytest.raises(LimitExceeded, match=text) as error:
             await watch.replay(one, tenant=tenant)
         assert error.value.reason == reason and error.value.retry_seconds
     assert not any(task.done() for task in (*waiting, *running))
+    waiting.append(asyncio.create_task(watch.replay(one, 60, "alice")))
+    with pytest.raises(LimitExceeded, match="replays: 5 requests are waiting"):
+        await waiting[2]  # the last in the longest line
+    assert not any(task.done() for task in (*waiting[:2], *waiting[3:], *running))
     for task in (*waiting, *running):
         task.cancel()
     await asyncio.gather(*waiting, *running, return_exceptions=True)

@@ -38,8 +38,10 @@ T = TypeVar("T", bound=Releasable)
 
 
 class _Waiter(Generic[T]):
-    def __init__(self, tenant: str, take: Callable[[], T | None], keep: Callable[[], None]) -> None:
-        self.tenant = tenant
+    def __init__(
+        self, place: Place[T], take: Callable[[], T | None], keep: Callable[[], None]
+    ) -> None:
+        self.place = place
         self.take = take
         self.keep = keep
         #: When `take` returned nothing for the first time.
@@ -52,7 +54,9 @@ class Place(Generic[T]):
 
     def __init__(self, queue: FairQueue[T], tenant: str) -> None:
         self._queue = queue
-        self._tenant = tenant
+        self.tenant = tenant
+        #: Whether it is one of those that `max_waiting` bounds.
+        self.counted = False
 
     async def wait(
         self, take: Callable[[], T | None], keep: Callable[[], None] = lambda: None
@@ -61,9 +65,10 @@ class Place(Generic[T]):
 
         keep: called after a `take` in vain when those before it have been so for long; it may see
         to it that `take` of others returns nothing meanwhile, until `wait` is over.
-        Raises what `take` raises, and `LimitExceeded` after the longest wait.
+        Raises what `take` raises, and `LimitExceeded` after the longest wait, or when the queue is
+        full, the tenant's line the longest and this its last.
         """
-        return await self._queue._wait(self._tenant, take, keep)
+        return await self._queue._wait(self, take, keep)
 
 
 class FairQueue(Generic[T]):
@@ -100,7 +105,10 @@ class FairQueue(Generic[T]):
 
     @contextmanager
     def place(self, tenant: str) -> Iterator[Place[T]]:
-        """A place for one request. Raises `LimitExceeded` if the queue is full."""
+        """A place for one request. Raises `LimitExceeded` if the queue is full.
+
+        Full for all, it makes room for a tenant that has fewer waiting than another.
+        """
         if self._waiting[tenant] >= self._max_per_tenant:
             raise self._full(
                 f"tenant {tenant} has {self._max_per_tenant} requests waiting, which is as many "
@@ -108,19 +116,35 @@ class FairQueue(Generic[T]):
                 "queue_tenant",
                 self._waiting[tenant],
             )
-        if self.waiting >= self._max:
-            raise self._full(
-                f"{self._max} requests are waiting at this gateway, which is as many as may wait",
-                "queue_total",
-                self.waiting,
-            )
+        if self.waiting >= self._max and not self._displace(tenant):
+            raise self._full_for_all()
+        place = Place(self, tenant)
         self._waiting[tenant] += 1
+        place.counted = True
         try:
-            yield Place(self, tenant)
+            yield place
         finally:
-            self._waiting[tenant] -= 1
-            if not self._waiting[tenant]:
-                del self._waiting[tenant]
+            self._uncount(place)
+
+    def _displace(self, tenant: str) -> bool:
+        """Refuse the last of the longest line for one of that tenant, if its own stays shorter."""
+        longest = max(self._waiting, key=self._waiting.__getitem__)
+        if self._waiting[tenant] + 1 >= self._waiting[longest]:
+            return False
+        for waiter in reversed(self._lines.get(longest, ())):
+            if waiter.place.counted and not waiter.granted.done():
+                waiter.granted.set_exception(self._full_for_all())
+                self._uncount(waiter.place)
+                self._leave(waiter)
+                return True
+        return False
+
+    def _uncount(self, place: Place[T]) -> None:
+        if place.counted:
+            place.counted = False
+            self._waiting[place.tenant] -= 1
+            if not self._waiting[place.tenant]:
+                del self._waiting[place.tenant]
 
     def dispatch(self) -> None:
         """Grant whatever can be granted, in turn."""
@@ -169,9 +193,11 @@ class FairQueue(Generic[T]):
         if now - waiter.refused_at >= _PATIENCE * self._max_wait:
             waiter.keep()
 
-    async def _wait(self, tenant: str, take: Callable[[], T | None], keep: Callable[[], None]) -> T:
-        waiter = _Waiter(tenant, take, keep)
-        self._lines.setdefault(tenant, collections.deque()).append(waiter)
+    async def _wait(
+        self, place: Place[T], take: Callable[[], T | None], keep: Callable[[], None]
+    ) -> T:
+        waiter = _Waiter(place, take, keep)
+        self._lines.setdefault(place.tenant, collections.deque()).append(waiter)
         if time.monotonic() - self._dispatched >= _DISPATCH_SECONDS:
             self.dispatch()
         else:
@@ -196,17 +222,25 @@ class FairQueue(Generic[T]):
 
     def _serve_first(self, waiter: _Waiter[T]) -> None:
         """Serve a line if that one is at its head; nothing got free, so the others wait on."""
-        line = self._lines.get(waiter.tenant)
+        tenant = waiter.place.tenant
+        line = self._lines.get(tenant)
         if line is not None and line[0] is waiter and self._soon is None:
-            while waiter.tenant in self._lines and self._serve(waiter.tenant):
+            while tenant in self._lines and self._serve(tenant):
                 pass
 
     def _leave(self, waiter: _Waiter[T]) -> None:
-        line = self._lines.get(waiter.tenant)
+        line = self._lines.get(waiter.place.tenant)
         if line is not None and waiter in line:
             line.remove(waiter)
             if not line:
-                del self._lines[waiter.tenant]
+                del self._lines[waiter.place.tenant]
+
+    def _full_for_all(self) -> LimitExceeded:
+        return self._full(
+            f"{self._max} requests are waiting at this gateway, which is as many as may wait",
+            "queue_total",
+            self.waiting,
+        )
 
     def _full(self, what: str, reason: str, ahead: int) -> LimitExceeded:
         seconds = self._drain_seconds(ahead)

@@ -66,10 +66,7 @@ class ReplayGate(Generic[T]):
             try:
                 place = left.enter_context(self._line.place(tenant))
             except LimitExceeded as error:
-                assert error.retry_seconds is not None
-                raise LimitExceeded(
-                    f"replays: {error}", reason=error.reason, retry_seconds=error.retry_seconds
-                ) from error
+                raise _of_replays(error) from error
             yield Waiting(place, left)
 
     @asynccontextmanager
@@ -84,12 +81,15 @@ class ReplayGate(Generic[T]):
 
         look: tells the state of the worker now.
         take: a lease on it, or None while generations come first.
-        Raises `WorkerUnavailable` if the turn does not come in time, and what the two raise.
+        Raises `WorkerUnavailable` if the turn does not come in time, `LimitExceeded` if it makes
+        room for another tenant's, and what the two raise.
         """
         deadline = time.monotonic() + self._max_wait
         try:
             slot = await waiting.place.wait(self._take_slot)
         except LimitExceeded as error:
+            if error.reason != "queue_time":
+                raise _of_replays(error) from error
             raise WorkerUnavailable(
                 f"{self._max_concurrent} replays are running and others wait; try again later, or "
                 "raise replay.max_concurrent"
@@ -136,3 +136,10 @@ class ReplayGate(Generic[T]):
             return True
         left = info.unreserved_slots - need.slots_at_most(info)
         return left >= self._spare_share * info.total_slots
+
+
+def _of_replays(error: LimitExceeded) -> LimitExceeded:
+    assert error.retry_seconds is not None
+    return LimitExceeded(
+        f"replays: {error}", reason=error.reason, retry_seconds=error.retry_seconds
+    )
