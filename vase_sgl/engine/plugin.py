@@ -106,6 +106,16 @@ _INIT_NEW = (
     "write_cols",
 )
 
+_TOKENIZED = (
+    "self",
+    "obj",
+    "input_text",
+    "input_ids",
+    "input_embeds",
+    "mm_inputs",
+    "token_type_ids",
+)
+
 _WEIGHT_UPDATER = "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 
 HOOKS: tuple[Hook, ...] = (
@@ -259,30 +269,14 @@ HOOKS: tuple[Hook, ...] = (
     ),
     Hook(
         "managers.tokenizer_manager.TokenizerManager._create_tokenized_object",
-        (
-            "self",
-            "obj",
-            "input_text",
-            "input_ids",
-            "input_embeds",
-            "mm_inputs",
-            "token_type_ids",
-        ),
+        _TOKENIZED,
         HookType.AFTER,
         request_checks.refuse_fatal,
         "a 400 for what would end the scheduler",
     ),
     Hook(
         "managers.tokenizer_manager.TokenizerManager._create_tokenized_object",
-        (
-            "self",
-            "obj",
-            "input_text",
-            "input_ids",
-            "input_embeds",
-            "mm_inputs",
-            "token_type_ids",
-        ),
+        _TOKENIZED,
         HookType.AFTER,
         stop_strings.search_far_enough,
         "a stop string written in unusual tokens is found",
