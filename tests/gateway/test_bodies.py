@@ -73,12 +73,12 @@ async def test_what_nobody_needs_is_refused_before_all_of_it_comes(
 
 async def test_the_largest_of_all_prompts_are_taken(door: Running) -> None:
     """As token ids, as text that JSON escapes, and as a chat of many parts."""
-    key = door.add_tenant("bob", limits={"max_prompt_tokens": 8191})
+    key = door.add_tenant("bob", limits={"max_prompt_tokens": 8185})
     part = {"type": "text", "text": "a"}
     bodies: list[tuple[str, Any]] = [
-        ("completions", {"prompt": list(range(8191)), "temperature": None}),
-        ("completions", {"prompt": "语 " * 8191}),
-        ("chat/completions", {"messages": [{"role": "user", "content": [part] * 8190}]}),
+        ("completions", {"prompt": list(range(8185)), "temperature": None}),
+        ("completions", {"prompt": "语 " * 8185}),
+        ("chat/completions", {"messages": [{"role": "user", "content": [part] * 8184}]}),
     ]
     async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {key}"}) as http:
         for path, body in bodies:
