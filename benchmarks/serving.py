@@ -180,9 +180,10 @@ def measure(report: Report, arms: list[Arm], chosen: argparse.Namespace, model: 
                         run(arm, cell, turn, workers[arm.spec].url)
         return
     for turn in range(chosen.rounds):
-        for spec in dict.fromkeys(arm.spec for arm in in_turn(arms, turn)):
+        ordered = in_turn(arms, turn)
+        for spec in dict.fromkeys(arm.spec for arm in ordered):
             with running([spec], model.path, dummy=model.dummy, gpu=chosen.gpu) as workers:
-                mine = [arm for arm in in_turn(arms, turn) if arm.spec == spec]
+                mine = [arm for arm in ordered if arm.spec == spec]
                 for arm in mine:
                     asyncio.run(warm_up(workers[spec].url, arm, chosen, model))
                 for cell in chosen.cells:

@@ -6,14 +6,16 @@ import asyncio
 import collections
 import dataclasses
 import random
+from typing import Any
 
 import pytest
 
 from tests.gateway.test_overtaking import INFO, Fleet, fleet, settle
 from vase_sgl.gateway.fair_queue import FairQueue
 from vase_sgl.gateway.leases import Lease, WorkerLoad
-from vase_sgl.gateway.need import Need
+from vase_sgl.gateway.need import KIND, Need
 from vase_sgl.gateway.router import WorkerRouter
+from vase_sgl.gateway.workers import WorkerInfo
 
 
 @pytest.fixture
@@ -248,3 +250,24 @@ async def test_nothing_else_is_granted_or_kept_than_by_asking_everybody(
             assert cheap == await history(f, seed), f"seed = {seed}"
         kept += sum(bool(told[0]) for told in cheap)  # type: ignore[index]
     assert kept > 500
+
+
+class _Watched:
+    """A worker's state that notes what of it is looked at."""
+
+    def __init__(self, info: WorkerInfo) -> None:
+        self._info = info
+        self.seen: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        self.seen.add(name)
+        return getattr(self._info, name)
+
+
+def test_workers_are_told_apart_by_all_that_a_need_looks_at() -> None:
+    """Or a refusal by one worker would stand for another, which has room."""
+    watched: Any = _Watched(INFO)
+    for eviction in (None, {"budget": 32, "window": 8, "prompt": "evict"}):
+        need = Need((1, 2), 90, eviction, True, INFO.model)
+        assert need.fits(watched) and need.slots(watched)
+    assert watched.seen == set(KIND)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from vase_sgl.engine.request_cache import cache_of
+from vase_sgl.engine.request_cache import evicting_cache_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Slots:
         reserved = physical = logical = 0
         for req in scheduler.running_batch.reqs:
             seen = len(req.origin_input_ids) + len(req.output_ids)
-            cache = cache_of(req)
-            if cache is None or not cache.evicts:
+            cache = evicting_cache_of(req)
+            if cache is None:
                 reserved += seen
                 continue
             reserved += cache.max_slots(req.sampling_params.max_new_tokens)

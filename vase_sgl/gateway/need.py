@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vase_sgl.eviction.params import SPARE_PAGES, reserved_slots
@@ -85,6 +86,15 @@ class Need:
             int(self.eviction["budget"]) <= info.max_budget
             and int(self.eviction["window"]) <= info.max_window
         )
+
+
+#: All that `Need.fits` and `Need.slots` look at.
+KIND = (
+    *("model", "max_budget", "max_window", "context_length"),
+    *("total_slots", "rank_slots", "prefix_cache", "page_size"),
+)
+#: Of workers with equal kinds a request gets the same: whether it fits, and how many slots.
+kind_of: Callable[[WorkerInfo], tuple[object, ...]] = operator.attrgetter(*KIND)
 
 
 def max_prompt_tokens(info: WorkerInfo) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from vase_sgl.gateway.need import Need
+from vase_sgl.gateway.need import Need, kind_of
 from vase_sgl.gateway.workers import WorkerInfo
 
 #: Whether queries are read, from which lease on those that run do not count, slots: with each of
@@ -27,7 +27,7 @@ class Refusals:
     @contextmanager
     def remembered(self, infos: Iterable[WorkerInfo]) -> Iterator[None]:
         """For the body, in which `infos` are those of all workers that take requests."""
-        self._kinds = list({info.kind: info for info in infos}.values())
+        self._kinds = list({kind_of(info): info for info in infos}.values())
         try:
             yield
         finally:

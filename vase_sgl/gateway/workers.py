@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import AsyncGenerator, Hashable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
 from typing import Any, Protocol, overload
@@ -165,23 +165,6 @@ class WorkerInfo:
             self.model_name,
             told["weights_digest"] if weights_are_known(told) else told.get("model", ""),
             tokenizer if _DIGEST.fullmatch(tokenizer) else "",
-        )
-
-    @cached_property
-    def kind(self) -> Hashable:
-        """Of workers with equal kinds a request gets the same: whether it fits, and how many slots.
-
-        That is what `Need` reads of it.
-        """
-        return (
-            self.model,
-            self.max_budget,
-            self.max_window,
-            self.context_length,
-            self.total_slots,
-            self.rank_slots,
-            self.prefix_cache,
-            self.page_size,
         )
 
     @property
