@@ -25,6 +25,7 @@ from loadtest.problems import BadSetup
 from loadtest.rows import Row, bucket
 from loadtest.scenarios import users_at
 from loadtest.session import Session
+from loadtest.span import Span
 from loadtest.users import GatewayUser
 from vase_sgl.client import Capacity
 
@@ -42,9 +43,10 @@ class AnyUser(GatewayUser):
 class Test:
     """One test in the process that leads it: alone, or the master."""
 
-    def __init__(self, environment: Any, session: Session) -> None:
+    def __init__(self, environment: Any, session: Session, span: Span) -> None:
         self.environment = environment
         self.session = session
+        self._span = span
         self.draining = draining.watch(environment)
         self._capacity: Capacity | None = None
         self._started: tuple[Settings, Capacity] | None = None
@@ -112,8 +114,6 @@ class Test:
         problems = list(self.draining.problems) if self.draining else []
         for exception in environment.runner.exceptions.values():
             problems.append(f"a user broke {exception['count']} times: {exception['msg']}")
-        ends = [entry.last_request_timestamp or 0.0 for entry in stats.entries.values()]
-        end = max(ends, default=stats.start_time)
         return results.document(
             [
                 Row(
@@ -123,8 +123,8 @@ class Test:
                 )
                 for (tenant, kind), entry in stats.entries.items()
             ],
-            stats.start_time,
-            end - stats.start_time,
+            self._span.started,
+            self._span.seconds,
             problems,
             users=options.num_users,
             run_time=options.run_time,
@@ -192,14 +192,15 @@ def _start(environment: Any, runner: Any, **_: Any) -> None:
     grpc_gevent.init_gevent()
     with _ending():
         session = Session(vars(environment.parsed_options))
+        span = Span(environment)
         environment.user_classes = [
-            AnyUser.for_tenant(session, tenant) for tenant in session.tenants
+            AnyUser.for_tenant(session, tenant, span) for tenant in session.tenants
         ]
         if isinstance(runner, WorkerRunner):
             draining.watch(environment)
             environment.events.test_start.add_listener(lambda **_: session.read_settings())
             return
-        test = Test(environment, session)
+        test = Test(environment, session, span)
         test.prepare()
         environment.shape_class.test = test
         if environment.parsed_options.headless:

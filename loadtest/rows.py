@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from loadtest.calls import Generated, Replayed
+from loadtest.span import Span
 
 VERDICTS = ("MATCH", "DIVERGED", "INCOMPARABLE")
 
@@ -46,9 +47,10 @@ def bucket(milliseconds: float) -> float:
 class Recorder:
     """Writes the rows of one tenant."""
 
-    def __init__(self, environment: Any, tenant: str) -> None:
-        """`environment` is Locust's."""
+    def __init__(self, environment: Any, span: Span, tenant: str) -> None:
+        """`environment` is Locust's; each row extends the span."""
         self._environment = environment
+        self._span = span
         self._tenant = tenant
 
     def generated(self, call: Generated) -> None:
@@ -81,6 +83,7 @@ class Recorder:
         self._note("unfinished", seconds, output_tokens)
 
     def _call(self, kind: str, seconds: float, size: int, error: str) -> None:
+        self._span.extend()
         self._environment.events.request.fire(
             request_type=kind,
             name=self._tenant,
@@ -92,5 +95,6 @@ class Recorder:
 
     def _note(self, kind: str, seconds: float | None, size: int = 0) -> None:
         if seconds is not None:
+            self._span.extend()
             # To the row itself and not through an event, which would count it as one more request.
             self._environment.stats.get(self._tenant, kind).log(seconds * 1000, size)

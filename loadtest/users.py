@@ -16,6 +16,7 @@ from loadtest import calls
 from loadtest.prompts import Synthetic
 from loadtest.rows import Recorder
 from loadtest.session import Session
+from loadtest.span import Span
 from loadtest.tenants import Tenant
 from vase_sgl.client import Message, Prompt
 
@@ -36,14 +37,16 @@ class GatewayUser(User):
     abstract = True
     session: ClassVar[Session]
     tenant: ClassVar[Tenant]
+    span: ClassVar[Span]
     _ending = False
 
     @classmethod
-    def for_tenant(cls, session: Session, tenant: Tenant) -> type[GatewayUser]:
+    def for_tenant(cls, session: Session, tenant: Tenant, span: Span) -> type[GatewayUser]:
         """A class of users of one tenant: Locust shares users out by the weights of classes."""
         fields = {
             "session": session,
             "tenant": tenant,
+            "span": span,
             "weight": tenant.weight,
             "abstract": False,
         }
@@ -52,7 +55,7 @@ class GatewayUser(User):
     def on_start(self) -> None:
         """Look up what the test is about: the web form may have changed it since the last one."""
         self.settings = self.session.settings
-        self._recorder = Recorder(self.environment, self.tenant.name)
+        self._recorder = Recorder(self.environment, self.span, self.tenant.name)
         self._client = self.session.client(self.environment.host, self.tenant)
         worker = self.environment.runner.worker_index
         self._rng = random.Random(f"{self.settings.prompt_seed}/{worker}/{next(_numbers)}")

@@ -9,8 +9,9 @@ import math
 import random
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,12 +21,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtest import calls, compare, prompts, results, slo, tenants
+from loadtest import calls, compare, prompts, results, slo, span, tenants
 from loadtest.options import Settings
 from loadtest.problems import BadSetup
 from loadtest.rows import Row, bucket
 from loadtest.scenarios import SCENARIOS, users_at
 from loadtest.session import Session
+from loadtest.span import Span
 from tests.gateway.running import Running
 from vase_sgl.client import Capacity
 
@@ -375,6 +377,51 @@ def test_a_result_adds_tenants_up() -> None:
     assert (everyone["output_tokens"], everyone["output_tokens_per_second"]) == (200, 100)
     assert (everyone["e2e_ms"]["p50"], everyone["e2e_ms"]["max"]) == (20, 1000)
     assert everyone["tpot_ms"] is None and everyone["replay_match_ratio"] is None
+
+
+def test_a_test_lasts_to_its_last_event_by_one_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the wall clocks say, one of which is set back here."""
+    passed = iter(range(100))
+    clock = SimpleNamespace(perf_counter=lambda: now, time=lambda: 1000 - next(passed))
+    monkeypatch.setattr(span, "time", clock)
+    hooks = ("test_start", "reset_stats", "spawning_complete", "report_to_master", "worker_report")
+
+    def process() -> tuple[Span, dict[str, Callable[..., None]]]:
+        listeners: dict[str, Callable[..., None]] = {}
+        events = {
+            name: SimpleNamespace(add_listener=partial(listeners.__setitem__, name))
+            for name in hooks
+        }
+        environment = SimpleNamespace(events=SimpleNamespace(**events), reset_stats=False)
+        return Span(environment), listeners
+
+    now = 5.0
+    (leading, here), (other, there) = process(), process()
+
+    def report() -> None:
+        data: dict[str, Any] = {}
+        there["report_to_master"](client_id="w", data=data)
+        here["worker_report"](client_id="w", data=json.loads(json.dumps(data)))
+
+    now = 10.0
+    here["test_start"](environment=None)
+    report()
+    assert (leading.started, leading.seconds) == (998, 0)
+    now = 12.0
+    other.extend()
+    now = 15.0
+    report()
+    assert leading.seconds == 2
+    here["spawning_complete"](user_count=1)
+    assert leading.seconds == 2
+    here["reset_stats"]()
+    report()
+    assert leading.seconds == 0
+    leading.extend()
+    now = 20.0
+    leading.extend()
+    report()
+    assert leading.seconds == 5
 
 
 # Thresholds

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from concurrent import futures
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -131,12 +134,23 @@ async def test_quiet_tenants_succeed_while_their_noisy_neighbour_is_refused(tmp_
 async def test_a_master_and_its_worker_lose_and_double_nothing(
     running: Running, tmp_path: Path
 ) -> None:
-    """Calls still run for longer than the half second that Locust's master waits for reports."""
+    """Calls still run for longer than the half second that Locust's master waits for reports.
+
+    The clock of the worker is an hour ahead.
+    """
     running.worker.token_seconds = 0.05
     port, result = str(free_port()), tmp_path / "result.json"
     shared = ("--headless", "--only-summary")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import time\nright = time.time\ntime.time = lambda: right() + 3600\n"
+    )
+    path = os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))
+    begun = time.time()
     async with (
-        Locust(*shared, "--worker", "--master-port", port, VASE_API_KEY=running.key) as worker,
+        Locust(
+            *(*shared, "--worker", "--master-port", port),
+            **{"VASE_API_KEY": running.key, "PYTHONPATH": path},
+        ) as worker,
         Locust(
             *(*shared, "--master", "--master-bind-host", "127.0.0.1", "--master-bind-port", port),
             *("--expect-workers", "1", "--host", running.target, "--users", "4"),
@@ -153,6 +167,8 @@ async def test_a_master_and_its_worker_lose_and_double_nothing(
     document = read(result)
     found = document["all"]
     assert document["problems"] == []
+    started = datetime.fromisoformat(document["started"]).timestamp()
+    assert begun < started < started + document["seconds"] < time.time()
     assert await recorded(running) == {"alice": {"completed": found["completed"]}}
     replays = found["replays"]
     assert replays["MATCH"] > 0 and replays["DIVERGED"] == replays["INCOMPARABLE"] == 0
