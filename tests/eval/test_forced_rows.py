@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
+import time
 from typing import Any
 
 import pytest
@@ -112,3 +114,15 @@ def test_task_rows_grade_by_greedy_decoding(tiny: ForcedModel) -> None:
     for answer, correct in ((greedy, True), (wrong, False)):
         asked = dataclasses.replace(item, answer=answer)
         assert [row["correct"] for row in task_rows(tiny, [asked], [arm], "run")] == [correct]
+
+
+def test_a_clock_that_is_set_back_takes_no_seconds_away(
+    tiny: ForcedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readings = itertools.count()
+    monkeypatch.setattr(time, "time", lambda: 1e9 - 60 * next(readings))
+    arms = [ForcedArm("full", None)]
+    chunks = text_chunks("text", FILLER, prompt_tokens=10, forced_tokens=20, count=1)
+    items = passkey_items("sea", tiny.tokenizer, FILLER, thought_tokens=20, count=1, seed=1)
+    for found in (nll_rows(tiny, chunks, arms, "run"), task_rows(tiny, items, arms, "run")):
+        assert [0 < row["total_seconds"] < 60 for row in found] == [True]

@@ -93,6 +93,19 @@ def test_time_is_counted_once_however_many_requests_share_it(
     assert cells[0].completed == cells[0].n == 4
 
 
+def test_sessions_do_not_share_time_whatever_their_clocks_say(
+    stored: Callable[[Iterable[Row]], Path],
+) -> None:
+    """The second was on a clock that is behind, the third an hour later."""
+    times = [(100.0, 100.0), (100.0, 102.0), (98.0, 101.0), (98.0, 103.0), (3700.0, 3700.0)]
+    found = [
+        row("a", 50, str(i), session=session, started=start)
+        for i, (session, start) in enumerate(times)
+    ]
+    (cells,) = load([stored(found)]).cells.values()
+    assert cells[0].machine_seconds == 6 + 6 + 4
+
+
 def test_aborted_samples_are_wrong_and_nothing_else(
     stored: Callable[[Iterable[Row]], Path], tmp_path: Path
 ) -> None:

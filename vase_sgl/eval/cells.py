@@ -101,11 +101,16 @@ class Cell:
 
     @property
     def machine_seconds(self) -> float:
-        """Time in which at least one of its requests ran, repeated attempts included."""
-        total, end = 0.0, 0.0
-        for start, stop in sorted((r.started, r.started + r.total_seconds) for r in self.attempts):
-            total += max(stop - max(start, end), 0.0)
-            end = max(end, stop)
+        """Time in which at least one of its requests ran, repeated attempts included.
+
+        Of sessions the sum: they do not overlap, though their clocks may say so.
+        """
+        total = 0.0
+        ends: dict[float | None, float] = {}
+        for row in sorted(self.attempts, key=lambda r: (r.started, r.total_seconds)):
+            stop, end = row.started + row.total_seconds, ends.get(row.session, 0.0)
+            total += max(stop - max(row.started, end), 0.0)
+            ends[row.session] = max(end, stop)
         return total
 
     def slots(self, row: Row) -> float:

@@ -41,6 +41,8 @@ class Row:
     reserved_slots: slots reserved for the request; full_kv_slots: what a full cache would hold.
     Both are 0 if nothing of an answer came.
     queue_seconds: of `total_seconds`, those before it was admitted; None if not known.
+    session: when its session began; `started` compares with that of rows of the same one alone.
+    None for forced text and in rows of versions before this one.
     nll_sum, nll_tokens: teacher-forced tasks alone, in nats; output_tokens then counts forced ones.
     """
 
@@ -78,6 +80,7 @@ class Row:
     full_kv_slots: int = 0
     ttft_seconds: float | None = None
     queue_seconds: float | None = None
+    session: float | None = None
     digest: str | None = None
     nll_sum: float | None = None
     nll_tokens: int | None = None

@@ -15,6 +15,7 @@ from pathlib import Path
 from vase_sgl.eval import rows as row_files
 from vase_sgl.eval.arms import FP8, Arm
 from vase_sgl.eval.assessment import assess
+from vase_sgl.eval.clock import SessionClock
 from vase_sgl.eval.configuration import (
     ROWS_FILE,
     SESSIONS_FILE,
@@ -112,6 +113,7 @@ class Run:
         self._asked = asked
         self._file = RunFolder.open(folder, configuration)
         self._rows = RowFile(folder / ROWS_FILE)
+        self._clock: SessionClock
         done = row_files.latest(self._rows.rows)
         #: What is still to do: never run, failed or aborted.
         self.left = [
@@ -137,7 +139,7 @@ class Run:
                 info = await target.info()
                 _check(worker, target, info, [sample.arm for sample in samples])
                 self._file = self._file.with_worker(worker, info.fingerprint, info.query_ring_slots)
-                started, emptied = time.time(), True
+                self._clock, emptied = SessionClock(), True
                 try:
                     for _, cell in groupby(samples, lambda s: (s.arm, s.task.name)):
                         emptied &= await target.empty_prefix_cache()
@@ -145,7 +147,7 @@ class Run:
                         await self._cell(target, asked, concurrency, on_row)
                         await _check_unchanged(target, info, asked[0])
                 finally:
-                    await self._note_session(worker, target, started, info, emptied)
+                    await self._note_session(worker, target, info, emptied)
 
     def close(self) -> None:
         """Let another process write the rows."""
@@ -195,7 +197,7 @@ class Run:
         seed = request_seed(
             self._configuration.seed, sample.task.name, sample.item.item_id, sample.seed_index
         )
-        started, start = time.time(), time.monotonic()
+        started, start = self._clock.now(), time.monotonic()
         try:
             answer = await target.answer(sample.item.messages, sample.arm, self._sampling, seed)
         except TargetChanged:
@@ -243,12 +245,13 @@ class Run:
                 "status": status,
                 "started": started,
                 "total_seconds": seconds,
+                "session": self._clock.started,
                 **fields,
             }
         )
 
     async def _note_session(
-        self, worker: str, target: Target, started: float, before: TargetInfo, emptied: bool
+        self, worker: str, target: Target, before: TargetInfo, emptied: bool
     ) -> None:
         """Append what the worker counted meanwhile; a worker that is gone has counted nothing."""
         try:
@@ -258,8 +261,8 @@ class Run:
         session = {
             "worker": worker,
             "target": target.name,
-            "started": started,
-            "ended": time.time(),
+            "started": self._clock.started,
+            "ended": self._clock.now(),
             "total_slots": before.total_slots,
             "prefix_cache_emptied": emptied,
             "counters": None

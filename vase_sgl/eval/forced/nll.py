@@ -63,10 +63,10 @@ def nll_rows(
     so that sums of different arms compare token by token.
     """
     for chunk in chunks:
-        started = time.time()
+        started, start = time.time(), time.monotonic()
         session = model.start(chunk.prompt, [arm.params for arm in arms])
         losses = session.force(chunk.forced)
-        seconds = time.time() - started
+        seconds = time.monotonic() - start
         for index, arm in enumerate(arms):
             yield {
                 "run_id": run_id,

@@ -87,11 +87,11 @@ def task_rows(
     alone, which shows a difference where a small model is never right.
     """
     for item in items:
-        started = time.time()
+        started, start = time.time(), time.monotonic()
         session = model.start(item.prompt, [arm.params for arm in arms])
         session.force(item.thought + item.question)
         losses, is_greedy = session.answer(item.answer)
-        seconds = time.time() - started
+        seconds = time.monotonic() - start
         for index, arm in enumerate(arms):
             yield {
                 "run_id": run_id,
