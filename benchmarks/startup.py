@@ -44,7 +44,10 @@ PHASES = {
 
 @dataclasses.dataclass
 class Start:
-    """One start. Seconds since the process was started; memory in MiB, shared pages shared out."""
+    """One start. Seconds since the process was started; memory in MiB, shared pages shared out.
+
+    phases: none if the clock was set meanwhile.
+    """
 
     health_seconds: float
     first_token_seconds: float
@@ -72,12 +75,14 @@ def start(checkout: Path, model: Path, log: Path) -> Start:
         first = time.monotonic() - began
         main = psutil.Process(worker.pid)
         family = (main, *main.children(recursive=True))
+        # The log's times are of the wall clock: no durations, if that was set meanwhile.
+        set_by = time.time() - began_wall - (time.monotonic() - began)
         return Start(
             ready,
             first,
             sum(sum(process.cpu_times()[:2]) for process in family),
             sum(process.memory_full_info().pss for process in family) / 2**20,
-            phases(log.read_text(), began_wall),
+            phases(log.read_text(), began_wall) if abs(set_by) < 1 else {},
         )
 
 
