@@ -19,6 +19,7 @@ from tests.gateway.test_openai import client
 from vase_sgl.client import AsyncClient, Client, Unavailable
 from vase_sgl.gateway.audit import AuditStore, Record
 from vase_sgl.gateway.config import load_config
+from vase_sgl.gateway.errors import GatewayStopped
 from vase_sgl.gateway.server import Gateway
 from vase_sgl.gateway.shutdown import Shutdown
 
@@ -226,3 +227,23 @@ async def test_a_shutdown_leaves_other_time_limits_alone() -> None:
     with pytest.raises(Exception, match="stopped before the end of it"):  # what comes later, too
         async with shutdown.ends("it"):
             await asyncio.sleep(1)
+
+
+async def test_a_run_that_began_after_the_moment_is_ended_once() -> None:
+    """Each further signal is one; what began late may be cleaning up by then."""
+    shutdown, cleaning = Shutdown(), asyncio.Event()
+    shutdown.now()
+
+    async def run() -> None:
+        async with shutdown.ends("it"):
+            try:
+                await asyncio.sleep(1)
+            finally:
+                cleaning.set()
+                await asyncio.sleep(0.05)
+
+    task = asyncio.create_task(run())
+    await asyncio.wait_for(cleaning.wait(), 5)
+    shutdown.now()
+    with pytest.raises(GatewayStopped):
+        await task

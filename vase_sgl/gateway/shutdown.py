@@ -14,6 +14,7 @@ class Shutdown:
 
     def __init__(self) -> None:
         self._over = False
+        #: Runs that `now` has yet to end.
         self._running: set[asyncio.Timeout] = set()
 
     @asynccontextmanager
@@ -21,7 +22,8 @@ class Shutdown:
         """Let the body run until then. Raises `GatewayStopped`; `run` is what its text names."""
         try:
             async with asyncio.timeout(0 if self._over else None) as limit:
-                self._running.add(limit)
+                if not self._over:
+                    self._running.add(limit)
                 try:
                     yield
                 finally:
