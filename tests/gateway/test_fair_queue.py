@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import pytest
 
 from tests.gateway.running import Running, run_gateway, until
 from tests.gateway.scripted_worker import token_of
-from vase_sgl.client import NEVER, AsyncClient, DeadlineExceeded, RateLimited
+from vase_sgl.client import NEVER, AsyncClient, DeadlineExceeded, InvalidRequest, RateLimited
 from vase_sgl.gateway import fair_queue
 from vase_sgl.gateway.errors import LimitExceeded, WorkerUnavailable
 from vase_sgl.gateway.fair_queue import FairQueue
@@ -287,6 +288,63 @@ async def test_who_does_not_wait_in_the_line_is_not_refused_for_others() -> None
         back.cancel()
         await asyncio.gather(back, return_exceptions=True)
     assert len(await full.close()) == 1
+
+
+async def test_who_comes_in_excess_makes_nobody_give_way_before_it_waits() -> None:
+    full = Full()
+    assert await full.come("a", "a", "a", "a") == "aaaa"
+    with full.line.place("b"):
+        assert await full.come() == "aaaa"
+    with full.line.place("b") as served:
+        assert isinstance(await served.wait(Token), Token)
+    with full.line.place("b") as late:
+        full.tasks[0].cancel()
+        assert await full.come() == "aaa"
+        waiting = asyncio.create_task(late.wait(lambda: None))
+        assert await full.come() == "aaa" and not waiting.done()
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+    assert not await full.close()
+
+
+async def test_those_in_excess_share_with_each_other() -> None:
+    """All of a tenant's come while the other's line is long, and then one after the other waits."""
+    full = Full()
+    await full.come("a", "a", "a", "a")
+    with contextlib.ExitStack() as held:
+        places = [held.enter_context(full.line.place("b")) for _ in range(3)]
+        tasks = [asyncio.create_task(place.wait(lambda: None)) for place in places]
+        assert await full.come() == "aa" and full.line.waiting == 4
+        assert [task.done() for task in tasks] == [False, True, False]
+        for task in tasks:
+            task.cancel()
+        ends = await asyncio.gather(*tasks, return_exceptions=True)
+        assert isinstance(ends[1], LimitExceeded) and ends[1].reason == "queue_total"
+    assert len(await full.close()) == 2
+
+
+async def test_who_is_refused_itself_makes_nobody_give_way(tmp_path: Path) -> None:
+    """By a limit of its tenant, or for what it asks."""
+    async with run_gateway(
+        tmp_path, worker={"max_in_flight": 1}, queue={"max_waiting": 3}
+    ) as running:
+        running.worker.token_seconds = 0.01
+        key = running.add_tenant("bob", limits={"requests_per_second": 0.001})
+        stream = running.client.generate("tell me", max_new_tokens=4000)
+        await stream.started()
+        waiting = [
+            asyncio.create_task(running.client.generate_once("tell me", max_new_tokens=1))
+            for _ in range(3)
+        ]
+        await until_waiting(running, 3)
+        async with AsyncClient(running.target, key, retry=NEVER) as bob:
+            with pytest.raises(InvalidRequest):
+                await bob.generate_once("tell me", max_new_tokens=0)
+            with pytest.raises(RateLimited, match="requests per second"):
+                await bob.generate_once("tell me", max_new_tokens=1)
+        assert running.gateway._queue.waiting == 3
+        stream.cancel()
+        await asyncio.gather(*waiting)
 
 
 async def test_the_hint_follows_how_fast_the_line_moves(monkeypatch: pytest.MonkeyPatch) -> None:

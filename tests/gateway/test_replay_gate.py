@@ -12,7 +12,7 @@ import pytest
 
 from tests.gateway.running import Running, run_gateway, until
 from tests.gateway.scripted_worker import ScriptedWorker
-from vase_sgl.client import NEVER, AsyncClient, RateLimited, Unavailable
+from vase_sgl.client import NEVER, AsyncClient, NotFound, RateLimited, Unavailable
 from vase_sgl.gateway import replay_gate
 from vase_sgl.gateway.errors import LimitExceeded, WorkerUnavailable
 from vase_sgl.gateway.need import Need
@@ -276,6 +276,28 @@ def turns(monkeypatch: pytest.MonkeyPatch) -> Turns:
 
     monkeypatch.setattr(ReplayGate, "turn", turn)
     return turns
+
+
+async def test_a_replay_that_cannot_be_makes_nobody_give_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, turns: Turns
+) -> None:
+    monkeypatch.setattr(replay_gate, "MAX_WAITING", 2)
+    async with run_gateway(tmp_path, replay={"max_concurrent": 1}) as running:
+        mine = await running.client.generate_once("tell me", max_new_tokens=200)
+        running.worker.token_seconds = 0.05
+        replays = [asyncio.create_task(running.client.replay(mine.request_id).verdict())]
+        await until(lambda: running.worker.running)
+        replays += [
+            asyncio.create_task(running.client.replay(mine.request_id).verdict()) for _ in range(2)
+        ]
+        await until(lambda: turns.asked == 3)
+        key = running.add_tenant("bob", roles=["replay"])
+        async with AsyncClient(running.target, key, retry=NEVER) as bob:
+            with pytest.raises(NotFound, match="there is no record"):
+                await bob.replay(mine.request_id).verdict()
+        running.worker.token_seconds = 0
+        verdicts = await asyncio.gather(*replays)
+        assert [verdict.outcome for verdict in verdicts] == ["MATCH"] * 3
 
 
 async def test_a_worker_that_changed_while_a_replay_waited_is_incomparable(

@@ -52,11 +52,13 @@ class _Waiter(Generic[T]):
 class Place(Generic[T]):
     """A place in the queue, held from a request's arrival on."""
 
-    def __init__(self, queue: FairQueue[T], tenant: str) -> None:
+    def __init__(self, queue: FairQueue[T], tenant: str, *, in_excess: bool) -> None:
         self._queue = queue
         self.tenant = tenant
         #: Whether it is one of those that `max_waiting` bounds.
         self.counted = False
+        #: Whether the queue was full, so that another one makes room if this has to wait.
+        self.in_excess = in_excess
 
     async def wait(
         self, take: Callable[[], T | None], keep: Callable[[], None] = lambda: None
@@ -66,7 +68,7 @@ class Place(Generic[T]):
         keep: called after a `take` in vain when those before it have been so for long; it may see
         to it that `take` of others returns nothing meanwhile, until `wait` is over.
         Raises what `take` raises, and `LimitExceeded` after the longest wait, or when the queue is
-        full, the tenant's line the longest and this its last.
+        full, the tenant's line one of the longest and this its last.
         """
         return await self._queue._wait(self, take, keep)
 
@@ -107,7 +109,8 @@ class FairQueue(Generic[T]):
     def place(self, tenant: str) -> Iterator[Place[T]]:
         """A place for one request. Raises `LimitExceeded` if the queue is full.
 
-        Full for all, it makes room for a tenant that has fewer waiting than another.
+        Full for all, it has room for a tenant that has fewer waiting than another, whose last one
+        gives way; not before the new one waits, which until then may itself be refused.
         """
         if self._waiting[tenant] >= self._max_per_tenant:
             raise self._full(
@@ -116,9 +119,10 @@ class FairQueue(Generic[T]):
                 "queue_tenant",
                 self._waiting[tenant],
             )
-        if self.waiting >= self._max and not self._displace(tenant):
+        full = self.waiting >= self._max
+        if full and self._last_beyond(self._waiting[tenant] + 1) is None:
             raise self._full_for_all()
-        place = Place(self, tenant)
+        place = Place(self, tenant, in_excess=full)
         self._waiting[tenant] += 1
         place.counted = True
         try:
@@ -126,18 +130,24 @@ class FairQueue(Generic[T]):
         finally:
             self._uncount(place)
 
-    def _displace(self, tenant: str) -> bool:
-        """Refuse the last of the longest line for one of that tenant, if its own stays shorter."""
+    def _last_beyond(self, count: int) -> _Waiter[T] | None:
+        """The last in the line of the tenant with most waiting, if these are more than `count`."""
         longest = max(self._waiting, key=self._waiting.__getitem__)
-        if self._waiting[tenant] + 1 >= self._waiting[longest]:
-            return False
+        if self._waiting[longest] <= count:
+            return None
         for waiter in reversed(self._lines.get(longest, ())):
             if waiter.place.counted and not waiter.granted.done():
-                waiter.granted.set_exception(self._full_for_all())
-                self._uncount(waiter.place)
-                self._leave(waiter)
-                return True
-        return False
+                return waiter
+        return None
+
+    def _make_room(self, waiter: _Waiter[T]) -> None:
+        """Refuse another tenant's last one for one that waits in excess; else that one itself."""
+        place = waiter.place
+        if place.counted and place.in_excess and self.waiting > self._max:
+            last = self._last_beyond(self._waiting[place.tenant]) or waiter
+            last.granted.set_exception(self._full_for_all())
+            self._uncount(last.place)
+            self._leave(last)
 
     def _uncount(self, place: Place[T]) -> None:
         if place.counted:
@@ -202,6 +212,8 @@ class FairQueue(Generic[T]):
             self.dispatch()
         else:
             self._serve_first(waiter)
+        if not waiter.granted.done():
+            self._make_room(waiter)
         if waiter.granted.done():
             return waiter.granted.result()
         try:
