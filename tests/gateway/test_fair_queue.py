@@ -290,6 +290,16 @@ async def test_who_does_not_wait_in_the_line_is_not_refused_for_others() -> None
     assert len(await full.close()) == 1
 
 
+async def test_who_has_none_in_line_keeps_no_other_from_giving_way() -> None:
+    """A tenant with as many waiting, or with most, all of whose prompts are being tokenized."""
+    full = Full()
+    with full.line.place("a"), full.line.place("a"):
+        assert await full.come("b", "b") == "bb"
+        assert await full.come("c") == "bc"
+        assert await full.come("d") == "bc"
+    assert len(await full.close()) == 2
+
+
 async def test_who_comes_in_excess_makes_nobody_give_way_before_it_waits() -> None:
     full = Full()
     assert await full.come("a", "a", "a", "a") == "aaaa"

@@ -131,13 +131,16 @@ class FairQueue(Generic[T]):
             self._uncount(place)
 
     def _last_beyond(self, count: int) -> _Waiter[T] | None:
-        """The last in the line of the tenant with most waiting, if these are more than `count`."""
-        longest = max(self._waiting, key=self._waiting.__getitem__)
-        if self._waiting[longest] <= count:
-            return None
-        for waiter in reversed(self._lines.get(longest, ())):
-            if waiter.place.counted and not waiter.granted.done():
-                return waiter
+        """Who gives way: the last in line of the tenant with most waiting, above `count`.
+
+        A tenant may have none in line: its prompts are being tokenized.
+        """
+        for tenant, waiting in self._waiting.most_common():
+            if waiting <= count:
+                break
+            for waiter in reversed(self._lines.get(tenant, ())):
+                if waiter.place.counted and not waiter.granted.done():
+                    return waiter
         return None
 
     def _make_room(self, waiter: _Waiter[T]) -> None:
