@@ -14,7 +14,7 @@ from tests.gateway.scripted_worker import token_of
 from vase_sgl.client import NEVER, AsyncClient, DeadlineExceeded, InvalidRequest, RateLimited
 from vase_sgl.gateway import fair_queue
 from vase_sgl.gateway.errors import LimitExceeded, WorkerUnavailable
-from vase_sgl.gateway.fair_queue import FairQueue
+from vase_sgl.gateway.fair_queue import FairQueue, Party
 
 
 async def until_waiting(running: Running, count: int) -> None:
@@ -331,6 +331,41 @@ async def test_those_in_excess_share_with_each_other() -> None:
         ends = await asyncio.gather(*tasks, return_exceptions=True)
         assert isinstance(ends[1], LimitExceeded) and ends[1].reason == "queue_total"
     assert len(await full.close()) == 2
+
+
+async def test_who_ends_a_party_that_was_served_does_not_give_way() -> None:
+    full, party = Full(), Party()
+    with contextlib.ExitStack() as held:
+        with full.line.place("a", party) as first:
+            places = [held.enter_context(full.line.place("a", party)) for _ in range(3)]
+            await first.wait(Token)
+        waiting = [asyncio.create_task(place.wait(lambda: None)) for place in places]
+        assert await full.come() == ""
+        assert await full.come("a") == "a"
+        assert await full.come("b") == "b"
+        assert await full.come("c") == "b"
+        assert not any(task.done() for task in waiting)
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+    assert len(await full.close()) == 2
+
+
+async def test_a_party_that_was_served_stays_in_excess() -> None:
+    full, party = Full(), Party()
+    assert await full.come("a", "a", "a", "a") == "aaaa"
+    with contextlib.ExitStack() as held:
+        with full.line.place("b", party) as first:
+            places = [held.enter_context(full.line.place("b", party)) for _ in range(2)]
+            await first.wait(Token)
+        with full.line.place("b"):
+            waiting = [asyncio.create_task(place.wait(lambda: None)) for place in places]
+            assert await full.come() == "aaa"
+        assert not any(task.done() for task in waiting) and full.line.waiting == 5
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+    assert len(await full.close()) == 1
 
 
 async def test_who_is_refused_itself_makes_nobody_give_way(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from tests.gateway.running import Running, run_gateway, until
 from tests.gateway.scripted_worker import VOCAB
 from tests.gateway.test_abort import record_of
 from tests.gateway.test_transport import certificate
-from vase_sgl.client import AsyncClient, Tls
+from vase_sgl.client import NEVER, AsyncClient, RateLimited, Tls
 from vase_sgl.gateway.errors import InvalidRequest, WorkerUnavailable
 from vase_sgl.gateway.openai import requests
 from vase_sgl.gateway.openai.requests import chat_call, completion_call
@@ -633,6 +633,29 @@ class Posting:
             body = await self.reader.readuntil(b"}}")
         self.writer.close()
         return headers + body
+
+
+async def test_samples_of_an_answer_that_runs_do_not_give_way(tmp_path: Path) -> None:
+    """What had come of it would be lost, and charged."""
+    sections = {"worker": {"max_in_flight": 1}, "queue": {"max_waiting": 3}}
+    async with run_gateway(tmp_path, http={"port": 0}, **sections) as door, client(door) as api:
+        door.worker.token_seconds = 0.01
+        samples = await api.completions.create(
+            model="scripted", prompt="a", max_tokens=40, n=3, stream=True
+        )
+        await until(lambda: door.gateway._queue.waiting == 2)
+        bob, carol = (
+            AsyncClient(door.target, door.add_tenant(name), retry=NEVER)
+            for name in ("bob", "carol")
+        )
+        async with bob, carol:
+            other = asyncio.create_task(bob.generate_once("tell me", max_new_tokens=1))
+            await until(lambda: door.gateway._queue.waiting == 3)
+            with pytest.raises(RateLimited, match="3 requests are waiting"):
+                await carol.generate_once("tell me", max_new_tokens=1)
+            ends = [chunk.choices[0].finish_reason async for chunk in samples]
+            assert ends.count("length") == 3
+            await other
 
 
 async def test_a_body_that_does_not_come_is_given_up(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from contextlib import ExitStack, asynccontextmanager, contextmanager
 
 from vase_sgl.gateway import logs, telemetry
 from vase_sgl.gateway.errors import ClientGone, GatewayError, LimitExceeded, LimitsUnavailable
-from vase_sgl.gateway.fair_queue import FairQueue, Place
+from vase_sgl.gateway.fair_queue import FairQueue, Party, Place
 from vase_sgl.gateway.leases import Lease
 from vase_sgl.gateway.limits.usage import Usage
 from vase_sgl.gateway.metrics import Metrics
@@ -85,13 +85,16 @@ class Admissions:
         self._metrics = metrics
 
     @asynccontextmanager
-    async def admit(self, tenant: Tenant, operation: str) -> AsyncIterator[Passage]:
+    async def admit(
+        self, tenant: Tenant, operation: str, party: Party | None = None
+    ) -> AsyncIterator[Passage]:
         """Let one request in for the body; the tenant is charged when it ends, however it ends.
 
-        `operation` is its metric label. Raises `LimitExceeded` and `LimitsUnavailable`.
+        `operation` is its metric label; `party`: those that end with it. Raises `LimitExceeded` and
+        `LimitsUnavailable`.
         """
         with self.unlimited(tenant, operation), ExitStack() as waiting:
-            place = waiting.enter_context(self._queue.place(tenant.name))
+            place = waiting.enter_context(self._queue.place(tenant.name, party))
             passage = Passage(tenant, self._router, place, waiting, self._metrics)
             if tenant.limits.usage.unlimited:
                 yield passage

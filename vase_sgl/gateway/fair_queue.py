@@ -49,12 +49,21 @@ class _Waiter(Generic[T]):
         self.granted: asyncio.Future[T] = asyncio.get_running_loop().create_future()
 
 
+class Party:
+    """Requests of which each ends all when it is refused, such as the samples of one call."""
+
+    def __init__(self) -> None:
+        #: Whether one of them was granted something. None of the others gives way any more.
+        self.served = False
+
+
 class Place(Generic[T]):
     """A place in the queue, held from a request's arrival on."""
 
-    def __init__(self, queue: FairQueue[T], tenant: str, *, in_excess: bool) -> None:
+    def __init__(self, queue: FairQueue[T], tenant: str, party: Party, *, in_excess: bool) -> None:
         self._queue = queue
         self.tenant = tenant
+        self.party = party
         #: Whether it is one of those that `max_waiting` bounds.
         self.counted = False
         #: Whether the queue was full, so that another one makes room if this has to wait.
@@ -106,8 +115,8 @@ class FairQueue(Generic[T]):
         return self._waiting.total()
 
     @contextmanager
-    def place(self, tenant: str) -> Iterator[Place[T]]:
-        """A place for one request. Raises `LimitExceeded` if the queue is full.
+    def place(self, tenant: str, party: Party | None = None) -> Iterator[Place[T]]:
+        """A place for one request, maybe of a party. Raises `LimitExceeded` if the queue is full.
 
         Full for all, it has room for a tenant that has fewer waiting than another, whose last one
         gives way; not before the new one waits, which until then may itself be refused.
@@ -122,7 +131,7 @@ class FairQueue(Generic[T]):
         full = self.waiting >= self._max
         if full and self._last_beyond(self._waiting[tenant] + 1) is None:
             raise self._full_for_all()
-        place = Place(self, tenant, in_excess=full)
+        place = Place(self, tenant, party or Party(), in_excess=full)
         self._waiting[tenant] += 1
         place.counted = True
         try:
@@ -139,7 +148,8 @@ class FairQueue(Generic[T]):
             if waiting <= count:
                 break
             for waiter in reversed(self._lines.get(tenant, ())):
-                if waiter.place.counted and not waiter.granted.done():
+                place = waiter.place
+                if place.counted and not place.party.served and not waiter.granted.done():
                     return waiter
         return None
 
@@ -148,6 +158,8 @@ class FairQueue(Generic[T]):
         place = waiter.place
         if place.counted and place.in_excess and self.waiting > self._max:
             last = self._last_beyond(self._waiting[place.tenant]) or waiter
+            if last.place.party.served:  # it is the waiter itself
+                return
             last.granted.set_exception(self._full_for_all())
             self._uncount(last.place)
             self._leave(last)
@@ -193,6 +205,7 @@ class FairQueue(Generic[T]):
                 self._refused(waiter)
                 return False
             self._grants.append(time.monotonic())
+            waiter.place.party.served = True
             waiter.granted.set_result(taken)
         self._leave(waiter)
         if tenant in self._lines:

@@ -27,6 +27,7 @@ from vase_sgl.gateway.errors import (
     NotFound,
     WorkerUnavailable,
 )
+from vase_sgl.gateway.fair_queue import Party
 from vase_sgl.gateway.generation import Generations
 from vase_sgl.gateway.openai import answers
 from vase_sgl.gateway.openai.answers import Answer, Kind
@@ -232,6 +233,7 @@ class _Samples:
         self._kind: Kind = kind
         self._call = call
         self._shared = Shared(call.model)
+        self._party = Party()
         self._created = int(time.time())
         self._response: web.StreamResponse | None = None
         self._answer: Answer | None = None
@@ -281,7 +283,7 @@ class _Samples:
                 self._began |= message.HasField("chunk")
                 await send(index, message)
 
-            async with door._admissions.admit(tenant, "generate") as passage:
+            async with door._admissions.admit(tenant, "generate", self._party) as passage:
                 record = await door._generations.run(
                     passage,
                     self._call.sample(index),
