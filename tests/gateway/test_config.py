@@ -119,6 +119,16 @@ def test_what_is_wrong_is_named(tmp_path: Path, text: str, problem: str) -> None
     assert problem in str(error.value) and str(file) in str(error.value)
 
 
+def test_half_of_the_calls_may_wait_unless_it_is_said_how_many() -> None:
+    def most(**sections: object) -> int:
+        return load_config(overrides={"worker": {"model_path": "m"}, **sections}).max_waiting
+
+    assert most() == 512
+    assert most(grpc={"max_concurrent_calls": 7}) == 3
+    assert most(grpc={"max_concurrent_calls": 1}) == 1
+    assert most(queue={"max_waiting": 700}) == 700
+
+
 def test_the_key_of_the_workers_does_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VASE_WORKER__API_KEY", "sixteen-letters-and-more")
     config = load_config(overrides={"worker": {"urls": ["http://x"]}})

@@ -145,6 +145,39 @@ async def test_the_line_is_bounded(tmp_path: Path) -> None:
             await asyncio.gather(*waiting)
 
 
+async def test_the_line_is_full_before_the_calls_are(tmp_path: Path) -> None:
+    """By default: who has nothing waiting finds a call, and room in the line."""
+    calls = {"max_concurrent_calls": 8}
+    async with run_gateway(tmp_path, worker={"max_in_flight": 1}, grpc=calls) as running:
+        running.worker.token_seconds = 0.01
+        stream = running.client.generate("tell me", max_new_tokens=4000)
+        await stream.started()
+        flood = [
+            asyncio.create_task(running.client.generate_once("tell me", max_new_tokens=1))
+            for _ in range(7)
+        ]
+        await until_waiting(running, 4)
+        key = running.add_tenant("bob")
+        async with AsyncClient(running.target, key, retry=NEVER) as bob:
+            other = asyncio.create_task(bob.generate_once("tell me", max_new_tokens=1))
+            await until(lambda: sum(task.done() for task in flood) == 4)
+            stream.cancel()
+            await other
+        ends = await asyncio.gather(*flood, return_exceptions=True)
+        refused = [end for end in ends if isinstance(end, BaseException)]
+        assert len(refused) == 4
+        assert all("4 requests are waiting at this gateway" in str(error) for error in refused)
+
+
+@pytest.mark.parametrize(("waiting", "warned"), [(None, False), (7, False), (8, True)])
+async def test_a_line_as_long_as_there_are_calls_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, waiting: int | None, warned: bool
+) -> None:
+    sections = {"queue": {"max_waiting": waiting}, "grpc": {"max_concurrent_calls": 8}}
+    async with run_gateway(tmp_path, **sections):
+        assert ("queue.max_waiting: 8 is not below" in caplog.text) == warned
+
+
 async def test_waiting_is_bounded_in_time(tmp_path: Path) -> None:
     queue = {"max_wait_seconds": 0.2}
     async with run_gateway(tmp_path, worker={"max_in_flight": 1}, queue=queue) as running:

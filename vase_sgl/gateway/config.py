@@ -203,8 +203,8 @@ class WorkerSection(_Section):
 class Queue(_Section):
     """The line in front of the workers. Tenants take turns in it."""
 
-    #: Requests that may wait in all.
-    max_waiting: int = Field(default=1024, ge=1)
+    #: Requests that may wait in all. None: half of `grpc.max_concurrent_calls`.
+    max_waiting: int | None = Field(default=None, ge=1)
     #: Requests of one tenant that may wait.
     max_waiting_per_tenant: int = Field(default=256, ge=1)
     #: Seconds one may wait.
@@ -374,6 +374,11 @@ class GatewayConfig(BaseSettings):
                 "clear text; change worker.urls, or leave worker.ca_file out"
             )
         return self
+
+    @property
+    def max_waiting(self) -> int:
+        """Requests that may wait. By default half of the calls are left to all that does not."""
+        return self.queue.max_waiting or max(self.grpc.max_concurrent_calls // 2, 1)
 
 
 def load_config(

@@ -85,7 +85,7 @@ class Gateway:
         )
         self._router = WorkerRouter(self._fleet, affinity_tokens=config.worker.affinity_tokens)
         self._queue: FairQueue[Lease] = FairQueue(
-            max_waiting=config.queue.max_waiting,
+            max_waiting=config.max_waiting,
             max_waiting_per_tenant=config.queue.max_waiting_per_tenant,
             max_wait_seconds=config.queue.max_wait_seconds,
             sweep=self._router.sweep,
@@ -137,6 +137,14 @@ class Gateway:
         background. Raises `TenantFileError`, `PortInUse`, `ConfigError`, `SharedUsageError`,
         `AuditError`, `WorkerStartError`; failed or cancelled, it leaves nothing behind.
         """
+        if config.max_waiting >= config.grpc.max_concurrent_calls:
+            logger.warning(
+                "queue.max_waiting: %d is not below grpc.max_concurrent_calls: %d. Who waits is a "
+                "call, so the calls are full before the line is, and whoever comes is refused; "
+                "lower the first or raise the second",
+                config.max_waiting,
+                config.grpc.max_concurrent_calls,
+            )
         observability = Observability(config.telemetry)
         metrics = Metrics(
             observability.meters, tenant_histograms=config.telemetry.tenant_histograms
