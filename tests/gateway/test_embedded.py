@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -137,6 +138,40 @@ async def test_a_log_that_is_a_link_is_left_where_it_is(tmp_path: Path) -> None:
         await worker.start(quiet)
     await worker.close()
     assert (tmp_path / "elsewhere").read_text() == "before\nrun\n"
+
+
+async def test_a_log_that_is_a_pipe_is_not_read(tmp_path: Path) -> None:
+    """As /dev/stdout is in a container: a read would wait for what this process writes."""
+    reader, writer = os.pipe()
+    worker = embedded((sys.executable, "-c", "raise SystemExit('bad flag')"), tmp_path)
+    worker._log = Path(f"/dev/fd/{writer}")
+    too_late = threading.Timer(10, os.close, (writer,))  # what ends such a wait
+    too_late.start()
+    with pytest.raises(WorkerStartError, match=f"exit code 1 .* went to /dev/fd/{writer}$"):
+        await worker.start(quiet)
+    await worker.close()
+    too_late.cancel()
+    os.close(writer)
+    with open(reader) as output:
+        assert output.read() == "bad flag\n"
+
+
+async def test_a_named_pipe_without_a_reader_is_refused(tmp_path: Path) -> None:
+    worker = embedded((sys.executable, "-c", ""), tmp_path)
+    worker._log.parent.mkdir()
+    os.mkfifo(worker._log)
+    with pytest.raises(WorkerStartError, match=r"cannot start the worker: .*worker\.log_file"):
+        await worker.start(quiet)
+    await worker.close()
+
+
+async def test_a_log_that_is_gone_hides_no_failed_start(tmp_path: Path) -> None:
+    script = "import os, sys; os.remove(sys.argv[1]); sys.exit(3)"
+    log = tmp_path / "logs" / "worker.log"
+    worker = embedded((sys.executable, "-c", script, str(log)), tmp_path)
+    with pytest.raises(WorkerStartError, match=r"exit code 3 .* its output went to"):
+        await worker.start(quiet)
+    await worker.close()
 
 
 async def test_the_log_may_be_truncated_meanwhile(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 from vase_sgl.gateway.errors import WorkerUnavailable
@@ -70,9 +69,8 @@ class EmbeddedWorker(HttpWorker):
             if self._log.is_file() and not self._log.is_symlink():  # so not /dev/stdout
                 # It may say why the last one died.
                 self._log.replace(self._log.with_name(f"{self._log.name}.1"))
-            # Not for other users of the machine: SGLang can be told to log prompts. Appending, so
-            # that it may be truncated meanwhile.
-            with open(self._log, "ab", opener=partial(os.open, mode=0o600)) as output:
+            # Appending, so that it may be truncated meanwhile.
+            with open(self._log, "ab", opener=_open_private) as output:
                 self._process = await asyncio.create_subprocess_exec(
                     *self._command,
                     stdin=asyncio.subprocess.DEVNULL,
@@ -135,8 +133,22 @@ class EmbeddedWorker(HttpWorker):
             await asyncio.sleep(_POLL_SECONDS)
 
     def _quote(self) -> str:
-        lines = self._log.read_text(errors="replace").rstrip().splitlines()[-_QUOTED_LINES:]
-        return f"the end of its log {self._log}:\n" + "\n".join(f"  {line}" for line in lines)
+        with contextlib.suppress(OSError):
+            if self._log.is_file():  # to read a pipe or a terminal could take for ever
+                text = self._log.read_text(errors="replace")
+                lines = (f"  {line}" for line in text.rstrip().splitlines()[-_QUOTED_LINES:])
+                return f"the end of its log {self._log}:\n" + "\n".join(lines)
+        return f"its output went to {self._log}"
+
+
+def _open_private(path: str, flags: int) -> int:
+    """Not for other users of the machine: SGLang can be told to log prompts.
+
+    Raises OSError for a named pipe that nobody reads, rather than wait for who does.
+    """
+    descriptor = os.open(path, flags | os.O_NONBLOCK, mode=0o600)
+    os.set_blocking(descriptor, True)
+    return descriptor
 
 
 def _signal_group(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
