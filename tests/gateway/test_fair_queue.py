@@ -444,3 +444,22 @@ async def test_the_hint_follows_how_fast_the_line_moves(monkeypatch: pytest.Monk
         for later, seconds in ((12.4, 2 * 3.1), (1.0, 1.0), (1000.0, 30.0)):
             now = later
             assert hint() == pytest.approx(seconds)
+
+
+async def test_a_quiet_time_makes_no_slow_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hours without a request, then a burst."""
+    now = 0.0
+    monkeypatch.setattr(fair_queue, "time", SimpleNamespace(monotonic=lambda: now))
+    line: FairQueue[Token] = FairQueue(max_waiting=9, max_waiting_per_tenant=4, max_wait_seconds=60)
+    for arrival in (0.0, 0.0, 8 * 3600.0, 8 * 3600.0, 8 * 3600.0):
+        now = arrival
+        with line.place("t") as place:
+            await place.wait(Token)
+    with contextlib.ExitStack() as burst:
+        places = [burst.enter_context(line.place("t")) for _ in range(4)]
+        await places[0].wait(Token)
+        now += 1
+        await places[1].wait(Token)
+        with pytest.raises(LimitExceeded) as error, line.place("t"):
+            pass
+    assert error.value.retry_seconds == 4 * 1 / 2

@@ -18,7 +18,7 @@ from typing import Generic, Protocol, TypeVar
 
 from vase_sgl.gateway.errors import LimitExceeded
 
-#: Past grants that tell how fast the line moves.
+#: Past grants that tell how fast the line moves, since last nobody waited.
 _REMEMBERED_GRANTS = 64
 #: Share of the longest wait after which a request at the head of its line may keep what it needs.
 _PATIENCE = 0.25
@@ -131,6 +131,8 @@ class FairQueue(Generic[T]):
         full = self.waiting >= self._max
         if full and self._last_beyond(self._waiting[tenant] + 1) is None:
             raise self._full_for_all()
+        if not self._waiting:
+            self._grants.clear()  # or a time in which nobody waited would look like a slow line
         place = Place(self, tenant, party or Party(), in_excess=full)
         self._waiting[tenant] += 1
         place.counted = True
