@@ -9,7 +9,9 @@ import os
 import re
 import signal
 import sys
+import time
 import tomllib
+from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from tests.gateway.audit_records import numbered, tamper
 from tests.gateway.running import Running, run_gateway
 from tests.gateway.scripted_worker import Faults
 from tests.gateway.test_transport import certificate
-from vase_sgl.cli import build_app
+from vase_sgl.cli import build_app, times
 from vase_sgl.client import Tls
 from vase_sgl.eviction import POLICIES
 from vase_sgl.gateway import tenants
@@ -105,6 +107,27 @@ async def test_generate_as_json(running: Running) -> None:
     assert json.loads(shown)["text"] == answer["text"]
     table, _ = await run(running, "records", "list")
     assert answer["request_id"] in table and "completed" in table
+
+
+@pytest.fixture
+def far_east(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "EAST-9")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+@pytest.mark.usefixtures("far_east")
+async def test_options_take_the_times_that_are_shown(running: Running) -> None:
+    answer = await running.client.generate_once("tell me", max_new_tokens=2)
+    created = (await running.client.get_record(answer.request_id)).created
+    table, _ = await run(running, "records", "list")
+    (shown,) = re.findall(r"\d{4}-\d\d-\d\d\S+", table)
+    assert times.moment(shown, "--before") == created.replace(microsecond=0)
+    prune = ("audit", "prune", "--url", running.audit_url, "--before", shown)
+    kept, _ = await run(running, *prune)
+    assert kept == f"alice: 0 records removed; sequence 1, of {shown}, stays\n"
 
 
 async def test_a_client_certificate_is_shown_by_every_command(tmp_path: Path) -> None:
@@ -357,7 +380,7 @@ async def test_audit_verify_export_prune(running: Running, tmp_path: Path) -> No
 
     early, _ = await run(running, "audit", "prune", *url, "--before", "2020-01-01", "--by", "me")
     assert re.fullmatch(
-        r"alice: 0 records removed; sequence 1, of 20\d\d-\d\d-\d\dT[\d:]{8}\+00:00, stays\n", early
+        r"alice: 0 records removed; sequence 1, of 20\d\d-\d\d-\d\dT[\d:]{8}Z, stays\n", early
     )
     dry, _ = await run(running, "audit", "prune", *url, "--older-than", "0m", "--dry-run")
     assert dry == "alice: 3 records would be removed, up to sequence 3\n"

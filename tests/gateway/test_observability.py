@@ -32,7 +32,7 @@ from vase_sgl.client import (
     Unavailable,
     VaseError,
 )
-from vase_sgl.gateway import observability, tenants
+from vase_sgl.gateway import logs, observability, tenants
 from vase_sgl.gateway.config import TelemetrySection
 from vase_sgl.gateway.listening import PortInUse
 from vase_sgl.gateway.metrics import Metrics
@@ -355,6 +355,13 @@ async def test_what_a_full_gateway_refuses_is_counted(tmp_path: Path) -> None:
             assert refused.status == 429
         assert (await scrape(running))["vase_rejections_total", "", "calls"] == 2
         stream.cancel()
+
+
+def test_both_formats_date_a_line_alike() -> None:
+    record = logging.makeLogRecord({"msg": "x", "created": 1_700_000_000.25})
+    date = "2023-11-14T22:13:20.250+00:00"
+    assert json.loads(logs.JsonFormatter().format(record))["time"] == date
+    assert logs.TextFormatter().format(record).startswith(f"{date} ")
 
 
 async def test_the_logs_of_a_process_are_json_and_hold_no_secrets(tmp_path: Path) -> None:

@@ -261,11 +261,13 @@ async def _prune_one(
 
 def _kept(first: tuple[int, int] | None) -> str:
     """Where a prune ends. It goes no further than a record that a wrong clock has dated ahead."""
+    from vase_sgl.cli import times
+
     if first is None:
         return ""
     sequence, unix_micros = first
     moment = _EPOCH + datetime.timedelta(microseconds=unix_micros)
-    return f"; sequence {sequence}, of {moment.isoformat(timespec='seconds')}, stays"
+    return f"; sequence {sequence}, of {times.shown(moment)}, stays"
 
 
 async def _migrate(url: str) -> str:

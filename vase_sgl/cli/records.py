@@ -39,7 +39,8 @@ def list_records(
     client_cert: ClientCert = None,
     client_key: ClientKey = None,
 ) -> None:
-    """List your records, newest first."""
+    """List your records, newest first, with the times (UTC) at which they arrived."""
+    from vase_sgl.cli import times
     from vase_sgl.cli.jsonout import print_json
     from vase_sgl.cli.table import print_table
     from vase_sgl.client import VaseError
@@ -57,7 +58,7 @@ def list_records(
         [
             (
                 record.record_id,
-                record.created.astimezone().strftime("%Y-%m-%d %H:%M:%S"),
+                times.shown(record.created),
                 record.status,
                 f"{record.usage.prompt_tokens}+{record.usage.completion_tokens}",
                 record.policy,

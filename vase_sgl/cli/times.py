@@ -1,4 +1,4 @@
-"""Points in time as options: dates, or ages such as 90d."""
+"""Points in time: shown, and as options: dates, or ages such as 90d."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ import re
 import typer
 
 _UNITS = {"d": "days", "h": "hours", "m": "minutes"}
+
+
+def shown(moment: datetime.datetime) -> str:
+    """To the second, in UTC, as an option takes it."""
+    return moment.astimezone(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def moment(text: str, option: str) -> datetime.datetime:

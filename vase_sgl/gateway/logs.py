@@ -35,9 +35,8 @@ class JsonFormatter(logging.Formatter):
     """time, level, logger, message; tenant, request_id, trace_id where there is one; error."""
 
     def format(self, record: logging.LogRecord) -> str:
-        time = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
         line: dict[str, Any] = {
-            "time": time.isoformat(timespec="milliseconds"),
+            "time": _time(record),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
@@ -58,9 +57,18 @@ class TextFormatter(logging.Formatter):
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
+        return _time(record)
+
     def formatMessage(self, record: logging.LogRecord) -> str:
         text = super().formatMessage(record)
         return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def _time(record: logging.LogRecord) -> str:
+    """In UTC, as records are dated."""
+    time = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
+    return time.isoformat(timespec="milliseconds")
 
 
 def http_server_logger() -> logging.Logger:
