@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from benchmarks.environment import ROOT
-from vase_sgl.parent_watch import PARENT_PID
+from vase_sgl import parent_watch
 
 _MODULES = {
     "stock": "benchmarks.stock_worker",
@@ -100,6 +100,7 @@ def started(
     With this process, too, if it calls `end_with_parent`.
     """
     port = free_port()
+    pipe, told = parent_watch.for_child()
     with log.open("wb") as output:
         process = subprocess.Popen(
             [*command, "--port", str(port)],
@@ -107,7 +108,8 @@ def started(
             stdout=output,
             stderr=output,
             start_new_session=True,
-            env={**os.environ, PARENT_PID: str(os.getpid()), **(env or {})},
+            pass_fds=(pipe,),
+            env={**os.environ, **told, **(env or {})},
         )
     worker = Worker(f"http://127.0.0.1:{port}", process, log)
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -15,9 +14,11 @@ from vase_sgl.demo.gateway import GatewayFailed, GatewayProcess
 
 #: Healthy at once; a child of its own outlives it, unless the whole group is ended.
 WORKER = """
-import http.server, os, subprocess, sys
+import http.server, os, subprocess, sys, threading
+from vase_sgl.parent_watch import end_with_parent
+end_with_parent()
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-print(os.environ["VASE_PARENT_PID"], os.environ["MORE"], os.getcwd(), child.pid, flush=True)
+print(threading.enumerate()[-1].name, os.environ["MORE"], os.getcwd(), child.pid, flush=True)
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
@@ -26,8 +27,10 @@ port = int(sys.argv[sys.argv.index("--port") + 1])
 http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
 SERVE = """
-import os, sys, time
-print(os.environ["VASE_PARENT_PID"], os.environ["MORE"], *sys.argv[1:])
+import os, sys, threading, time
+from vase_sgl.parent_watch import end_with_parent
+end_with_parent()
+print(threading.enumerate()[-1].name, os.environ["MORE"], *sys.argv[1:])
 print("vase-sgl is serving on 127.0.0.1:5" if os.environ["MORE"] == "fine" else "it cannot")
 time.sleep(60 if os.environ["MORE"] == "fine" else 0)
 """
@@ -46,7 +49,7 @@ def test_a_worker_ends_with_its_whole_group(tmp_path: Path) -> None:
     with started(command, tmp_path / "log", folder=tmp_path, env={"MORE": "x"}) as worker:
         assert worker.wait_until_healthy() < 30
         *told, child = worker.last_lines().splitlines()[0].split()
-        assert told == [str(os.getpid()), "x", str(tmp_path)]
+        assert told == ["vase-parent-watch", "x", str(tmp_path)]
         assert alive(worker.pid) and alive(int(child))
     deadline = time.monotonic() + 10
     while alive(int(child)) and time.monotonic() < deadline:
@@ -68,8 +71,8 @@ def test_a_gateway_is_told_whose_child_it_is(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(gateway, "_CLI", (sys.executable, "-c", SERVE))
     with GatewayProcess(["--more"], {"MORE": "fine"}) as running:
         assert running.target == "127.0.0.1:5"
-        parent, _, *arguments = running.said[0].split()
-        assert parent == str(os.getpid())
+        watch, _, *arguments = running.said[0].split()
+        assert watch == "vase-parent-watch"
         assert arguments[0] == "serve" and arguments[-1] == "--more"
         assert alive(running.pid)
     assert not alive(running.pid)

@@ -85,9 +85,12 @@ async def test_only_its_owner_may_use_it(tmp_path: Path) -> None:
 
 
 async def test_it_is_told_whom_to_die_with(tmp_path: Path) -> None:
-    script = "import os; print('parent is', os.environ['VASE_PARENT_PID'])"
+    script = (
+        "import threading; from vase_sgl.parent_watch import end_with_parent;"
+        "end_with_parent(); print(threading.enumerate()[-1].name)"
+    )
     worker = embedded((sys.executable, "-c", script), tmp_path)
-    with pytest.raises(WorkerStartError, match=f"parent is {os.getpid()}"):
+    with pytest.raises(WorkerStartError, match="vase-parent-watch"):
         await worker.start(quiet)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from vase_sgl.parent_watch import PARENT_PID
+from vase_sgl import parent_watch
 
 _CLI = (sys.executable, "-P", "-m", "vase_sgl.cli")
 _START_SECONDS = 900
@@ -55,12 +55,7 @@ class GatewayProcess:
             *(*_CLI, "serve", "--host", "127.0.0.1", "--grpc-port", "0"),
             *("--log-level", "warning", *arguments),
         )
-        self._env = {
-            **os.environ,
-            PARENT_PID: str(os.getpid()),
-            "PYTHONUNBUFFERED": "1",
-            **(env or {}),
-        }
+        self._env = {**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})}
         self._progress = progress
         self.said: list[str] = []
         self.target = ""
@@ -71,9 +66,11 @@ class GatewayProcess:
 
     def __enter__(self) -> Self:
         """Raises `GatewayFailed` if it ends or does not serve within 15 minutes."""
+        pipe, told = parent_watch.for_child()
         self._process = subprocess.Popen(
             self._command,
-            env=self._env,
+            env={**self._env, **told},
+            pass_fds=(pipe,),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from vase_sgl import parent_watch
 from vase_sgl.gateway.errors import WorkerUnavailable
 from vase_sgl.gateway.worker_http import HttpWorker
-from vase_sgl.parent_watch import PARENT_PID
 from vase_sgl.worker_key import WORKER_KEY
 
 #: Seconds between looks at a worker that is starting.
@@ -65,6 +65,7 @@ class EmbeddedWorker(HttpWorker):
         is left to `close`, whatever happens.
         """
         try:
+            pipe, told = parent_watch.for_child()
             self._log.parent.mkdir(parents=True, exist_ok=True)
             if self._log.is_file() and not self._log.is_symlink():  # so not /dev/stdout
                 # It may say why the last one died.
@@ -78,7 +79,8 @@ class EmbeddedWorker(HttpWorker):
                     stderr=output,
                     # Ctrl-C reaches the gateway alone, which then stops the worker in order.
                     start_new_session=True,
-                    env={**os.environ, PARENT_PID: str(os.getpid()), WORKER_KEY: self._key},
+                    pass_fds=(pipe,),
+                    env={**os.environ, **told, WORKER_KEY: self._key},
                 )
         except OSError as error:
             raise WorkerStartError(
