@@ -46,10 +46,9 @@ def process_of(worker: EmbeddedWorker) -> asyncio.subprocess.Process:
 
 def is_alive(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
         return False
-    return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
 
 
 async def test_it_starts_serves_and_stops(tmp_path: Path) -> None:
@@ -226,6 +225,26 @@ async def test_the_whole_group_is_killed_after_the_grace_time(
     assert process_of(worker).returncode == -signal.SIGKILL
     await asyncio.sleep(0.1)
     assert not is_alive(child)
+
+
+async def test_a_worker_that_died_leaves_nothing_to_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rest of its group goes with it; the number may be another's when the gateway stops."""
+    script = (
+        "import subprocess, sys;"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']);"
+        "sys.exit(f'child {child.pid}')"
+    )
+    worker = embedded((sys.executable, "-c", script), tmp_path)
+    with pytest.raises(WorkerStartError, match="child") as error:
+        await worker.start(quiet)
+    child = int(str(error.value).split()[-1])
+    await until(lambda: not is_alive(child))
+    signalled: list[int] = []
+    monkeypatch.setattr(os, "killpg", lambda group, _: signalled.append(group))
+    await worker.close()
+    assert signalled == []
 
 
 async def test_a_gateway_interrupted_while_the_model_loads_leaves_nothing(

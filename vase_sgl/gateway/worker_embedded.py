@@ -57,6 +57,7 @@ class EmbeddedWorker(HttpWorker):
         self._start_timeout = start_timeout_seconds
         self._stop_grace = stop_grace_seconds
         self._process: asyncio.subprocess.Process | None = None
+        self._end: asyncio.Task[None] | None = None
 
     async def start(self, progress: Progress) -> None:
         """Run the process and wait until it answers /health.
@@ -86,6 +87,7 @@ class EmbeddedWorker(HttpWorker):
             raise WorkerStartError(
                 f"cannot start the worker: {error}; check worker.log_file ({self._log})"
             ) from error
+        self._end = asyncio.create_task(_end_of_group(self._process))
         await self._wait_until_ready(self._process, progress)
 
     async def check_health(self) -> None:
@@ -102,15 +104,15 @@ class EmbeddedWorker(HttpWorker):
     async def close(self) -> None:
         """Stop the process group: SIGTERM, and SIGKILL after the grace time."""
         await super().close()
-        process = self._process
-        if process is None:
+        process, end = self._process, self._end
+        if process is None or end is None:
             return
-        _signal_group(process, signal.SIGTERM)
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(process.wait(), self._stop_grace)
-        # Also after a clean exit: members of the group may be left.
-        _signal_group(process, signal.SIGKILL)
-        await process.wait()
+        if process.returncode is None:
+            _signal_group(process, signal.SIGTERM)
+            await asyncio.wait({end}, timeout=self._stop_grace)
+        if process.returncode is None:
+            _signal_group(process, signal.SIGKILL)
+        await end
 
     async def _wait_until_ready(
         self, process: asyncio.subprocess.Process, progress: Progress
@@ -151,6 +153,15 @@ def _open_private(path: str, flags: int) -> int:
     descriptor = os.open(path, flags | os.O_NONBLOCK, mode=0o600)
     os.set_blocking(descriptor, True)
     return descriptor
+
+
+async def _end_of_group(process: asyncio.subprocess.Process) -> None:
+    """Wait for the process, and kill what it has left of its group.
+
+    At once: the number of a group without members may become another's.
+    """
+    await process.wait()
+    _signal_group(process, signal.SIGKILL)
 
 
 def _signal_group(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
