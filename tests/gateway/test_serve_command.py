@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pty
 import signal
 import socket
 import sys
@@ -113,6 +114,55 @@ async def test_a_second_signal_stops_at_once(tmp_path: Path, worker: ScriptedWor
         assert process.stderr is not None
         errors = (await process.stderr.read()).decode()
     assert "INSECURE" in errors and "Traceback" not in errors
+
+
+async def test_a_terminal_that_is_gone_drains(tmp_path: Path, worker: ScriptedWorker) -> None:
+    """Nothing can be said any more, and the signal comes from the shell and from the kernel."""
+    worker.token_seconds = 0.02
+    options = ("--worker-url", worker.url, "--grpc-port", "0", "--insecure-no-auth")
+    terminal, its_end = pty.openpty()
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "vase_sgl.cli", "serve", *options),
+        cwd=tmp_path,
+        stdin=its_end,
+        stdout=its_end,
+        stderr=its_end,
+    )
+    os.close(its_end)
+    try:
+        with open(terminal, "rb", buffering=0) as lines:
+            said = b""
+            while b"serving on" not in said:
+                said = await asyncio.wait_for(asyncio.to_thread(lines.readline), 30)
+            client = AsyncClient(said.decode().split()[-1], retry=NEVER)
+            await until_ready(client)
+            stream = client.generate("tell me", max_new_tokens=60)
+            await stream.started()
+        process.send_signal(signal.SIGHUP)
+        await asyncio.sleep(0.3)
+        process.send_signal(signal.SIGHUP)
+        assert len([t async for chunk in stream for t in chunk.token_ids]) == 60
+        await client.close()
+        assert await asyncio.wait_for(process.wait(), 8) == 0
+    finally:
+        if process.returncode is None:
+            process.kill()
+
+
+async def test_under_nohup_it_goes_on(tmp_path: Path, worker: ScriptedWorker) -> None:
+    nohup = (
+        "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN);"
+        "os.execv(sys.executable, [sys.executable, '-m', 'vase_sgl.cli', 'serve', *sys.argv[1:]])"
+    )
+    options = ("--worker-url", worker.url, "--grpc-port", "0", "--insecure-no-auth")
+    async with run_python(tmp_path, "-c", nohup, *options) as process:
+        async with AsyncClient(await target_of(process), retry=NEVER) as client:
+            await until_ready(client)
+            process.send_signal(signal.SIGHUP)
+            await asyncio.sleep(0.3)
+            await client.generate_once("tell me", max_new_tokens=2)
+        process.send_signal(signal.SIGTERM)
+        assert await asyncio.wait_for(process.wait(), 8) == 0
 
 
 def failure(*options: str) -> str:

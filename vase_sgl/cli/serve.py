@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import signal
 from pathlib import Path
@@ -69,7 +70,7 @@ def serve(
         typer.Argument(help="After `--`: flags of the embedded worker, SGLang's own among them."),
     ] = None,
 ) -> None:
-    """Serve gRPC until SIGTERM or Ctrl-C, then drain."""
+    """Serve gRPC until SIGTERM, Ctrl-C or the terminal is gone (SIGHUP), then drain."""
     import uvloop
 
     from vase_sgl.gateway.audit import AuditError
@@ -117,6 +118,9 @@ async def _serve(config: GatewayConfig) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+        # It comes twice from a shell whose terminal is gone, so a second one hurries nothing.
+        loop.add_signal_handler(signal.SIGHUP, stop.set)
     starting = asyncio.create_task(_start(Gateway, config))
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -135,7 +139,8 @@ async def _serve(config: GatewayConfig) -> None:
         typer.echo(f"OpenAI-compatible HTTP on {config.listen.host}:{gateway.http_port}/v1")
     typer.echo(f"vase-sgl is serving on {config.listen.host}:{gateway.port}")
     await stop.wait()
-    typer.echo("draining; once more to stop at once", err=True)
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        typer.echo("draining; once more to stop at once", err=True)
     hurried: set[asyncio.Task[None]] = set()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, lambda: hurried.add(loop.create_task(gateway.hurry())))
