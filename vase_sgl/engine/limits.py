@@ -39,7 +39,6 @@ _REQUIRED: dict[str, tuple[object, str]] = {
     "dcp_size": (1, "use --dcp-size 1"),
     "attn_dp_size": (1, "leave out --enable-dp-attention"),
     "tokenizer_worker_num": (1, "use --tokenizer-worker-num 1"),
-    "stream_interval": (1, "use --stream-interval 1"),
     "allow_auto_truncate": (False, "leave out --allow-auto-truncate"),
 }
 

@@ -1,4 +1,4 @@
-"""Stop strings that SGLang lets through: one beside another, and one in unusual tokens."""
+"""Stop strings that SGLang lets through: one beside another, one in unusual tokens, half of one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
 from sglang.srt.managers.schedule_batch import FINISH_MATCHED_STR
+
+from vase_sgl.engine.detokenizing import complete
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -38,3 +40,34 @@ def search_far_enough(result: Any, *args: Any, **kwargs: Any) -> None:
         params.stop_str_max_len = max(
             params.stop_str_max_len, min(most, 2 * params.stop_str_max_len + 4)
         )
+
+
+def may_have_begun(req: Req) -> bool:
+    """REPLACE `Req.check_match_stop_str_prefix`: before an incomplete character, too.
+
+    Whether the answer's end may begin a stop string, and must not be sent yet. Upstream compares
+    it with the incomplete character, which no stop string has, and sends what is before that.
+    """
+    if not req.sampling_params.stop_strs:
+        return False
+    tail = req.tail_str()
+    text = complete(tail)
+    return any(
+        stop in tail or any(text.endswith(stop[:length]) for length in range(1, len(stop)))
+        for stop in req.sampling_params.stop_strs
+        if stop
+    )
+
+
+def hold_back(original: Callable[..., None], accumulator: Any, *, req: Req) -> None:
+    """AROUND `_GenerationStreamAccumulator.accept`: of answers that are not streamed, too.
+
+    Every so many tokens these become text as well, which nobody takes back.
+    """
+    if (
+        req.stream
+        or req.finished()
+        or len(req.output_ids) % accumulator.default_force_stream_interval
+        or not req.check_match_stop_str_prefix()
+    ):
+        original(accumulator, req=req)
