@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from tests.engine.scheduler_harness import SteppedScheduler
 from tests.engine.tiny_model import CONTEXT
 from vase_sgl.engine.pool import BudgetPool
+from vase_sgl.engine.prometheus import EngineMetrics
 from vase_sgl.engine.server_info import describe
 from vase_sgl.engine.slots import Slots
 from vase_sgl.eviction import EvictionParams
@@ -64,6 +66,50 @@ def test_nothing_is_reserved_without_eviction(
     assert len(seen) == 2 and max(seen) < 30
     assert (slots.reserved, slots.logical) == (sum(seen), 0)
     stepped.run()
+
+
+def test_gauges_follow_what_runs(stepped: SteppedScheduler) -> None:
+    """Autoscaler, alert and dashboard of the chart go by them."""
+    stepped.configure()
+    registry = CollectorRegistry()
+    metrics = EngineMetrics({"model_name": "m", "dp_rank": "0"}, registry)
+
+    def gauges() -> dict[str, float]:
+        metrics._refreshed = -float("inf")  # now, not after a second
+        metrics.refresh(stepped.scheduler)
+        return {
+            family.name.removeprefix("vase:"): sample.value
+            for family in registry.collect()
+            for sample in family.samples
+            if family.type == "gauge"
+        }
+
+    total = stepped.free_slots
+    idle = {
+        "total_slots": total,
+        "available_slots": total,
+        "reserved_slots": 0,
+        "owned_slots": 0,
+        "physical_to_logical_ratio": 1,
+    }
+    assert gauges() == idle
+    budget = {"budget": 24, "window": 8, "policy": "vase-attnv"}
+    for number, vase in enumerate((budget, budget, None)):
+        stepped.submit(f"{number}" * 32, [number + 2] * 20, vase=vase, max_new_tokens=60)
+    for _ in range(21):
+        stepped.step()
+    busy = gauges()
+    stepped.run()
+    # All had seen 41 tokens. Two had evicted 8 of them, and held and reserved 32 slots; nothing is
+    # reserved for the third, which held a slot for each but the newest.
+    assert busy == {
+        "total_slots": total,
+        "available_slots": total - 104,
+        "reserved_slots": 105,
+        "owned_slots": 104,
+        "physical_to_logical_ratio": 33 / 41,
+    }
+    assert gauges() == idle
 
 
 @pytest.mark.parametrize("context", [100, CONTEXT], ids=["bound by context", "bound by slots"])
