@@ -74,11 +74,16 @@ class ScriptedWorker:
         self.model_name: str | None = None
         self.default_eviction: dict[str, Any] | None = None
         self.max_budget = 4096
+        self.max_window = 64
         self.context_length = 8192
         self.hides_vocabulary = False
         self.can_inspect = True
         self.total_slots = 10_000
         self.available_slots = 9_000
+        self.reserved_slots = 1_000
+        self.query_ring_slots = 24.0
+        self.rounds = 7
+        self.evicted_tokens = 224
         #: Pause before each token. Without one, tokens reach the gateway many at a time.
         self.token_seconds = 0.0
         #: What every answer's text begins with.
@@ -211,7 +216,7 @@ class ScriptedWorker:
             "fingerprint_stamp": _NEW_STAMP if self.faults.has_new_weights else "0" * 16,
             "limits": {
                 "max_budget": self.max_budget,
-                "max_window": 64,
+                "max_window": self.max_window,
                 "max_requests": self.max_query_requests,
             },
             "inspect": self.can_inspect,
@@ -219,11 +224,11 @@ class ScriptedWorker:
             "slots": {
                 "total": self.total_slots,
                 "available": self.available_slots,
-                "reserved": 1_000,
-                "query_ring": 24.0,
+                "reserved": self.reserved_slots,
+                "query_ring": self.query_ring_slots,
             },
-            "rounds": 7,
-            "evicted_tokens": 224,
+            "rounds": self.rounds,
+            "evicted_tokens": self.evicted_tokens,
             "running_requests": len(self.running),
             "context_length": self.context_length,
             "max_running_requests": self.max_running_requests,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 import pytest
 
 from tests.gateway.audit_records import numbered
-from tests.gateway.running import Running, run_gateway
-from tests.gateway.scripted_worker import token_of
-from vase_sgl.client import NEVER, AsyncClient, InvalidRequest, Message, channels
+from tests.gateway.running import Running, run_gateway, until
+from tests.gateway.scripted_worker import FINGERPRINT, ScriptedWorker, token_of
+from vase_sgl.client import NEVER, AsyncClient, Capacity, InvalidRequest, Message, channels
+from vase_sgl.eviction import POLICIES
 from vase_sgl.rpc.v1 import gateway_pb2 as pb
 
 
@@ -253,6 +255,52 @@ async def test_capacity_says_how_many_requests_fit(running: Running) -> None:
     await running.worker.noticed()
     alone = await running.client.capacity(budget=128, window=32, prompt_tokens=200)
     assert alone.slots_per_request == 232
+
+
+async def test_capacity_is_of_all_workers_under_the_tenants_ceilings(tmp_path: Path) -> None:
+    """Sums of what there is, the least of what each worker takes."""
+    async with ScriptedWorker() as first, ScriptedWorker() as second:
+        second.total_slots, second.available_slots, second.reserved_slots = 5_000, 3_000, 2_500
+        second.max_budget, second.max_window, second.context_length = 2048, 32, 4096
+        second.rounds, second.evicted_tokens = 5, 100
+        second.query_ring_slots, second.prefix_cache = 40.0, False
+        second.running |= {"a", "b"}
+        workers = {"urls": [first.url, second.url], "health_interval_seconds": 60}
+        async with run_gateway(tmp_path, worker=workers) as running:
+            await until(lambda: len(running.gateway._router.ready()) == 2)
+            found = await running.client.capacity(budget=128, window=32, prompt_tokens=200)
+            everything = Capacity(
+                total_slots=15_000,
+                available_slots=12_000,
+                reserved_slots=3_500,
+                running_requests=2,
+                rounds=12,
+                evicted_tokens=324,
+                context_length=4096,
+                max_budget=2048,
+                max_window=32,
+                max_new_tokens=4096,
+                max_prompt_tokens=4096 - 7,
+                policies=tuple(POLICIES),
+                fingerprint=FINGERPRINT,
+                # 232 up to the first round, and 160 for its copy where the prompt is shared.
+                slots_per_request=392,
+                requests_that_fit=9_000 // 392 + 2_500 // 232,
+                query_ring_slots=40.0,
+            )
+            assert found == everything
+            ceilings = {
+                "max_budget": 64,
+                "max_new_tokens": 65,
+                "max_prompt_tokens": 66,
+                "policies": ("knorm",),
+            }
+            key = running.add_tenant("bob", limits=ceilings)
+            async with AsyncClient(running.target, key, retry=NEVER) as bob:
+                of_bob = dataclasses.replace(
+                    everything, slots_per_request=None, requests_that_fit=None, **ceilings
+                )
+                assert await bob.capacity() == of_bob
 
 
 async def test_two_clients_of_one_tenant_see_the_same_records(running: Running) -> None:
