@@ -37,7 +37,9 @@ class Scene:
             self.req_to_token[row, : len(k)] = mine.to(torch.int32)
             self.k[mine], self.v[mine] = k.to(dtype), v.to(dtype)
 
-    def attend(self, members: list[int], kind: type[TorchNativeAttnBackend]) -> torch.Tensor:
+    def attend(
+        self, members: list[int], kind: type[TorchNativeAttnBackend], window: int | None = None
+    ) -> torch.Tensor:
         """The outputs of `members`, in that order, as one batch."""
         backend = kind(_RUNNER)
         backend.init_forward_metadata(SimpleNamespace(out_cache_loc=None))
@@ -52,6 +54,7 @@ class Scene:
             torch.tensor([LENGTHS[i] for i in members]),
             scaling=0.1,
             enable_gqa=query.shape[1] != self.k.shape[1],
+            sliding_window_size=window,
         )
 
 
@@ -140,12 +143,17 @@ class Prefill:
         self.req_to_token[1, : self.tokens] = slots[: self.tokens]
         self.req_to_token[2, : self.tokens] = slots[self.tokens :]
 
-    def extend(self, *pieces: tuple[int, int, int]) -> torch.Tensor:
+    def extend(
+        self,
+        *pieces: tuple[int, int, int],
+        kind: type[TorchNativeAttnBackend] = BatchInvariantBackend,
+        window: int | None = None,
+    ) -> torch.Tensor:
         """One batch of (row of req_to_token, start, end); both rows hold the same prompt."""
         for row, start, end in pieces:
             slots = self.req_to_token[row, start:end].long()
             self.k_cache[slots], self.v_cache[slots] = self.k[start:end], self.v[start:end]
-        backend = BatchInvariantBackend(_RUNNER)
+        backend = kind(_RUNNER)
         backend.init_forward_metadata(SimpleNamespace(out_cache_loc=None))
         query = torch.cat([self.query[start:end] for _, start, end in pieces])
         rows, starts, ends = torch.tensor(pieces).T
@@ -162,6 +170,7 @@ class Prefill:
             scaling=0.1,
             enable_gqa=query.shape[1] != self.k.shape[1],
             causal=True,
+            sliding_window_size=window,
         )
 
     def in_pieces(self, *cuts: int) -> torch.Tensor:
@@ -200,14 +209,17 @@ def test_a_prompts_bits_do_not_depend_on_its_cuts(
 
 
 def test_a_sliding_window_takes_upstreams_loop() -> None:
-    scene = Scene(2, 1, 64, torch.float32)
-    arguments = (scene.query[:1], torch.empty_like(scene.query[:1]), scene.k, scene.v)
-    place = (scene.req_to_token, scene.request_rows[:1], torch.tensor([1]))
-    outputs = [
-        kind(_RUNNER)._run_sdpa_forward_decode(*arguments, *place, sliding_window_size=4).clone()
-        for kind in (BatchInvariantBackend, TorchNativeAttnBackend)
-    ]
-    assert torch.equal(*outputs)
+    scene, prompt = Scene(2, 1, 64, torch.float32), Prefill(2, 1, 64, torch.float32)
+
+    def answers(kind: type[TorchNativeAttnBackend], window: int | None) -> list[torch.Tensor]:
+        return [
+            scene.attend([2], kind, window),
+            prompt.extend((1, 0, 60), kind=kind, window=window),
+        ]
+
+    slides, upstream = answers(BatchInvariantBackend, 4), answers(TorchNativeAttnBackend, 4)
+    assert all(map(torch.equal, slides, upstream))
+    assert not any(map(torch.allclose, slides, answers(BatchInvariantBackend, None)))
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 100, 128, 256])
