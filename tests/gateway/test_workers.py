@@ -25,6 +25,7 @@ from vase_sgl.gateway.errors import WorkerUnavailable
 from vase_sgl.gateway.fleet import Fleet as Workers
 from vase_sgl.gateway.leases import Lease, WorkerLoad
 from vase_sgl.gateway.need import Need
+from vase_sgl.gateway.replay_gate import ReplayGate
 from vase_sgl.gateway.router import WorkerRouter
 from vase_sgl.gateway.worker_http import HttpWorker, worker_info
 from vase_sgl.gateway.workers import CacheStats, WorkerChunk, WorkerInfo
@@ -644,10 +645,10 @@ async def test_a_worker_that_leaves_tokenizes_what_it_has(
     async with named(tmp_path, monkeypatch) as f:
         f.one.faults.tokenizing_seconds = 1
         answer = asyncio.create_task(f.running.client.generate_once("tell me", max_new_tokens=2))
-        await asyncio.sleep(0.3)
+        await until(lambda: f.one.tokenized)
         await f.move()
         assert len((await answer).token_ids) == 2
-        assert len(f.two.bodies) == 1
+        assert len(f.two.bodies) == 1 and not f.two.tokenized
 
 
 async def test_a_worker_that_leaves_is_told_that_its_last_request_is_over(
@@ -662,6 +663,21 @@ async def test_a_worker_that_leaves_is_told_that_its_last_request_is_over(
         await until(lambda: bool(f.one.aborted))
 
 
+def replays_that_wait(monkeypatch: pytest.MonkeyPatch) -> list[Need]:
+    """Filled with what a replay needs whenever its worker has no room for it."""
+    found: list[Need] = []
+    has_room = ReplayGate._has_room
+
+    def look(gate: ReplayGate[Any], need: Need, info: WorkerInfo) -> bool:
+        room = has_room(gate, need, info)
+        if not room:
+            found.append(need)
+        return room
+
+    monkeypatch.setattr(ReplayGate, "_has_room", look)
+    return found
+
+
 @pytest.mark.parametrize("equal", [True, False])
 async def test_a_replay_whose_worker_leaves_while_it_waits_goes_to_its_equal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, equal: bool
@@ -670,8 +686,9 @@ async def test_a_replay_whose_worker_leaves_while_it_waits_goes_to_its_equal(
         done = await f.running.client.generate_once("tell me", max_new_tokens=20)
         f.one.available_slots = 0
         f.one.running.add("another gateway's")
+        waits = replays_that_wait(monkeypatch)
         verdict = asyncio.create_task(f.running.client.replay(done.request_id).verdict())
-        await asyncio.sleep(0.3)
+        await until(lambda: waits)
         f.two.fingerprint["sglang"] = "0" if equal else "1"
         await f.move()
         if equal:
@@ -694,9 +711,9 @@ async def test_a_replay_does_not_wait_for_a_worker_that_left_and_still_answers(
         await stream.started()
         await until(lambda: bool(f.one.running))
         f.one.available_slots = 0
+        waits = replays_that_wait(monkeypatch)
         verdict = asyncio.create_task(client.replay(done.request_id).verdict())
-        await asyncio.sleep(0.3)
-        assert not verdict.done()
+        await until(lambda: waits)
         await f.move()
         assert (await asyncio.wait_for(verdict, 10)).outcome == "MATCH"
         assert len(f.two.bodies) == 1 and f.one.running

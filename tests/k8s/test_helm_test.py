@@ -60,9 +60,8 @@ async def test_fails_when_the_replay_differs(tmp_path: Path) -> None:
     async with run_gateway(tmp_path) as running:
 
         async def diverge() -> None:
-            while not running.worker.bodies:
+            while not [record async for record in running.client.list_records()]:
                 await asyncio.sleep(0.01)
-            await asyncio.sleep(0.05)
             running.worker.faults.other_token_at = 7
 
         spoiling = asyncio.create_task(diverge())
