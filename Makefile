@@ -49,7 +49,7 @@ test: model ## Run the default test suite (two processes, 11 to 20 minutes)
 MINUTES ?= 10
 .PHONY: soak
 soak: $(READY) ## Random load on the real scheduler for MINUTES=10, every invariant checked
-	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.engine.soak --minutes $(MINUTES)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.engine.soak --minutes $(MINUTES) $(addprefix --seed ,$(SEED))
 .PHONY: loadtest
 loadtest: model ## Throughput and TTFT of the real CPU model, 1 to 64 users (an idle machine, an hour)
 	@$(BIN)/python benchmarks/loadtest_report.py --model "$$($(BIN)/python -m vase_sgl.demo.model)" $(LOADTEST_ARGS)

@@ -131,10 +131,12 @@ def soak(minutes: float, seed: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, help="of an earlier run; else another each time")
     options = parser.parse_args()
+    seed = random.SystemRandom().randrange(2**32) if options.seed is None else options.seed
+    print(f"seed {seed}", file=sys.stderr)
     with torch.inference_mode():
-        print(json.dumps(soak(options.minutes, options.seed), indent=2))
+        print(json.dumps(soak(options.minutes, seed), indent=2))
 
 
 if __name__ == "__main__":
