@@ -17,6 +17,8 @@ os.environ.setdefault("VASE_CHECK_INTEGRITY", "1")
 os.environ.setdefault("SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY", "1")
 os.environ.setdefault("SGLANG_CHECK_KV_PAGE_INVARIANTS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# As `vase-sgl worker` has it on a CPU: a compilation of SGLang's repetition penalty takes seconds.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 # Small tensors: threads that wait for each other on a busy machine only cost time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Where a test asks for several, they sleep until there is work: spinning took half of its CPU time.

@@ -51,7 +51,8 @@ def test_a_cpu_makes_logits_finite_and_compiles_nothing(
     monkeypatch: pytest.MonkeyPatch, tiny_model: Path, name: str, given: str | None
 ) -> None:
     inherited = os.environ.get(WORKER_TOKEN)
-    environment = {**os.environ} | ({} if given is None else {name: given})
+    environment = {key: value for key, value in os.environ.items() if key != name}
+    environment |= {} if given is None else {name: given}
     monkeypatch.setattr(os, "environ", environment)
     monkeypatch.setattr(server.fork_server, "start", lambda _: None)
     monkeypatch.setattr(server, "end_with_parent", lambda: None)
