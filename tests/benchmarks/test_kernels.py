@@ -1,10 +1,10 @@
-"""The kernels' benchmark repeats rounds as the engine does, with new tokens before each."""
+"""The kernels' benchmark repeats rounds as the engine does, with new tokens before each.
+
+What needs the kernels themselves is in interpreted_kernels.py."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,21 +23,6 @@ CPU = torch.device("cpu")
 BF16 = torch.bfloat16
 TINY = Shape(layers=1, kv_heads=1, group=2, head_dim=16, window=8, budget=32, requests=2)
 
-_INTERPRETER = "from tests.triton import interpreter\ninterpreter.spare_repeated_work()\n"
-
-
-def _interpreted(script: str) -> str:
-    """What a script prints under Triton's interpreter, to be chosen before Triton is imported."""
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _INTERPRETER + script],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    return run.stdout
-
 
 @pytest.mark.parametrize("policy", kernels.POLICIES)
 def test_nothing_that_is_compared_is_nearly_a_tie(policy: str) -> None:
@@ -46,78 +31,6 @@ def test_nothing_that_is_compared_is_nearly_a_tie(policy: str) -> None:
     gaps = case.edge_gaps()
     assert gaps.shape == (2, 2, 2)
     assert ((gaps == 0) | (gaps > 5e-5)).all(), gaps
-
-
-def test_every_arm_repeats_its_round() -> None:
-    """`measure` itself refuses a round that did not overwrite `window` rows of every head."""
-    said = _interpreted(
-        "import json, torch\n"
-        "from benchmarks.eviction_case import Case, Shape\n"
-        "from benchmarks.kernels import measure\n"
-        f"case = Case({TINY!r}, 'random', torch.device('cpu'))\n"
-        "print(json.dumps(measure(case, 4, 1e9)))\n"
-    )
-    row = json.loads(said)
-    assert all(
-        row[name] > 0 for name in ("kernels_ms", "device_ms", "reference_ms", "gather_all_ms")
-    )
-
-
-def test_time_bytes_bandwidth_and_share_are_printed() -> None:
-    said = _interpreted(
-        "import sys\n"
-        "from benchmarks import kernels\n"
-        "from benchmarks.eviction_case import Shape\n"
-        f"kernels.shapes = lambda args: [{TINY!r}]\n"
-        "sys.argv[1:] = '--check --policies random --repeats 1'.split()\n"
-        "kernels.main()\n"
-    )
-    assert "check: kernels and reference forget the same tokens" in said
-    line = said.splitlines()[-1]
-    assert line.startswith("random               B    32 due   2 floor_gb 2.56e-06 ")
-    for name in ("kernels_ms", "device_ms", "gb_per_s", "share_of_floor", "reference_ms"):
-        assert f" {name} " in line
-    assert " gather_all_ms " in line
-
-
-def test_kernels_and_reference_agree_over_several_rounds() -> None:
-    _interpreted(
-        "import copy, torch\n"
-        "from benchmarks.eviction_case import Case, Shape\n"
-        f"case = Case({TINY!r}, 'random', torch.device('cpu'))\n"
-        "other = copy.deepcopy(case)\n"
-        "step, expected = case.kernels(case.round()), other.reference()\n"
-        "for _ in range(3):\n"
-        "    case.advance(), other.advance()\n"
-        "    assert torch.equal(step(), expected())\n"
-        "    assert torch.equal(case.positions, other.positions)\n"
-    )
-
-
-def test_a_choice_of_block_shapes_is_a_round() -> None:
-    """Choices take the place of what the kernels are launched with, and only while measured."""
-    wanted = {("vase-attnv", "SPLIT 1"), ("vase-dkv", "WARPS_DKV 4"), ("knorm", "SPLIT 8")}
-    said = _interpreted(
-        "import json, torch\n"
-        "from unittest import mock\n"
-        "from vase_kernels import scoring\n"
-        "from benchmarks.eviction_case import Case, Shape\n"
-        "from benchmarks.tuning import POLICIES, choices, measure\n"
-        f"shape, wanted, before = {TINY!r}, {wanted!r}, dict(vars(scoring))\n"
-        "rows = []\n"
-        "for policy in POLICIES:\n"
-        "    case = Case(shape, policy, torch.device('cpu'))\n"
-        "    found = list(choices(policy, shape))\n"
-        "    assert len({choice.name for choice in found}) == len(found)\n"
-        "    for choice in found:\n"
-        "        if (policy, choice.name) in wanted:\n"
-        "            rows.append(measure(case, choice, 1, turns=1))\n"
-        "assert dict(vars(scoring)) == before\n"
-        "print(json.dumps(rows))\n"
-    )
-    rows = json.loads(said)
-    assert all(row["ratio"] > 0 for row in rows)
-    assert {(row["policy"], row["choice"]) for row in rows} == wanted
 
 
 def test_a_choice_reaches_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+_TESTS = ("tests/triton", "tests/benchmarks/interpreted_kernels.py")
 
 
 @pytest.mark.whole_suite
@@ -18,7 +19,7 @@ def test_kernels_under_the_interpreter():
     # Where the kernels' tests run on a GPU, they do so in their own folder.
     others = {name: value for name, value in os.environ.items() if name != "VASE_TEST_GPU"}
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/triton"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *_TESTS],
         cwd=ROOT,
         env={**others, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
