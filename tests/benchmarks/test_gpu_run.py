@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import fcntl
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from benchmarks import attention_backend, environment, gpu
 from benchmarks.environment import COMMIT, NO_COMMIT, ROOT
 from benchmarks.gpu import Stage
 from benchmarks.workers import describe_checkout
+from tests.gateway.running import until
 
 
 @pytest.fixture
@@ -119,16 +121,28 @@ def test_a_stage_is_cut_at_its_time(modules: Path) -> None:
     assert state["slow"]["status"] == "cut after 0.01 minutes"
 
 
-def test_the_processes_of_a_cut_stage_end_with_it(modules: Path) -> None:
+async def test_the_processes_of_a_cut_stage_end_with_it(modules: Path) -> None:
     """As those of tests on several cores, which do not hear of SIGTERM."""
-    child = "import time, pathlib; time.sleep(3); pathlib.Path('late').touch()"
+    child = "import fcntl, time; held = open('held', 'w'); fcntl.flock(held, fcntl.LOCK_EX); "
+    child += "open('begun', 'w'); time.sleep(60)"
     (modules / "modules" / "stage_parent.py").write_text(
         f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {child!r}], "
         f"cwd={str(modules)!r})\n"
     )
-    _run(modules, Stage("parent", ("stage_parent",)), minutes=0.02)
-    time.sleep(3)
-    assert not (modules / "late").exists()
+    minutes = 0.01
+    while not (modules / "begun").exists():  # a busy machine needs longer to begin
+        minutes *= 2
+        _run(modules, Stage("parent", ("stage_parent",)), minutes=minutes)
+
+    def ended() -> bool:
+        with (modules / "held").open() as held:
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            return True
+
+    await until(ended)
 
 
 def test_a_call_ends_in_its_time(modules: Path, capsys: pytest.CaptureFixture[str]) -> None:
