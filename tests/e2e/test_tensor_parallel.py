@@ -19,7 +19,12 @@ from vase_kernels.reference import chain, format_digest
 from vase_kernels.reference.digest import round_sum
 
 from tests.e2e.worker_process import WorkerProcess
-from tests.engine.independent_decoder import LAYERS, IndependentDecoder, weights_in
+from tests.engine.independent_decoder import (
+    LAYERS,
+    IndependentDecoder,
+    answer_length,
+    weights_in,
+)
 from tests.engine.tiny_model import write_weights
 from vase_sgl.inspection import load_request
 
@@ -81,14 +86,15 @@ def test_two_ranks_keep_what_one_keeps(
         "seed": 2**40 + 7,
     }
     decoder = IndependentDecoder(weights_in(checkpoint / "model.safetensors"), vase)
-    expected = decoder.generate(PROMPT, 70)
+    new = answer_length(mode, len(PROMPT))
+    expected = decoder.generate(PROMPT, new)
     answer = two_ranks.http.post(
         "/generate",
         json={
             "rid": rid,
             "input_ids": PROMPT,
             "sampling_params": {
-                "max_new_tokens": 70,
+                "max_new_tokens": new,
                 "temperature": 0,
                 "ignore_eos": True,
                 "custom_params": {"vase": vase | {"inspect": True}},

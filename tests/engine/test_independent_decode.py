@@ -13,7 +13,12 @@ import pytest
 import torch
 from sglang.srt.layers.radix_attention import RadixAttention
 
-from tests.engine.independent_decoder import LAYERS, IndependentDecoder, weights_of
+from tests.engine.independent_decoder import (
+    LAYERS,
+    IndependentDecoder,
+    answer_length,
+    weights_of,
+)
 from tests.engine.scheduler_harness import SteppedScheduler
 from tests.engine.tiny_model import CONFIG
 from vase_sgl.engine import limits
@@ -54,14 +59,15 @@ def test_tokens_equal_the_independent_decoder(
     assert CONFIG["num_hidden_layers"] == LAYERS
     vase = {"budget": 24, "window": 8, "policy": policy, "prompt": prompt_mode, "seed": 2**40 + 7}
     prompt = [2 + (17 * i + length) % 250 for i in range(length)]
+    new = answer_length(prompt_mode, length)
     expected = IndependentDecoder(weights_of(stepped), vase, kv_dtype=_kv_dtype(stepped)).generate(
-        prompt, 70
+        prompt, new
     )
     stepped.configure(overlap=production, prefix_cache=production)
     if production:
         stepped.submit("before", prompt, max_new_tokens=2)
         stepped.run()
-    found = _engine_tokens(stepped, vase, prompt, 70)
+    found = _engine_tokens(stepped, vase, prompt, new)
     assert (stepped.answers["compared"].cached_tokens > 0) == production
     stepped.configure()
     assert found == expected

@@ -14,7 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from tests.engine.independent_decoder import HEADS, KV_HEADS, LAYERS, IndependentDecoder, weights_of
+from tests.engine.independent_decoder import (
+    HEADS,
+    KV_HEADS,
+    LAYERS,
+    IndependentDecoder,
+    answer_length,
+    weights_of,
+)
 from tests.engine.scheduler_harness import Answer, SteppedScheduler
 from vase_sgl.engine import admission, inspector
 from vase_sgl.engine.config import EngineConfig, engine_config
@@ -80,12 +87,13 @@ def test_the_file_says_what_an_independent_decoder_keeps(
     """`production`: overlap loop, and a prompt that is in the prefix tree."""
     vase = VASE | {"prompt": prompt_mode}
     decoder = IndependentDecoder(weights_of(stepped), vase)
-    expected = decoder.generate(prompt_of(length), 70)
+    new = answer_length(prompt_mode, length)
+    expected = decoder.generate(prompt_of(length), new)
     stepped.configure(overlap=production, prefix_cache=production)
     if production:
         stepped.submit("before", prompt_of(length), max_new_tokens=2)
         stepped.run()
-    tokens, statistics = run(stepped, "r1", length, 70, vase | {"inspect": True})
+    tokens, statistics = run(stepped, "r1", length, new, vase | {"inspect": True})
     stepped.configure()
     assert tokens == expected
     found = written(folder, "r1")
