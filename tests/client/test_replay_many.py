@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from tests.client.test_commands import environment, run
 from tests.gateway.running import Running, run_gateway, until
-from vase_sgl.cli import build_app
+from vase_sgl.cli import build_app, replay_many
 from vase_sgl.cli.replay_many import is_chosen
 from vase_sgl.client import AsyncClient
 from vase_sgl.gateway import replay_gate
@@ -98,9 +98,10 @@ async def test_more_than_may_wait_at_the_gateway_wait_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(replay_gate, "MAX_WAITING_PER_TENANT", 1)
+    monkeypatch.setattr(replay_many, "_ASK_AGAIN_SECONDS", 0.2)
     async with run_gateway(tmp_path, replay={"max_concurrent": 1}) as running:
         await generate(running, 12)
-        running.worker.token_seconds = 0.03
+        running.worker.token_seconds = 0.01
         found = await report(running, tmp_path, "--parallel", "12")
     assert found["outcomes"] == {"MATCH": 12}
 

@@ -14,7 +14,7 @@ from vase_sgl.client import AsyncClient, VaseError
 from vase_sgl.gateway.audit import AuditStore, RecordStatus
 
 CALLERS = 12
-ROUNDS = 3
+ROUNDS = 2
 
 
 async def call_until_killed(client: AsyncClient, seen: dict[str, tuple[int, ...]]) -> str:

@@ -154,7 +154,7 @@ async def test_a_master_and_its_worker_lose_and_double_nothing(
         Locust(
             *(*shared, "--master", "--master-bind-host", "127.0.0.1", "--master-bind-port", port),
             *("--expect-workers", "1", "--host", running.target, "--users", "4"),
-            *("--scenario", "replay-mix", "--replay-share", "0.7", "--max-new-tokens", "36"),
+            *("--scenario", "replay-mix", "--replay-share", "0.7", "--max-new-tokens", "24"),
             *("--budget", "48", "--window", "16", "--result", str(result)),
             VASE_API_KEY=running.key,
         ) as master,
