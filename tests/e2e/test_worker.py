@@ -30,10 +30,24 @@ BUDGET: dict[str, Any] = {
 #: Of the state's slots, those that change.
 SLOTS = ("total", "available", "reserved", "owned")
 SAMPLED: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95, "sampling_seed": 7}
+TRACE_ID = "5a" * 16
 
 
-def test_meta_info_reports_the_budget(worker: WorkerProcess) -> None:
-    answer = worker.generate(PROMPT, vase=BUDGET, new=45)
+@pytest.fixture(scope="module")
+def streamed(worker: WorkerProcess) -> list[dict[str, Any]]:
+    """Events of an answer past three rounds, whose trace is TRACE_ID."""
+    with worker.http.stream(
+        "POST",
+        "/generate",
+        json=body(PROMPT, vase=BUDGET, stream=True, new=45),
+        headers={"traceparent": f"00-{TRACE_ID}-{'1' * 16}-01"},
+    ) as response:
+        lines = [line for line in response.iter_lines() if line.startswith("data: {")]
+    return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+
+def test_meta_info_reports_the_budget(streamed: list[dict[str, Any]]) -> None:
+    answer = streamed[-1]
     info, vase = answer["meta_info"], answer["meta_info"]["vase"]
     logical = info["prompt_tokens"] + info["completion_tokens"]
     assert info["completion_tokens"] == len(answer["output_ids"]) == 45
@@ -50,25 +64,21 @@ def test_meta_info_reports_the_budget(worker: WorkerProcess) -> None:
 
 def test_a_request_without_a_budget_is_stock(worker: WorkerProcess) -> None:
     before = worker.state()
-    stock = worker.generate(PROMPT, new=30)
+    budgets = (None, {"budget": 1000, "window": 32}, {"policy": "full"})
+    with ThreadPoolExecutor() as executor:
+        stock, large, full = executor.map(
+            lambda vase: worker.generate(PROMPT, new=30, vase=vase), budgets
+        )
     assert "vase" not in stock["meta_info"]
     assert worker.state()["rounds"] == before["rounds"]
-    large = worker.generate(PROMPT, new=30, vase={"budget": 1000, "window": 32})
-    full = worker.generate(PROMPT, new=30, vase={"policy": "full"})
     assert stock["output_ids"] == large["output_ids"] == full["output_ids"]
     assert large["meta_info"]["vase"]["rounds"] == full["meta_info"]["vase"]["rounds"] == 0
 
 
-def test_statistics_grow_while_streaming(worker: WorkerProcess) -> None:
-    rounds: list[int] = []
-    with worker.http.stream(
-        "POST", "/generate", json=body(PROMPT, vase=BUDGET, stream=True, new=45)
-    ) as response:
-        for line in response.iter_lines():
-            if line.startswith("data: {"):
-                info = json.loads(line.removeprefix("data: "))["meta_info"]["vase"]
-                assert info["physical_length"] <= 32
-                rounds.append(info["rounds"])
+def test_statistics_grow_while_streaming(streamed: list[dict[str, Any]]) -> None:
+    statistics = [event["meta_info"]["vase"] for event in streamed]
+    assert all(info["physical_length"] <= 32 for info in statistics)
+    rounds = [info["rounds"] for info in statistics]
     assert rounds == sorted(rounds)
     assert {0, 1, 2, 3} <= set(rounds)
 
@@ -172,12 +182,14 @@ def test_alone_among_others_and_in_another_process(
         others = [executor.submit(neighbour, index) for index in range(3)]
         together = executor.submit(target, worker)
         others += [executor.submit(neighbour, index) for index in range(3, 5)]
+        other_seed = executor.submit(
+            lambda: worker.generate(PROMPT, vase={**BUDGET, "seed": 2}, new=45, **SAMPLED)
+        )
         assert _outcome(together.result()) == alone
         for other in others:
             other.result()
     assert _outcome(target(second_worker)) == alone
-    other_seed = worker.generate(PROMPT, vase={**BUDGET, "seed": 2}, new=45, **SAMPLED)
-    assert set(_outcome(other_seed)[1]).isdisjoint(alone[1])
+    assert set(_outcome(other_seed.result())[1]).isdisjoint(alone[1])
 
 
 def _series(worker: WorkerProcess) -> dict[tuple[str, str], float]:
@@ -231,12 +243,10 @@ def test_metrics_prove_that_the_budget_acts(worker: WorkerProcess) -> None:
 
 
 def test_rounds_are_events_of_the_request_s_trace(
-    worker: WorkerProcess, traces: OtlpReceiver
+    streamed: list[dict[str, Any]], traces: OtlpReceiver
 ) -> None:
     """Through SGLang's own OpenTelemetry option, to a real OTLP receiver."""
-    traces.spans.clear()
-    answer = worker.generate(PROMPT, vase=BUDGET, new=45)
-    statistics = answer["meta_info"]["vase"]
+    statistics = streamed[-1]["meta_info"]["vase"]
     deadline = time.monotonic() + 30
     while len(events := _events(traces)) < statistics["rounds"] and time.monotonic() < deadline:
         time.sleep(0.2)  # exported in batches
@@ -252,6 +262,7 @@ def _events(traces: OtlpReceiver) -> list[dict[str, int]]:
     found = [
         {item.key: item.value.int_value for item in event.attributes}
         for span in list(traces.spans)
+        if span.trace_id.hex() == TRACE_ID
         for event in span.events
         if event.name == "vase.evict"
     ]
@@ -263,10 +274,20 @@ def test_a_repeated_prompt_is_cached_and_the_answer_the_same(worker: WorkerProce
     info = worker.http.get("/server_info").json()
     assert not info["disable_radix_cache"] and not info["disable_overlap_schedule"]
     prompt = PROMPT.replace("the sea", "the prefix cache of a serving engine")
-    for mode in ("evict", "keep"):
-        request = {"vase": {**BUDGET, "prompt": mode}, "new": 35, **SAMPLED}
-        first = worker.generate(prompt, **request)
-        again = worker.generate(prompt, **request)
+
+    def answers() -> list[dict[str, Any]]:
+        """Of both modes, at once."""
+        with ThreadPoolExecutor() as executor:
+            return list(
+                executor.map(
+                    lambda mode: worker.generate(
+                        prompt, vase={**BUDGET, "prompt": mode}, new=35, **SAMPLED
+                    ),
+                    ("evict", "keep"),
+                )
+            )
+
+    for first, again in zip(answers(), answers(), strict=True):
         cached = again["meta_info"]["cached_tokens"]
         assert cached == again["meta_info"]["prompt_tokens"] - 1 > 16
         assert _outcome(again) == _outcome(first)
