@@ -147,7 +147,7 @@ async def test_the_line_is_bounded(tmp_path: Path) -> None:
 
 async def test_the_line_is_full_before_the_calls_are(tmp_path: Path) -> None:
     """By default: who has nothing waiting finds a call, and room in the line."""
-    calls = {"max_concurrent_calls": 8}
+    calls = {"max_concurrent_calls": 9}
     async with run_gateway(tmp_path, worker={"max_in_flight": 1}, grpc=calls) as running:
         running.worker.token_seconds = 0.01
         stream = running.client.generate("tell me", max_new_tokens=4000)
