@@ -231,7 +231,12 @@ def test_any_tokens_are_the_text_that_they_are_together(
 
 
 @settings(deadline=None)
-@given(st.text(CHARACTERS, min_size=1), st.sampled_from(["N", "aN", "N a"]), INTERVALS, WAYS)
+@given(
+    st.text(CHARACTERS, min_size=1),
+    st.sampled_from(["N", "aN", "N a", "😀", "é", "天天", "🎉N"]),
+    INTERVALS,
+    WAYS,
+)
 def test_characters_in_bytes_of_their_own(
     stepped: SteppedScheduler, answer: str, stop: str, interval: int | None, way: dict[str, Any]
 ) -> None:

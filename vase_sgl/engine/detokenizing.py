@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 #: What tokenizers make of bytes that are no character, or none yet.
-_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 def complete(text: str) -> str:
@@ -13,4 +13,4 @@ def complete(text: str) -> str:
     the last blank, so it may end sooner, and the detokenizer, which goes by the length of the last
     one, sends again what is beyond.
     """
-    return text.rstrip(_INCOMPLETE)
+    return text.rstrip(INCOMPLETE)

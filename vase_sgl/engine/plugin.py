@@ -290,6 +290,13 @@ HOOKS: tuple[Hook, ...] = (
         "an answer's text has no stop string, whatever their order",
     ),
     Hook(
+        "managers.schedule_batch.Req.tail_str",
+        ("self", "new_accepted_len"),
+        HookType.AROUND,
+        stop_strings.from_a_character_on,
+        "a stop string behind half a character is found",
+    ),
+    Hook(
         "managers.schedule_batch.Req.check_match_stop_str_prefix",
         ("self",),
         HookType.REPLACE,

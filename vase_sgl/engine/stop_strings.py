@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
 from sglang.srt.managers.schedule_batch import FINISH_MATCHED_STR
 
-from vase_sgl.engine.detokenizing import complete
+from vase_sgl.engine.detokenizing import INCOMPLETE, complete
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -40,6 +40,23 @@ def search_far_enough(result: Any, *args: Any, **kwargs: Any) -> None:
         params.stop_str_max_len = max(
             params.stop_str_max_len, min(most, 2 * params.stop_str_max_len + 4)
         )
+
+
+def from_a_character_on(original: Callable[..., str], req: Req, new_accepted_len: int = 1) -> str:
+    """AROUND `Req.tail_str`: the end of the answer, from where a character begins.
+
+    Where tokens are single bytes (`byte_fallback`), those behind a half character are no text
+    either, and a stop string among them would be missed. A character has four bytes at most: one of
+    four beginnings is its own. Of these the text with the fewest bytes that are none; the shortest,
+    if several have as few.
+    """
+    text = original(req, new_accepted_len)
+    if INCOMPLETE not in text:
+        return text
+    tokens = req._stop_match_tail_len(new_accepted_len)
+    longer = range(tokens + 1, min(tokens + 3, len(req.output_ids)) + 1)
+    texts = [text, *(req.tokenizer.decode(req.output_ids[-count:]) for count in longer)]
+    return min(texts, key=lambda each: each.count(INCOMPLETE))
 
 
 def may_have_begun(req: Req) -> bool:
