@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Sequence
@@ -156,6 +157,25 @@ async def test_a_log_that_is_a_pipe_is_not_read(tmp_path: Path) -> None:
     os.close(writer)
     with open(reader) as output:
         assert output.read() == "bad flag\n"
+
+
+@pytest.mark.parametrize("kind", ["file", "socket"])  # `> FILE`, and systemd
+async def test_the_worker_may_write_where_this_process_does(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], kind: str
+) -> None:
+    worker = embedded((sys.executable, "-c", "raise SystemExit('bad flag')"), tmp_path)
+    worker._log = Path("/dev/stderr")
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        if kind == "socket":
+            os.dup2(theirs.fileno(), 2)
+        os.write(2, b"before\n")
+        with pytest.raises(WorkerStartError, match=r"code 1 .* went to /dev/stderr$"):
+            await worker.start(quiet)
+        await worker.close()
+        os.write(2, b"after\n")
+        written = ours.recv(100).decode() if kind == "socket" else capfd.readouterr().err
+    assert written == "before\nbad flag\nafter\n"
 
 
 async def test_a_named_pipe_without_a_reader_is_refused(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from vase_sgl import parent_watch
 from vase_sgl.gateway.errors import WorkerUnavailable
@@ -22,6 +23,8 @@ from vase_sgl.worker_key import WORKER_KEY
 _POLL_SECONDS = 0.5
 #: Lines of the log quoted in an error.
 _QUOTED_LINES = 15
+#: Logs that are this process's own output.
+_OWN_OUTPUT = {Path("/dev/stdout"): 1, Path("/dev/stderr"): 2}
 
 #: Called while the model loads with the seconds since the start.
 Progress = Callable[[float], None]
@@ -71,8 +74,7 @@ class EmbeddedWorker(HttpWorker):
             if self._log.is_file() and not self._log.is_symlink():  # so not /dev/stdout
                 # It may say why the last one died.
                 self._log.replace(self._log.with_name(f"{self._log.name}.1"))
-            # Appending, so that it may be truncated meanwhile.
-            with open(self._log, "ab", opener=_open_private) as output:
+            with _opened(self._log) as output:
                 self._process = await asyncio.create_subprocess_exec(
                     *self._command,
                     stdin=asyncio.subprocess.DEVNULL,
@@ -138,11 +140,20 @@ class EmbeddedWorker(HttpWorker):
 
     def _quote(self) -> str:
         with contextlib.suppress(OSError):
-            if self._log.is_file():  # to read a pipe or a terminal could take for ever
+            # To read a pipe or a terminal could take for ever.
+            if self._log.is_file() and self._log not in _OWN_OUTPUT:
                 text = self._log.read_text(errors="replace")
                 lines = (f"  {line}" for line in text.rstrip().splitlines()[-_QUOTED_LINES:])
                 return f"the end of its log {self._log}:\n" + "\n".join(lines)
         return f"its output went to {self._log}"
+
+
+def _opened(log: Path) -> BinaryIO:
+    if log in _OWN_OUTPUT:
+        # Opened anew, a file would be written at two places, and a socket cannot be.
+        return os.fdopen(os.dup(_OWN_OUTPUT[log]), "wb")
+    # Appending, so that it may be truncated meanwhile.
+    return open(log, "ab", opener=_open_private)
 
 
 def _open_private(path: str, flags: int) -> int:
