@@ -362,6 +362,26 @@ def test_the_default_is_not_for_probes(
         assert (stepped.answers[rid].statistics is None) == (rid != "asked")
 
 
+@pytest.mark.parametrize("asked", [None, {"policy": "full"}])
+def test_what_cannot_have_the_default_is_served_as_by_stock(
+    stepped: SteppedScheduler,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    asked: dict[str, Any] | None,
+) -> None:
+    """As the image with which SGLang warms up models that see, and which must be answered."""
+    config = EngineConfig(default=BUDGET)
+    monkeypatch.setattr(admission, "engine_config", lambda: config)
+    admission._warn_of_full_cache.cache_clear()
+    for rid in ("beams", "more"):
+        stepped.submit(rid, PROMPT, max_new_tokens=20, vase=asked, beam_width=2)
+        stepped.run()
+        assert stepped.answers[rid].finish == {"type": "length", "length": 20}
+        assert stepped.answers[rid].statistics is None
+    told = [line for line in caplog.messages if "beam_width keeps the full KV cache" in line]
+    assert len(told) == (asked is None)
+
+
 def test_what_upstream_refuses_waits_for_nobody_either(stepped: SteppedScheduler) -> None:
     """A grammar, which this worker has no backend for: refused after the budget was attached."""
     stepped.submit("other", PROMPT * 10, max_new_tokens=60, vase={**BUDGET, "prompt": "keep"})

@@ -17,6 +17,7 @@ import torch
 from fastapi import HTTPException
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary
 from sglang.srt.arg_groups.overrides import declare_resolution
+from sglang.srt.entrypoints.engine import Engine
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.managers.io_struct import (
     BeginWeightUpdateReqInput,
@@ -47,7 +48,6 @@ from vase_sgl.engine import (
 )
 from vase_sgl.engine.pool import BudgetPool
 from vase_sgl.engine.prometheus import EngineMetrics
-from vase_sgl.eviction import ParameterError
 
 
 @pytest.mark.parametrize(
@@ -109,6 +109,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"allow_auto_truncate": True}, "leave out --allow-auto-truncate"),
     ({"prefill_decode_interval": 14}, "use --prefill-decode-interval 0"),
     ({"schedule_policy": "shortest-prefill-first"}, "use another --schedule-policy"),
+    ({"use_ray": True}, "leave out --use-ray"),
+    ({"smg_grpc_mode": True}, "leave out --smg-grpc-mode"),
 ]
 
 
@@ -200,6 +202,7 @@ def test_entries_that_are_no_rows_of_slots_are_refused(
         ({"layer.logit_cap": 30.0}, "has a cap on attention's logits"),
         ({"model_config.model_is_mrope": True}, "has multimodal rotary positions"),
         ({"model_config.is_encoder_decoder": True}, "has an encoder"),
+        ({"device": "xpu"}, "or a CPU, not xpu"),
         ({"decode_attention_backend_str": "trtllm_mha"}, "than trtllm_mha: use --attention-"),
     ],
 )
@@ -227,6 +230,17 @@ def test_flags_that_others_turn_on_are_refused(tiny_model: Path) -> None:
         limits.refuse_unsupported_flags(args)
 
 
+def test_what_starts_the_schedulers_refuses(stepped: SteppedScheduler, tiny_model: Path) -> None:
+    """Those of Ray load no plugins, so that none of them could."""
+    with pytest.raises(limits.UnsupportedConfiguration, match="leave out --use-ray"):
+        Engine._launch_subprocesses(
+            server_args=ServerArgs(model_path=str(tiny_model), use_ray=True),
+            init_tokenizer_manager_func=pytest.fail,
+            run_scheduler_process_func=pytest.fail,
+            run_detokenizer_process_func=pytest.fail,
+        )
+
+
 async def test_a_pause_that_restarts_requests_is_refused(stepped: SteppedScheduler) -> None:
     with pytest.raises(HTTPException, match="use mode in_place or abort"):
         await TokenizerManager.pause_generation(None, PauseGenerationReqInput(mode="retract"))
@@ -245,15 +259,14 @@ async def test_a_pause_that_restarts_requests_is_refused(stepped: SteppedSchedul
         ("mm_inputs", "images, audio or video"),
     ],
 )
-def test_what_a_budget_cannot_serve_is_refused(field: str, named: str) -> None:
+def test_what_a_budget_cannot_serve_is_named(field: str, named: str) -> None:
     others = ("session_params", "return_routed_experts", "return_indexer_topk", "input_embeds")
     request = SimpleNamespace(
         sampling_params=SimpleNamespace(beam_width=None), **dict.fromkeys((*others, "mm_inputs"))
     )
-    admission._refuse_unsupported(request)
+    assert admission._obstacle(request) is None
     setattr(request, field, object())
-    with pytest.raises(ParameterError, match=f"cannot be used with {named}"):
-        admission._refuse_unsupported(request)
+    assert admission._obstacle(request) == named
 
 
 def test_prompts_that_are_no_text() -> None:

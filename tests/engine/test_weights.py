@@ -8,6 +8,7 @@ import logging
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
@@ -311,24 +312,30 @@ def test_an_accelerator_names_the_packages_of_its_kernels() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flag", "gemm", "quantization", "expected"),
+    ("given", "quantization", "expected"),
     [
-        (True, "auto", None, True),
-        (False, "auto", None, False),
-        (True, "gemv", None, False),
-        (True, "auto", "awq_marlin", False),
+        ({}, None, True),
+        ({"enable_deterministic_inference": False}, None, False),
+        ({"bf16_gemm_backend": "gemv"}, None, False),
+        ({}, "awq_marlin", False),
+        ({"ep_dispatch_algorithm": "dynamic"}, None, False),
+        ({"enable_eplb": True}, None, False),
+        ({"enable_waterfill": True}, None, False),
+        ({"kt_weight_path": "experts"}, None, False),
     ],
 )
 def test_an_accelerator_is_deterministic_if_it_was_asked_to_be_and_can(
     monkeypatch: pytest.MonkeyPatch,
-    flag: bool,
-    gemm: str,
+    given: dict[str, object],
     quantization: str | None,
     expected: bool,
 ) -> None:
-    """SGLang's flag takes quantised weights and a product for single rows, and changes neither."""
+    """SGLang's flag takes quantised weights, a product for single rows and experts with replicas,
+    and changes none of them.
+    """
     monkeypatch.setattr(platform_cpu, "is_active", lambda: False)
-    args = SimpleNamespace(enable_deterministic_inference=flag, bf16_gemm_backend=gemm)
+    flags: dict[str, Any] = {"enable_deterministic_inference": True, **given}
+    args = ServerArgs(model_path="m", **flags)
     runner = SimpleNamespace(
         model=torch.nn.Linear(1, 1), model_config=SimpleNamespace(quantization=quantization)
     )

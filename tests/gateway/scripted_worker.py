@@ -95,6 +95,8 @@ class ScriptedWorker:
         self.bodies: list[dict[str, Any]] = []
         #: Prompts it was given to tokenize.
         self.tokenized = 0
+        #: Body of the last of them.
+        self.last_tokenized: dict[str, Any] = {}
         #: Header `traceparent` of each /generate.
         self.traceparents: list[str | None] = []
         self.aborted: list[str] = []
@@ -178,7 +180,7 @@ class ScriptedWorker:
         return response
 
     async def _tokenize(self, request: web.Request) -> web.Response:
-        body = await request.json()
+        body = self.last_tokenized = await request.json()
         self.tokenized += 1
         await asyncio.sleep(self.faults.tokenizing_seconds)
         words = (

@@ -134,6 +134,16 @@ async def test_a_chat_and_token_ids_are_prompts_too(running: Running) -> None:
     assert kinds == ["chat", "token_ids"]
 
 
+@pytest.mark.parametrize(("last", "field"), [("user", False), ("assistant", True)])
+async def test_a_chat_is_rendered_by_every_kind_of_template(
+    running: Running, last: str, field: bool
+) -> None:
+    """SGLang takes the field for Jinja's alone; without it an assistant's last becomes a user's."""
+    chat = [Message(role="user", content="tell"), Message(role=last, content="me")]
+    await running.client.generate_once(chat, max_new_tokens=1)
+    assert ("add_generation_prompt" in running.worker.last_tokenized) == field
+
+
 async def test_generate_once_equals_the_stream_of_the_same_seed(running: Running) -> None:
     options: dict[str, Any] = {"max_new_tokens": 60, "budget": 32, "window": 8, "seed": 9}
     stream = running.client.generate("tell me", **options)

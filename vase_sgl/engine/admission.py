@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.managers.scheduler import Scheduler
 
+logger = logging.getLogger(__name__)
+
 #: The key of `SamplingParams.custom_params` that carries the eviction parameters.
 PARAMS_KEY = "vase"
 
@@ -47,13 +51,20 @@ def create_request(
     config = engine_config()
     custom = req.sampling_params.custom_params
     raw = custom.get(PARAMS_KEY) if isinstance(custom, dict) else None
-    if raw is None and not is_health_check_generate_req(recv_req):
-        raw = config.default
+    obstacle = _obstacle(recv_req)
+    if raw is None and config.default is not None and not is_health_check_generate_req(recv_req):
+        if obstacle is None:
+            raw = config.default
+        else:
+            _warn_of_full_cache(obstacle)
     if raw is None:
         return req
     try:
         params = EvictionParams.parse(raw, config.limits)
-        _refuse_unsupported(recv_req)
+        if obstacle is not None:
+            if not params.policy.evicts:
+                return req  # as stock SGLang serves it
+            raise ParameterError(f"a budget cannot be used with {obstacle}; leave one of them out")
         _refuse_policy(params.policy.name, BudgetPool.of(scheduler.req_to_token_pool))
         folder = inspector.folder_for(req.rid, config.inspect_dir) if params.inspect else None
     except ParameterError as error:
@@ -87,9 +98,9 @@ def _prompt_problem(req: Req, recv_req: Any, vocabulary: int) -> str | None:
     return None
 
 
-def _refuse_unsupported(recv_req: Any) -> None:
-    """Per-request features that read the KV row by logical length, or keep it after the end."""
-    unsupported = {
+def _obstacle(recv_req: Any) -> str | None:
+    """What of the request reads its KV row by logical length, or keeps it after the end."""
+    used = {
         "beam_width": (recv_req.sampling_params.beam_width or 1) > 1,
         "session_params": recv_req.session_params is not None,
         "return_routed_experts": bool(recv_req.return_routed_experts),
@@ -98,9 +109,16 @@ def _refuse_unsupported(recv_req: Any) -> None:
         # Placeholders are expanded after a request was given its budget.
         "images, audio or video": recv_req.mm_inputs is not None,
     }
-    for name, used in unsupported.items():
-        if used:
-            raise ParameterError(f"a budget cannot be used with {name}; leave one of them out")
+    return next((name for name, is_used in used.items() if is_used), None)
+
+
+@functools.cache
+def _warn_of_full_cache(obstacle: str) -> None:
+    """Once for each: the default is for memory's sake."""
+    logger.warning(
+        "a request with %s keeps the full KV cache: it cannot have the budget of --vase-default",
+        obstacle,
+    )
 
 
 def _refuse_policy(policy: str, pool: BudgetPool) -> None:

@@ -66,6 +66,19 @@ _ARITHMETIC = (
     "enforce_shared_experts_fusion",
     "enable_fused_moe_sum_all_reduce",
     "ep_size",
+    "ep_num_redundant_experts",
+    "ep_dispatch_algorithm",
+    "init_expert_location",
+    "enable_eplb",
+    "enable_waterfill",
+    "deepep_mode",
+    "deepep_dispatcher_output_dtype",
+    "enable_attn_tp_input_scattered",
+    "enable_shared_experts_attn_tp",
+    "kt_weight_path",
+    "kt_method",
+    "kt_num_gpu_experts",
+    "kt_max_deferred_experts_per_token",
     "moe_dp_size",
     "moe_dense_tp_size",
     "attn_cp_size",
@@ -278,6 +291,8 @@ def _is_deterministic(args: Any, runner: Any) -> bool:
 
     Not with quantised weights: some of their kernels add in any order, others have tiles chosen by
     the number of rows, and SGLang's flag leaves them alone, as it does the backend for single rows.
+    Nor where an expert has replicas: the row decides which one computes, and ranks whose sums are
+    added in another order may have them. Experts on the host (KTransformers) are quantised.
 
     On our CPU platform by its own layers and sampling; not with SGLang's attention, nor for models
     with other layers, such as mixtures of experts, whose products have as many rows as tokens chose
@@ -286,7 +301,13 @@ def _is_deterministic(args: Any, runner: Any) -> bool:
     if runner.model_config.quantization is not None:
         return False
     if not platform_cpu.is_active():
-        rows_alike = args.bf16_gemm_backend != _SINGLE_ROWS
+        rows_alike = (
+            args.bf16_gemm_backend != _SINGLE_ROWS
+            and args.ep_dispatch_algorithm is None
+            and not args.enable_eplb
+            and not args.enable_waterfill
+            and args.kt_weight_path is None
+        )
         return bool(args.enable_deterministic_inference) and rows_alike
     by_module = type(runner.model).__module__ in _INVARIANT_ON_CPU
     return engine_config().cpu_decode == "batched" and by_module

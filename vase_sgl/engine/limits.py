@@ -40,6 +40,8 @@ _REQUIRED: dict[str, tuple[object, str]] = {
     "attn_dp_size": (1, "leave out --enable-dp-attention"),
     "tokenizer_worker_num": (1, "use --tokenizer-worker-num 1"),
     "allow_auto_truncate": (False, "leave out --allow-auto-truncate"),
+    "use_ray": (False, "leave out --use-ray"),
+    "smg_grpc_mode": (False, "leave out --smg-grpc-mode"),
 }
 
 #: flag -> (values that are refused, what to do)
@@ -54,6 +56,9 @@ _ONLY_WITH: dict[str, tuple[str, str]] = {
         "use --enable-priority-scheduling with --disable-priority-preemption",
     ),
 }
+
+#: Types of devices for which steps take their slots from us (`ALLOC_FOR_DECODE_FUNCS`).
+DEVICES = ("cuda", "cpu")
 
 
 class UnsupportedConfiguration(RuntimeError):
@@ -110,6 +115,10 @@ def refuse_unsupported_model(model_runner: Any, backends: Collection[str]) -> No
     the model's own. And the queries of decode steps must be seen, which only `backends` are made to
     show.
     """
+    if model_runner.device not in DEVICES:
+        raise UnsupportedConfiguration(
+            f"a static KV budget needs a GPU of NVIDIA or AMD, or a CPU, not {model_runner.device}"
+        )
     config = model_runner.model_config
     layers = _attention_layers(model_runner.model)
     # Some models have windows that SGLang knows of in their layers alone.

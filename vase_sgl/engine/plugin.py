@@ -95,6 +95,11 @@ def _check_flags(scheduler: Any, server_args: Any, *args: Any, **kwargs: Any) ->
     limits.refuse_unsupported_flags(server_args)
 
 
+def _check_launch(engine: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
+    """BEFORE `Engine._launch_subprocesses`: in schedulers of Ray there are no hooks."""
+    limits.refuse_unsupported_flags(server_args)
+
+
 _INIT_NEW = (
     "cls",
     "batch",
@@ -105,6 +110,16 @@ _INIT_NEW = (
     "spec_mrope_positions",
     "kv_loc_plan",
     "write_cols",
+)
+
+_LAUNCH = (
+    "cls",
+    "server_args",
+    "init_tokenizer_manager_func",
+    "run_scheduler_process_func",
+    "run_detokenizer_process_func",
+    "port_args",
+    "placement_group",
 )
 
 _TOKENIZED = (
@@ -368,6 +383,13 @@ HOOKS: tuple[Hook, ...] = (
         "gauges fall back when nothing runs",
     ),
     Hook(
+        "entrypoints.engine.Engine._launch_subprocesses",
+        _LAUNCH,
+        HookType.BEFORE,
+        _check_launch,
+        "refuse flags for which schedulers load no plugins",
+    ),
+    Hook(
         "managers.scheduler.Scheduler.__init__",
         ("self", "server_args", "port_args"),
         HookType.BEFORE,
@@ -518,7 +540,7 @@ def _register() -> None:
     for hook in active_hooks():
         check_signature(hook)
         HookRegistry.register(hook.path, hook.function, hook.kind)
-    for device in ("cuda", "cpu"):
+    for device in limits.DEVICES:
         ALLOC_FOR_DECODE_FUNCS[device] = lifecycle.alloc_for_decode
     factories = {name: ATTENTION_BACKENDS[name] for name in _BACKENDS}
     if platform_cpu.is_active() and engine_config().cpu_decode == "batched":

@@ -92,7 +92,10 @@ class HttpWorker:
     async def tokenize_chat(
         self, messages: Sequence[Mapping[str, str]], *, max_tokens: int
     ) -> tuple[int, ...]:
-        body = {"messages": list(messages), "add_generation_prompt": True}
+        body: dict[str, object] = {"messages": list(messages)}
+        if messages and messages[-1]["role"] == "assistant":
+            # Or SGLang makes it the user's. It has this for Jinja templates only.
+            body["add_generation_prompt"] = True
         return await self._tokenize(body, max_tokens)
 
     async def generate(self, request: WorkerRequest) -> AsyncGenerator[WorkerChunk, None]:
