@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from tests.gateway.scripted_worker import token_of
 from vase_sgl.client import NEVER, AsyncClient, DeadlineExceeded, InvalidRequest, RateLimited
 from vase_sgl.gateway import fair_queue
 from vase_sgl.gateway.errors import LimitExceeded, WorkerUnavailable
-from vase_sgl.gateway.fair_queue import FairQueue, Party
+from vase_sgl.gateway.fair_queue import FairQueue, Party, Place
 
 
 async def until_waiting(running: Running, count: int) -> None:
@@ -425,41 +426,117 @@ async def test_who_is_refused_itself_makes_nobody_give_way(tmp_path: Path) -> No
         await asyncio.gather(*waiting)
 
 
-async def test_the_hint_follows_how_fast_the_line_moves(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
-    monkeypatch.setattr(fair_queue, "time", SimpleNamespace(monotonic=lambda: now))
-    line: FairQueue[Token] = FairQueue(max_waiting=2, max_waiting_per_tenant=2, max_wait_seconds=30)
+class Moving:
+    """A line in which as many are granted something as is said, and its clock."""
 
-    def hint() -> float | None:
-        with pytest.raises(LimitExceeded) as error, line.place("t"):
+    def __init__(self, monkeypatch: pytest.MonkeyPatch | None = None, **bounds: Any) -> None:
+        self.now = 0.0
+        if monkeypatch is not None:
+            monkeypatch.setattr(fair_queue, "time", SimpleNamespace(monotonic=lambda: self.now))
+        self.line: FairQueue[Token] = FairQueue(max_wait_seconds=30, **bounds)
+        self.free = 0
+        self.tasks: list[asyncio.Task[Token]] = []
+
+    def take(self) -> Token | None:
+        if not self.free:
+            return None
+        self.free -= 1
+        return Token()
+
+    def wait(self, place: Place[Token]) -> asyncio.Task[Token]:
+        self.tasks.append(asyncio.create_task(place.wait(self.take)))
+        return self.tasks[-1]
+
+    async def come(self, *tenants: str) -> None:
+        async def come(tenant: str) -> Token:
+            with self.line.place(tenant) as place:
+                return await place.wait(self.take)
+
+        self.tasks += [asyncio.create_task(come(tenant)) for tenant in tenants]
+        await asyncio.sleep(0)
+
+    async def grant(self, count: int = 1) -> None:
+        self.free += count
+        self.line.dispatch()
+        await asyncio.sleep(0)
+        assert not self.free
+
+    def hint(self, tenant: str = "t") -> float | None:
+        """What one more is told, which is refused."""
+        with pytest.raises(LimitExceeded) as error, self.line.place(tenant):
             pass
-        assert error.value.reason == "queue_tenant"
         return error.value.retry_seconds
 
-    with line.place("t") as place, line.place("t"):
-        assert hint() == 1.0  # nothing is known
-        for granted in (0.0, 4.0, 8.0, 12.0):
-            now = granted
-            await place.wait(Token)
-        for later, seconds in ((12.4, 2 * 3.1), (1.0, 1.0), (1000.0, 30.0)):
-            now = later
-            assert hint() == pytest.approx(seconds)
+    async def close(self) -> list[str]:
+        """Why those were refused that were."""
+        for task in self.tasks:
+            task.cancel()
+        ends = await asyncio.gather(*self.tasks, return_exceptions=True)
+        assert self.line.waiting == 0 and not self.line._lines
+        return [end.reason for end in ends if isinstance(end, LimitExceeded)]
+
+
+async def test_the_hint_follows_how_fast_the_line_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    moving = Moving(monkeypatch, max_waiting=9, max_waiting_per_tenant=4)
+    await moving.come("t", "t", "t", "t")
+    for moving.now, seconds in ((0.0, 1.0), (12.0, 12.0)):
+        assert moving.hint() == seconds
+    for moving.now, seconds in ((13.0, 13.0), (14.0, 4 * 14 / 2), (15.0, 4 * 15 / 3)):
+        await moving.grant()
+        await moving.come("t")
+        assert moving.hint() == seconds
+    for _ in range(fair_queue._REMEMBERED_GRANTS):
+        moving.now += 2
+        await moving.grant()
+        await moving.come("t")
+    for later, seconds in ((0.0, 4 * 2.0), (64.0, 4 * 3.0), (1000.0, 30.0)):
+        moving.now = 15.0 + 2 * fair_queue._REMEMBERED_GRANTS + later
+        assert moving.hint() == seconds
+    assert not await moving.close()
+
+
+async def test_a_line_that_stands_still_is_not_told_to_be_fast(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those who found room before somebody had to wait do not tell how fast it moves."""
+    moving = Moving(monkeypatch, max_waiting=9, max_waiting_per_tenant=4)
+    for moving.now in (0.0, 1.0, 2.0):
+        moving.free = 1
+        await moving.come("t")
+    await moving.come("t", "t", "t", "t")
+    for moving.now, seconds in ((2.0, 1.0), (12.0, 10.0), (31.0, 29.0), (99.0, 30.0)):
+        assert moving.hint() == seconds
+    assert not await moving.close()
+
+
+async def test_who_waits_in_vain_is_told_that_the_line_stands_still(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    moving = Moving(monkeypatch, max_waiting=9, max_waiting_per_tenant=4)
+    longest = asyncio.timeout(None)
+    monkeypatch.setattr(asyncio, "timeout", lambda seconds: longest)
+    await moving.come("t")
+    moving.now = 30.0
+    longest.reschedule(0.0)
+    with pytest.raises(LimitExceeded, match="no worker had room within 30 s") as error:
+        await moving.tasks[0]
+    assert error.value.retry_seconds == 30.0
 
 
 async def test_a_quiet_time_makes_no_slow_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hours without a request, then a burst."""
-    now = 0.0
-    monkeypatch.setattr(fair_queue, "time", SimpleNamespace(monotonic=lambda: now))
-    line: FairQueue[Token] = FairQueue(max_waiting=9, max_waiting_per_tenant=4, max_wait_seconds=60)
-    for arrival in (0.0, 0.0, 8 * 3600.0, 8 * 3600.0, 8 * 3600.0):
-        now = arrival
-        with line.place("t") as place:
-            await place.wait(Token)
-    with contextlib.ExitStack() as burst:
-        places = [burst.enter_context(line.place("t")) for _ in range(4)]
-        await places[0].wait(Token)
-        now += 1
-        await places[1].wait(Token)
-        with pytest.raises(LimitExceeded) as error, line.place("t"):
-            pass
-    assert error.value.retry_seconds == 4 * 1 / 2
+    moving = Moving(monkeypatch, max_waiting=9, max_waiting_per_tenant=4)
+    await moving.come("t", "t", "t")
+    await moving.grant(3)
+    moving.now = 8 * 3600.0
+    with contextlib.ExitStack() as on_their_way:
+        for _ in range(4):
+            on_their_way.enter_context(moving.line.place("t"))
+        assert moving.hint() == 1.0
+    await moving.come("t", "t", "t", "t")
+    assert moving.hint() == 1.0
+    moving.now += 1
+    await moving.grant(2)
+    await moving.come("t", "t")
+    assert moving.hint() == 4 * 1 / 2
+    assert not await moving.close()

@@ -18,7 +18,7 @@ from typing import Generic, Protocol, TypeVar
 
 from vase_sgl.gateway.errors import LimitExceeded
 
-#: Past grants that tell how fast the line moves, since last nobody waited.
+#: Past grants that tell how fast the line moves, since somebody began to wait.
 _REMEMBERED_GRANTS = 64
 #: Share of the longest wait after which a request at the head of its line may keep what it needs.
 _PATIENCE = 0.25
@@ -107,7 +107,8 @@ class FairQueue(Generic[T]):
         self._dispatched = -math.inf
         #: A dispatch that is due.
         self._soon: asyncio.Handle | None = None
-        self._grants: collections.deque[float] = collections.deque(maxlen=_REMEMBERED_GRANTS)
+        #: When somebody began to wait and the grants since then, or the last of these alone.
+        self._moves: collections.deque[float] = collections.deque(maxlen=_REMEMBERED_GRANTS + 1)
 
     @property
     def waiting(self) -> int:
@@ -131,8 +132,6 @@ class FairQueue(Generic[T]):
         full = self.waiting >= self._max
         if full and self._last_beyond(self._waiting[tenant] + 1) is None:
             raise self._full_for_all()
-        if not self._waiting:
-            self._grants.clear()  # or a time in which nobody waited would look like a slow line
         place = Place(self, tenant, party or Party(), in_excess=full)
         self._waiting[tenant] += 1
         place.counted = True
@@ -206,7 +205,7 @@ class FairQueue(Generic[T]):
             if taken is None:
                 self._refused(waiter)
                 return False
-            self._grants.append(time.monotonic())
+            self._moves.append(time.monotonic())
             waiter.place.party.served = True
             waiter.granted.set_result(taken)
         self._leave(waiter)
@@ -225,8 +224,12 @@ class FairQueue(Generic[T]):
         self, place: Place[T], take: Callable[[], T | None], keep: Callable[[], None]
     ) -> T:
         waiter = _Waiter(place, take, keep)
+        now = time.monotonic()
+        if not self._lines:  # a time in which nobody waited would look like a slow line
+            self._moves.clear()
+            self._moves.append(now)
         self._lines.setdefault(place.tenant, collections.deque()).append(waiter)
-        if time.monotonic() - self._dispatched >= _DISPATCH_SECONDS:
+        if now - self._dispatched >= _DISPATCH_SECONDS:
             self.dispatch()
         else:
             self._serve_first(waiter)
@@ -237,18 +240,22 @@ class FairQueue(Generic[T]):
         try:
             async with asyncio.timeout(self._max_wait):
                 return await waiter.granted
-        except BaseException as error:
-            granted = waiter.granted
-            if granted.done() and not granted.cancelled() and granted.exception() is None:
-                granted.result().release()  # granted in the moment it was given up
-            else:
-                self._serve_first(waiter)  # the next one may need less
-                self._leave(waiter)
-            if isinstance(error, TimeoutError):
-                raise self._full(
-                    f"no worker had room within {self._max_wait:g} s", "queue_time", self.waiting
-                ) from error
+        except TimeoutError as error:
+            what = f"no worker had room within {self._max_wait:g} s"
+            refusal = self._full(what, "queue_time", self.waiting)  # itself included
+            self._give_up(waiter)
+            raise refusal from error
+        except BaseException:
+            self._give_up(waiter)
             raise
+
+    def _give_up(self, waiter: _Waiter[T]) -> None:
+        granted = waiter.granted
+        if granted.done() and not granted.cancelled() and granted.exception() is None:
+            granted.result().release()  # granted in the moment it was given up
+        else:
+            self._serve_first(waiter)  # the next one may need less
+            self._leave(waiter)
 
     def _serve_first(self, waiter: _Waiter[T]) -> None:
         """Serve a line if that one is at its head; nothing got free, so the others wait on."""
@@ -279,9 +286,13 @@ class FairQueue(Generic[T]):
         )
 
     def _drain_seconds(self, ahead: int) -> float:
-        """How long the line took lately for so many requests, from 1 s to the longest wait."""
-        longest = max(self._max_wait, 1.0)
-        if len(self._grants) < 2:
-            return 1.0
-        per_request = (time.monotonic() - self._grants[0]) / len(self._grants)
-        return min(max(ahead * per_request, 1.0), longest)
+        """How long the line took lately for so many requests, from 1 s to the longest wait.
+
+        As long as it has not moved, if it is not known how fast it does.
+        """
+        if not self._lines:
+            return 1.0  # all are on their way
+        seconds = time.monotonic() - self._moves[0]
+        if (grants := len(self._moves) - 1) >= 2:
+            seconds *= ahead / grants
+        return min(max(seconds, 1.0), max(self._max_wait, 1.0))
