@@ -476,6 +476,24 @@ class Moving:
         return [end.reason for end in ends if isinstance(end, LimitExceeded)]
 
 
+@pytest.mark.parametrize("due", [True, False])
+async def test_who_was_granted_something_or_will_be_fills_no_line(due: bool) -> None:
+    """In the turn of the loop in which two get free, and before those who get it have woken."""
+    moving = Moving(max_waiting=3, max_waiting_per_tenant=3)
+    await moving.come("a", "a", "a")
+    with moving.line.place("b") as place:
+        await moving.come()
+        last = moving.wait(place)  # joins in the next turn
+        moving.free = 2
+        (moving.line.dispatch_soon if due else moving.line.dispatch)()
+        await asyncio.sleep(0)
+        assert moving.line.waiting == 2 and not moving.free
+        await moving.grant(2)
+        await asyncio.sleep(0)
+        assert last.done()
+    assert await moving.close() == []
+
+
 async def test_the_hint_follows_how_fast_the_line_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     moving = Moving(monkeypatch, max_waiting=9, max_waiting_per_tenant=4)
     await moving.come("t", "t", "t", "t")

@@ -64,7 +64,7 @@ class Place(Generic[T]):
         self._queue = queue
         self.tenant = tenant
         self.party = party
-        #: Whether it is one of those that `max_waiting` bounds.
+        #: Whether it is one of those that `max_waiting` bounds: until it is granted something.
         self.counted = False
         #: Whether the queue was full, so that another one makes room if this has to wait.
         self.in_excess = in_excess
@@ -162,7 +162,6 @@ class FairQueue(Generic[T]):
             if last.place.party.served:  # it is the waiter itself
                 return
             last.granted.set_exception(self._full_for_all())
-            self._uncount(last.place)
             self._leave(last)
 
     def _uncount(self, place: Place[T]) -> None:
@@ -229,12 +228,13 @@ class FairQueue(Generic[T]):
             self._moves.clear()
             self._moves.append(now)
         self._lines.setdefault(place.tenant, collections.deque()).append(waiter)
-        if now - self._dispatched >= _DISPATCH_SECONDS:
+        # What got free in this turn of the event loop may be room enough.
+        due = place.in_excess and self._soon is not None
+        if due or now - self._dispatched >= _DISPATCH_SECONDS:
             self.dispatch()
         else:
             self._serve_first(waiter)
-        if not waiter.granted.done():
-            self._make_room(waiter)
+        self._make_room(waiter)
         if waiter.granted.done():
             return waiter.granted.result()
         try:
@@ -266,6 +266,7 @@ class FairQueue(Generic[T]):
                 pass
 
     def _leave(self, waiter: _Waiter[T]) -> None:
+        self._uncount(waiter.place)
         line = self._lines.get(waiter.place.tenant)
         if line is not None and waiter in line:
             line.remove(waiter)
