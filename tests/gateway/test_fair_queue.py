@@ -476,6 +476,32 @@ class Moving:
         return [end.reason for end in ends if isinstance(end, LimitExceeded)]
 
 
+async def test_nobody_is_refused_as_waiting_while_nobody_waits() -> None:
+    """Until as many are on their way as may be; who then finds no room is one too many."""
+    moving = Moving(max_waiting=2, max_waiting_per_tenant=9, max_arriving=6)
+    with contextlib.ExitStack() as held:
+        places = [held.enter_context(moving.line.place(tenant)) for tenant in "aabbcc"]
+        assert moving.hint("d") == 1.0 and moving.line.waiting == 6
+        moving.free = 3
+        tasks = [moving.wait(place) for place in places]
+        await asyncio.sleep(0)
+        assert [task.done() for task in tasks] == [True, True, True, True, False, False]
+        assert isinstance(tasks[3].exception(), LimitExceeded) and moving.line.waiting == 2
+        moving.hint("c")
+        await moving.grant(2)
+    assert await moving.close() == ["queue_total"]
+
+
+async def test_those_on_their_way_fill_the_line_when_somebody_waits() -> None:
+    moving = Moving(max_waiting=3, max_waiting_per_tenant=9, max_arriving=6)
+    with contextlib.ExitStack() as held:
+        places = [held.enter_context(moving.line.place(tenant)) for tenant in "aab"]
+        moving.wait(places[2])
+        await asyncio.sleep(0)
+        moving.hint("b")
+    assert await moving.close() == []
+
+
 @pytest.mark.parametrize("due", [True, False])
 async def test_who_was_granted_something_or_will_be_fills_no_line(due: bool) -> None:
     """In the turn of the loop in which two get free, and before those who get it have woken."""

@@ -120,10 +120,9 @@ async def test_a_gateway_with_as_many_calls_as_may_be_is_alive(tmp_path: Path) -
         grpc.aio.insecure_channel(running.target) as channel,
     ):
         running.worker.token_seconds = 0.02
-        streams = []
-        for _ in range(2):  # together they could be more than may wait
-            streams.append(running.client.generate("tell me", max_new_tokens=4000))
-            await streams[-1].started()
+        streams = [running.client.generate("tell me", max_new_tokens=4000) for _ in range(2)]
+        for stream in streams:
+            await stream.started()
         stub = health_pb2_grpc.HealthStub(channel)
         for name in ("liveness", "readiness"):
             request = health_pb2.HealthCheckRequest(service=name)
@@ -331,9 +330,8 @@ async def test_a_caller_crowds_out_only_itself() -> None:
 
 
 async def test_calls_that_come_at_once_are_all_taken(tmp_path: Path) -> None:
-    """More than may wait for their messages: these are on their way."""
-    sections = {"grpc": {"max_concurrent_calls": 100}, "queue": {"max_waiting": 90}}
-    async with run_gateway(tmp_path, **sections) as running:
+    """More than may wait for their messages, or for a worker: these are on their way."""
+    async with run_gateway(tmp_path, grpc={"max_concurrent_calls": 100}) as running:
         calls = [running.client.generate_once("tell me", max_new_tokens=1) for _ in range(90)]
         answers = await asyncio.gather(*calls)
         assert len(answers) == 90

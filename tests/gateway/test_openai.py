@@ -658,6 +658,24 @@ async def test_samples_of_an_answer_that_runs_do_not_give_way(tmp_path: Path) ->
             await other
 
 
+async def test_an_idle_gateway_takes_as_many_samples_as_may_be(tmp_path: Path) -> None:
+    """More than there are calls, and than may wait; a busy one refuses them."""
+    most = requests.MAX_SAMPLES
+    section = {"max_concurrent_calls": 2}
+    async with run_gateway(tmp_path, http={"port": 0}, grpc=section) as door, client(door) as api:
+        body: Any = {"model": "scripted", "prompt": "a", "max_tokens": 1, "n": most}
+        assert len((await api.completions.create(**body)).choices) == most
+        door.worker.max_running_requests = 1
+        door.worker.token_seconds = 0.01
+        await door.worker.noticed()
+        stream = door.client.generate("tell me", max_new_tokens=4000)
+        await stream.started()
+        with pytest.raises(openai.RateLimitError, match="1 requests are waiting"):
+            await api.completions.create(**body)
+        await until(lambda: door.gateway._queue.waiting == 0)
+        stream.cancel()
+
+
 async def test_a_body_that_does_not_come_is_given_up(tmp_path: Path) -> None:
     section = {"client_stall_seconds": 0.3}
     async with run_gateway(tmp_path, http={"port": 0}, grpc=section) as door:

@@ -247,10 +247,9 @@ def test_the_gateway_takes_as_many_pings_as_the_client_sends() -> None:
 async def test_calls_above_the_ceiling_are_refused(tmp_path: Path) -> None:
     async with run_gateway(tmp_path, grpc={"max_concurrent_calls": 2}) as running:
         running.worker.token_seconds = 0.02
-        streams = []
-        for _ in range(2):  # together they could be more than may wait
-            streams.append(running.client.generate("tell me", max_new_tokens=500))
-            await streams[-1].started()
+        streams = [running.client.generate("tell me", max_new_tokens=500) for _ in range(2)]
+        for stream in streams:
+            await stream.started()
         with pytest.raises(RateLimited):
             await running.client.capacity()
         for stream in streams:

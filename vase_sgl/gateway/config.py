@@ -203,7 +203,8 @@ class WorkerSection(_Section):
 class Queue(_Section):
     """The line in front of the workers. Tenants take turns in it."""
 
-    #: Requests that may wait in all. None: half of `grpc.max_concurrent_calls`.
+    #: Requests that may wait in all, from arrival on; as many as calls while nobody is in line.
+    #: None: half of `grpc.max_concurrent_calls`.
     max_waiting: int | None = Field(default=None, ge=1)
     #: Requests of one tenant that may wait.
     max_waiting_per_tenant: int = Field(default=256, ge=1)

@@ -91,10 +91,17 @@ class FairQueue(Generic[T]):
         max_waiting: int,
         max_waiting_per_tenant: int,
         max_wait_seconds: float,
+        max_arriving: int = 0,
         sweep: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """`sweep` is entered for each dispatch, in which many ask and nothing gets free."""
+        """The bounds hold from a request's arrival on, before it is known whether it has to wait.
+
+        max_arriving: the bound in place of `max_waiting` while nobody is in line, if it is higher:
+        whoever would find room at once is not refused as waiting.
+        sweep: entered for each dispatch, in which many ask and nothing gets free.
+        """
         self._max = max_waiting
+        self._max_arriving = max_arriving
         self._max_per_tenant = max_waiting_per_tenant
         self._max_wait = max_wait_seconds
         #: Requests between arrival and grant, by tenant.
@@ -130,7 +137,11 @@ class FairQueue(Generic[T]):
                 self._waiting[tenant],
             )
         full = self.waiting >= self._max
-        if full and self._last_beyond(self._waiting[tenant] + 1) is None:
+        if (
+            full
+            and (self._lines or self.waiting >= self._max_arriving)
+            and self._last_beyond(self._waiting[tenant] + 1) is None
+        ):
             raise self._full_for_all()
         place = Place(self, tenant, party or Party(), in_excess=full)
         self._waiting[tenant] += 1

@@ -30,6 +30,7 @@ from vase_sgl.gateway.listening import bind, channel_options, open_door, open_pa
 from vase_sgl.gateway.metrics import Metrics
 from vase_sgl.gateway.observability import Observability
 from vase_sgl.gateway.openai.door import OpenAIDoor
+from vase_sgl.gateway.openai.requests import MAX_SAMPLES
 from vase_sgl.gateway.planning import Planner
 from vase_sgl.gateway.recording import Recorder
 from vase_sgl.gateway.replay import Replays
@@ -88,6 +89,7 @@ class Gateway:
             max_waiting=config.max_waiting,
             max_waiting_per_tenant=config.queue.max_waiting_per_tenant,
             max_wait_seconds=config.queue.max_wait_seconds,
+            max_arriving=max(config.grpc.max_concurrent_calls, MAX_SAMPLES),
             sweep=self._router.sweep,
         )
         self._admissions = Admissions(usage, self._queue, self._router, self._background, metrics)
