@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,6 +47,64 @@ def test_problems_that_take_steps() -> None:
     loops = [(sum(r.loop for r in c.rows), c.arm) for c in cells if c.evicts]
     most, arm = max(loops)
     assert f"({min(loops)[0]} to {most} of 64, the {most} with `{arm}`)" in text
+
+
+def by_budget(folder: str) -> dict[str, dict[int, dict[str, tuple[float, bool | None]]]]:
+    """Arm -> budget (0: full) -> item -> nats per token, right or not."""
+    found: dict[str, dict[int, dict[str, tuple[float, bool | None]]]] = {}
+    path = ROOT / "benchmarks" / "results" / folder / "rows.jsonl"
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        items = found.setdefault(row["arm"], {}).setdefault(row["budget"] or 0, {})
+        items[row["item_id"]] = (row["nll_sum"] / row["nll_tokens"], row["correct"])
+    return found
+
+
+def above(arm: dict[str, tuple[float, bool | None]], base: dict[str, Any]) -> float:
+    return float(np.mean([loss - base[item][0] for item, (loss, _) in arm.items()]))
+
+
+def right(arm: dict[str, tuple[float, bool | None]]) -> int:
+    return sum(bool(correct) for _, correct in arm.values())
+
+
+def test_the_matrix_on_a_small_model() -> None:
+    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    told = re.findall(r"^\| `(\S+)` \| (\+[^|,]*) \| ([^|]*) \| ([^|]*) \| [^|]*\|$", text, re.M)
+    losses = by_budget("eval_forced/nll")
+    full = losses["full"][0]
+    assert len(told) == 12 and f"full cache ({np.mean([n for n, _ in full.values()]):.3f})" in text
+    for arm, *shown in told:
+        assert shown == [f"{above(losses[arm][b], full):+.3f}" for b in (128, 256, 512)]
+
+    told = re.findall(r"^\| `(\S+)` \| (\+\S+, \d) \| ([^|]*) \| ([^|]*) \|$", text, re.M)
+    keys = by_budget("eval_forced/passkey")
+    full = keys["full"][0]
+    assert len(told) == 11 and f"full cache ({np.mean([n for n, _ in full.values()]):.3f})" in text
+    assert f"{right(full)} with the full cache" in text
+    for arm, *shown in told:
+        cells = (keys[arm][b] for b in (128, 256, 512))
+        assert shown == [f"{above(c, full):+.2f}, {right(c)}" for c in cells]
+
+    parts = by_budget("eval_protection")
+    base = parts["vase-attnv"]
+    for part in ("protected_share=0", "pool_width=1", "num_sinks=0"):
+        (row,) = re.findall(rf"^\| without \w+ \(`{part}`\) \| (.*) \|$", text, re.M)
+        for shown, budget in zip(row.split(" | "), (128, 256, 512), strict=True):
+            arm = parts[f"vase-attnv?{part}"][budget]
+            better = sum(loss < base[budget][item][0] for item, (loss, _) in arm.items())
+            assert re.fullmatch(
+                rf"{re.escape(f'{above(arm, base[budget]):+.2f}')} \[\S+, \S+\], "
+                rf"{better} : {32 - better}, {right(arm)} right",
+                shown,
+            ), (part, budget)
+    shown = [f"{right(base[budget])} right" for budget in (128, 256, 512)]
+    assert f"| `vase-attnv` | {' | '.join(shown)} |" in text
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert (
+        f"full cache {right(parts['full'][0])} of 32 right, `vase-attnv` {right(base[512])}, "
+        f"without value protection {right(parts['vase-attnv?protected_share=0'][512])};" in readme
+    )
 
 
 def test_losses_and_forced_thoughts() -> None:
