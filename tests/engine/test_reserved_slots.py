@@ -51,6 +51,31 @@ def test_gateway_and_engine_agree(
     assert info().reserved_slots == 0
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_what_does_not_decode_yet_is_told(
+    stepped: SteppedScheduler, monkeypatch: pytest.MonkeyPatch, overlap: bool
+) -> None:
+    """Replays make way for it, whichever gateway it is from."""
+    stepped.configure(overlap=overlap)
+    monkeypatch.setattr(stepped.scheduler, "chunked_prefill_size", 32)
+
+    def told() -> tuple[int, int]:
+        state = worker_info({"internal_states": [{"vase": describe(stepped.scheduler)}]})
+        return state.running_requests, state.waiting_requests
+
+    assert told() == (0, 0)
+    stepped.submit("a" * 32, [3] * 80, max_new_tokens=10)
+    stepped.submit("b" * 32, [4] * 10, max_new_tokens=10)
+    seen = [told()]
+    while not stepped.idle:
+        stepped.step()
+        seen.append(told())
+    assert seen[0] == (0, 2)
+    assert {(0, 2), (2, 0)} <= set(seen) and (0, 0) not in seen[:5]
+    stepped.run()
+    assert told() == (0, 0)
+
+
 @pytest.mark.parametrize("vase", [None, {"policy": "full"}], ids=["stock", "full"])
 def test_nothing_is_reserved_without_eviction(
     stepped: SteppedScheduler, vase: dict[str, Any] | None

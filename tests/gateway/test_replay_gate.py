@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from tests.gateway.running import Running, run_gateway, until
 from tests.gateway.scripted_worker import ScriptedWorker
@@ -49,10 +50,14 @@ class Watch:
         self.running -= 1
 
     async def replay(
-        self, gate: ReplayGate[Watch], seconds: float = 0.02, tenant: str = "alice"
+        self,
+        gate: ReplayGate[Watch],
+        seconds: float = 0.02,
+        tenant: str = "alice",
+        need: Need = NEED,
     ) -> None:
         with gate.place(tenant) as waiting:
-            async with gate.turn(waiting, NEED, self.look, self.take):
+            async with gate.turn(waiting, need, self.look, self.take):
                 self.tenants.append(tenant)
                 await asyncio.sleep(seconds)
 
@@ -74,6 +79,34 @@ async def test_a_busy_worker_is_waited_for() -> None:
     assert not waiting.done() and watch.most == 0
     watch.info = busy(350)  # 100 for the replay leave a quarter of 1000
     await asyncio.wait_for(waiting, 2)
+
+
+@pytest.mark.parametrize(
+    ("state", "starts"),
+    [
+        ({"running_requests": 3, "max_running_requests": 3}, False),
+        ({"running_requests": 3, "max_running_requests": 4}, True),
+        ({"running_requests": 3, "max_query_requests": 3}, False),
+        ({"running_requests": 0, "max_query_requests": 3}, True),
+        ({"running_requests": 0, "waiting_requests": 1}, False),
+    ],
+)
+async def test_a_replay_that_would_wait_in_the_worker_waits_here(
+    state: dict[str, int], starts: bool
+) -> None:
+    """The requests there may be another gateway's, and all slots be free."""
+    need = dataclasses.replace(NEED, reads_queries=True)
+    watch = Watch(dataclasses.replace(IDLE, **state))
+    if starts:
+        await watch.replay(gate(), need=need)
+    else:
+        with pytest.raises(WorkerUnavailable, match="busy with generations"):
+            await watch.replay(gate(wait=0), need=need)
+
+
+async def test_the_rings_of_others_hold_up_no_replay_that_needs_none() -> None:
+    watch = Watch(dataclasses.replace(IDLE, running_requests=3, max_query_requests=3))
+    await watch.replay(gate())
 
 
 async def test_tenants_take_turns() -> None:
@@ -200,6 +233,36 @@ async def test_generations_go_on_while_replays_wait(tmp_path: Path) -> None:
         running.worker.available_slots = 9_000
         assert (await running.client.replay(answer.request_id).verdict()).outcome == "MATCH"
         background.cancel()
+
+
+class Unaware(ScriptedWorker):
+    """A worker that counts nothing of what it was sent: it has not come to it yet."""
+
+    async def _server_info(self, request: web.Request) -> web.Response:
+        running, self.running = self.running, set()
+        try:
+            return await super()._server_info(request)
+        finally:
+            self.running = running
+
+
+async def test_what_this_gateway_has_sent_counts_before_the_worker_does(tmp_path: Path) -> None:
+    async with Unaware() as worker, run_gateway(tmp_path, worker={"urls": [worker.url]}) as running:
+        worker.reserved_slots, worker.available_slots = 0, worker.total_slots
+        answer = await running.client.generate_once("tell me", max_new_tokens=4)
+        worker.token_seconds = 0.01
+        options: dict[str, Any] = {"budget": 3936, "window": 64}
+        streams = [
+            running.client.generate("tell me", max_new_tokens=5000, **options) for _ in range(2)
+        ]
+        for stream in streams:
+            await stream.started()  # 8004 slots: a replay of 6 leaves less than a quarter
+        replay = asyncio.create_task(running.client.replay(answer.request_id).verdict())
+        await asyncio.sleep(0.6)
+        assert len(worker.bodies) == 3
+        streams[0].cancel()
+        assert (await asyncio.wait_for(replay, 5)).outcome == "MATCH"
+        streams[1].cancel()
 
 
 async def test_a_cancelled_replay_gives_its_turn_back(tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ def describe(scheduler: Any) -> dict[str, Any]:
         "prefix_cache": not scheduler.tree_cache.disable,
         "page_size": scheduler.tree_cache.page_size,
         "running_requests": len(scheduler.running_batch.reqs),
+        "waiting_requests": _waiting(scheduler),
         "max_running_requests": scheduler.max_running_requests,
         "rounds": pool.compaction.rounds,
         "evicted_tokens": pool.compaction.evicted_tokens,
@@ -73,6 +74,14 @@ def describe(scheduler: Any) -> dict[str, Any]:
             "token_positions": pool.token_positions.nbytes / 2**20,
         },
     }
+
+
+def _waiting(scheduler: Any) -> int:
+    """How many requests do not decode yet: in the queue, between two chunks, just prefilled."""
+    here = {*scheduler.waiting_queue, *scheduler.collect_inflight_reqs()}
+    if scheduler.chunked_req is not None:
+        here.add(scheduler.chunked_req)
+    return sum(not req.finished() for req in here.difference(scheduler.running_batch.reqs))
 
 
 def _model_name(args: Any) -> str:

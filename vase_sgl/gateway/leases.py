@@ -9,6 +9,7 @@ A request that finds no room for long while others do may keep one worker from t
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 from collections.abc import Callable
 
@@ -80,6 +81,14 @@ class WorkerLoad:
         if info is None:
             return 0
         return max(info.reserved_slots + self.slots - self._slots_at_check, self.slots)
+
+    def with_leases(self, told: WorkerInfo) -> WorkerInfo:
+        """What the worker told just now, and what it has of this gateway, known to it or not."""
+        return dataclasses.replace(
+            told,
+            reserved_slots=max(told.reserved_slots, self.reserved),
+            running_requests=max(told.running_requests, self.in_flight),
+        )
 
     def has_room(self, need: Need, *, without_leases_from: int | None = None) -> bool:
         """Whether one more request with that need may be sent.

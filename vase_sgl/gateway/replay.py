@@ -169,7 +169,7 @@ class Replays:
             if fingerprint_differences(record.fingerprint, info.fingerprint):
                 # Another one runs at that address by now.
                 worker, info = await self._worker_for(record)
-            return info
+            return self._router.with_leases(worker, info)
 
         async with AsyncExitStack() as turn:
             with telemetry.waiting():

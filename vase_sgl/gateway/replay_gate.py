@@ -3,14 +3,16 @@
 Tenants take turns, and few replays wait: each of them is a call and holds a record.
 
 SGLang knows priorities within its own queue only with --enable-priority-scheduling. A replay that
-never queues there needs none: it starts when no generation waits at this gateway, and when its
-worker could take it and still keep a share of its slots free for the next generations.
+does not queue there needs none: it starts when no generation waits, neither at this gateway nor at
+its worker, and when the worker could take it and still keep a share of its slots free for the next
+generations.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
@@ -79,7 +81,7 @@ class ReplayGate(Generic[T]):
     ) -> AsyncIterator[T]:
         """What `take` returned, for the time that the replay runs; it is released afterwards.
 
-        look: tells the state of the worker now.
+        look: tells the state of the worker now, with all that is known to be on its way there.
         take: a lease on it, or None while generations come first.
         Raises `WorkerUnavailable` if the turn does not come in time, `LimitExceeded` if it makes
         room for another tenant's, and what the two raise.
@@ -132,8 +134,15 @@ class ReplayGate(Generic[T]):
             await asyncio.sleep(_LOOK_SECONDS)
 
     def _has_room(self, need: Need, info: WorkerInfo) -> bool:
+        if info.waiting_requests:
+            return False
         if info.running_requests == 0:
             return True
+        if info.running_requests >= (info.max_running_requests or math.inf):
+            return False
+        # How many of those that run read queries it does not say: at most all.
+        if need.reads_queries and info.running_requests >= (info.max_query_requests or math.inf):
+            return False
         left = info.unreserved_slots - need.slots_at_most(info)
         return left >= self._spare_share * info.total_slots
 

@@ -125,6 +125,11 @@ class WorkerRouter:
         except WorkerUnavailable:
             return False
 
+    def with_leases(self, worker: Worker, told: WorkerInfo) -> WorkerInfo:
+        """The state that `worker` told just now, and what it has of this gateway beside that."""
+        load = self._fleet.loads.get(worker.name)
+        return told if load is None else load.with_leases(told)
+
     async def current(self) -> list[tuple[Worker, WorkerInfo]]:
         """As `ready`, but with states after this call; a worker that does not answer is left out.
 

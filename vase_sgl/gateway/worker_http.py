@@ -437,6 +437,7 @@ def worker_info(answer: Mapping[str, Any]) -> WorkerInfo:
         evicted_tokens=sum(int(state["evicted_tokens"]) for state in states),
         stamp=first.get("fingerprint_stamp"),
         model_name=str(first.get("model_name") or first["fingerprint"]["model"]),
+        waiting_requests=sum(int(state.get("waiting_requests", 0)) for state in states),
         max_running_requests=_sum(state.get("max_running_requests") for state in states),
         max_query_requests=_sum(state["limits"].get("max_requests") for state in states),
         query_ring_slots=None if ring is None else float(ring),

@@ -122,6 +122,7 @@ class WorkerInfo:
     available_slots: slots that no running request owns.
     reserved_slots: slots that its running requests may come to own.
     model_name: what clients call its model.
+    waiting_requests: requests it has that do not decode yet: in its queue or their prefill.
     max_running_requests: requests its scheduler runs at once, if it says so.
     max_query_requests: of these, requests whose policy reads queries, if it says so.
     query_ring_slots: what each of them has beside its slots, in slots, if it says so.
@@ -144,6 +145,7 @@ class WorkerInfo:
     evicted_tokens: int
     stamp: str | None = None
     model_name: str = ""
+    waiting_requests: int = 0
     max_running_requests: int | None = None
     max_query_requests: int | None = None
     query_ring_slots: float | None = None
