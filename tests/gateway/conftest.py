@@ -13,6 +13,7 @@ import uvloop
 
 from tests.gateway.postgres import postgres_server
 from tests.gateway.running import Running, run_gateway
+from vase_sgl.gateway import worker_http
 
 _numbers = itertools.count()
 
@@ -26,6 +27,12 @@ def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEv
 async def running(tmp_path: Path) -> AsyncIterator[Running]:
     async with run_gateway(tmp_path) as running:
         yield running
+
+
+@pytest.fixture
+def long_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens of 30 kB may be, so that few of them fill what lies between worker and client."""
+    monkeypatch.setattr(worker_http, "MAX_TOKEN_CHARS", 2**15)
 
 
 @pytest.fixture(scope="session")

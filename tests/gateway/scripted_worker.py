@@ -51,6 +51,8 @@ class Faults:
     has_new_weights: bool = False
     end_after_tokens: int | None = None
     length_ceiling: int | None = None
+    #: How far it goes on beyond what it was asked for.
+    unasked_tokens: int = 0
     retractions: int = 0
     tokenizing_seconds: float = 0.0
     #: Of the fingerprint with which answers end; None: as before anybody has asked for it.
@@ -341,7 +343,10 @@ class Run:
         self.tokens.append(token)
         if len(self.tokens) == self._faults.end_after_tokens:
             self.finish = {"type": "stop"}
-        elif len(self.tokens) in (self._sampling["max_new_tokens"], self._faults.length_ceiling):
+        elif len(self.tokens) in (
+            self._sampling["max_new_tokens"] + self._faults.unasked_tokens,
+            self._faults.length_ceiling,
+        ):
             self.finish = {"type": "length"}
         return token
 

@@ -173,6 +173,7 @@ async def test_cancelling_a_replay_aborts_it(running: Running) -> None:
     assert await running.worker.wait_for_abort() == running.worker.bodies[-1]["rid"]
 
 
+@pytest.mark.usefixtures("long_tokens")
 async def test_a_slow_client_slows_the_worker(
     running: Running, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -122,6 +122,40 @@ async def test_a_worker_lost_after_its_last_token_answered(running: Running) -> 
     assert verdict.outcome == "MATCH"
 
 
+@pytest.mark.parametrize("what", ["tokens", "text"])
+async def test_a_worker_that_sends_more_than_was_asked_for_is_cut_off(
+    running: Running, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """And charged for what was; a replay of it ends as well."""
+    answer = await running.client.generate_once("tell me", max_new_tokens=5)
+    usage = running.gateway._admissions._usage
+    charged: list[int] = []
+
+    async def leave(*arguments: Any) -> None:
+        charged.append(arguments[-1])
+
+    monkeypatch.setattr(usage, "leave", leave)
+    key = running.add_tenant("bob", limits={"tokens_per_minute": 60})
+    if what == "tokens":
+        running.worker.faults.unasked_tokens = 2000
+    else:
+        running.worker.padding = worker_http.MAX_TOKEN_CHARS
+    running.worker.token_seconds = 0.002
+    async with AsyncClient(running.target, key, retry=NEVER) as bob:
+        stream, tokens = bob.generate("tell me", max_new_tokens=5), 0
+        with pytest.raises(Unavailable, match=f"answered with more {what} than"):
+            async for chunk in stream:
+                tokens += len(chunk.token_ids)
+        record = await bob.get_record(stream.request_id)
+    assert tokens == len(record.output_token_ids) == (5 if what == "tokens" else 0)
+    assert record.status == "failed" and f"more {what} than" in record.failure
+    assert charged == [2 + tokens if tokens else 0]
+    assert await running.worker.wait_for_abort() == stream.request_id
+    with pytest.raises(Unavailable, match=f"answered with more {what} than"):
+        await running.client.replay(answer.request_id).verdict()
+    await running.worker.wait_for_abort_of(2)
+
+
 class EndlessError(ScriptedWorker):
     """A worker that does not stop to say what went wrong."""
 

@@ -179,6 +179,7 @@ async def test_a_watcher_that_does_not_read_holds_up_nothing(tmp_path: Path) -> 
             writer.close()
 
 
+@pytest.mark.usefixtures("long_tokens")
 async def test_a_client_that_does_not_read_is_given_up(tmp_path: Path) -> None:
     async with run_gateway(tmp_path, grpc={"client_stall_seconds": 0.5}) as running:
         running.worker.padding = 30_000

@@ -594,6 +594,7 @@ async def test_leaving_aborts_in_the_worker(door: Running) -> None:
         await door.worker.wait_for_abort_of(2)
 
 
+@pytest.mark.usefixtures("long_tokens")
 async def test_a_client_that_does_not_read_is_given_up(tmp_path: Path) -> None:
     section = {"client_stall_seconds": 0.5}
     async with run_gateway(tmp_path, http={"port": 0}, grpc=section) as door:

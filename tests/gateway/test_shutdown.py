@@ -206,6 +206,7 @@ async def test_an_answer_that_is_whole_is_given_out(
     assert (await stored(slow, answer.request_id)).status == "completed"
 
 
+@pytest.mark.usefixtures("long_tokens")
 async def test_a_client_that_does_not_read_holds_up_no_end(slow: Running) -> None:
     slow.worker.token_seconds, slow.worker.padding = 0.0, 30_000
     stream = slow.client.generate("tell me", max_new_tokens=2000)

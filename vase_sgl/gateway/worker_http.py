@@ -50,6 +50,9 @@ DONE = b"[DONE]"
 READ_AHEAD_BYTES = 2**16
 #: Bytes the answer to a short call, or the body of an error, may have.
 MAX_BODY_BYTES = 64 * 2**20
+#: Characters that an answer may have for each of its tokens. The longest of DeepSeek V3, gpt-oss,
+#: Llama 3 and Qwen 3 have 128 (blanks), and of added tokens nobody has one of such a length.
+MAX_TOKEN_CHARS = 1024
 #: Bytes of JSON that a token id takes, at most, and what else is in the answer with the ids.
 _TOKEN_BYTES, _OTHER_BYTES = 16, 2**10
 
@@ -110,7 +113,7 @@ class HttpWorker:
             "sampling_params": sampling,
             "cache_salt": request.cache_salt,
         }
-        finished, output = False, _Output()
+        finished, output = False, _Output(request.sampling["max_new_tokens"])
         try:
             # No total timeout: how long an answer takes is the client's deadline to decide.
             timeout = aiohttp.ClientTimeout(
@@ -294,13 +297,17 @@ class _Output:
     """The output of one generation so far. `chunks` mutates it.
 
     SGLang streams either all of the output with every event or, under
-    `--incremental-streaming-output`, what is new; `completion_tokens` tells which.
+    `--incremental-streaming-output`, what is new; `completion_tokens` tells which. It never sends
+    more than `max_new_tokens`, whatever ends the answer, nor the prompt.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_new_tokens: int) -> None:
+        self._max_new_tokens = max_new_tokens
         self._text = ""
         #: Text that was not put together yet.
         self._new_text: list[str] = []
+        #: Characters in both.
+        self._chars = 0
         #: 4 bytes each: a list of what JSON gives takes 40.
         self._token_ids = array("i")
         self._meta: Mapping[str, Any] = {}
@@ -331,13 +338,27 @@ class _Output:
         _raise_for_error(event)
         meta, text = event["meta_info"], event["text"]
         token_ids = array("i", event["output_ids"])
-        if len(token_ids) == meta["completion_tokens"]:
+        whole = len(token_ids) == meta["completion_tokens"]
+        tokens = len(token_ids) + (0 if whole else len(self._token_ids))
+        chars = len(text) + (0 if whole else self._chars)
+        if tokens != meta["completion_tokens"]:
+            raise WorkerUnavailable("the worker's stream lost output; try again")
+        if tokens > self._max_new_tokens:
+            raise WorkerUnavailable(
+                f"the worker answered with more tokens than max_new_tokens={self._max_new_tokens}; "
+                "try again"
+            )
+        if chars > tokens * MAX_TOKEN_CHARS:
+            raise WorkerUnavailable(
+                f"the worker answered with more text than its tokens can be, {chars} characters "
+                f"for {tokens} tokens; try again"
+            )
+        if whole:
             self._text, self._new_text, self._token_ids = text, [], token_ids
         else:
             self._new_text.append(text)
             self._token_ids += token_ids
-        if len(self._token_ids) != meta["completion_tokens"]:
-            raise WorkerUnavailable("the worker's stream lost output; try again")
+        self._chars = chars
         self._meta = meta
         self._rounds = (meta.get("vase") or {}).get("rounds", 0)
         self._is_new = True
