@@ -132,9 +132,9 @@ class _Running(Generic[M]):
 class AsyncGeneration(_Running[pb.GenerateResponse]):
     """A running generation: iterate its chunks, then read `result`.
 
-    Leaving the `async with` block, `cancel`, or the end of the last reference to it, such as that
-    of an `async for`, aborts what has not finished. So does a timeout or a cancellation of a single
-    step: iterating on then raises `Cancelled`.
+    Leaving the `async with` block, `cancel`, or the end of the last reference to it (after a
+    `break`, if only the loop had one) aborts what has not finished. So does a timeout or a
+    cancellation of a single step: iterating on then raises `Cancelled`.
     """
 
     def __init__(self, stream: _Messages[pb.GenerateResponse]) -> None:
