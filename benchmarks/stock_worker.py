@@ -17,7 +17,7 @@ import sys  # noqa: E402
 
 import torch  # noqa: E402
 
-from vase_sgl.engine.server import complete_argv  # noqa: E402
+from vase_sgl.engine.server import complete_argv, written_out  # noqa: E402
 from vase_sgl.parent_watch import end_with_parent  # noqa: E402
 
 
@@ -36,9 +36,8 @@ def main(argv: list[str]) -> int:
     from sglang.srt.utils import kill_process_tree
 
     try:
-        run_server(
-            prepare_server_args(complete_argv(argv, cpu=not torch.accelerator.is_available()))
-        )
+        cpu = not torch.accelerator.is_available()
+        run_server(prepare_server_args(complete_argv(written_out(argv), cpu=cpu)))
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import pickle
 import re
@@ -9,10 +10,12 @@ import socket
 from pathlib import Path
 
 import pytest
+from sglang.srt.server_args import ServerArgs
 
 from vase_sgl.engine import server
 from vase_sgl.engine.config import WORKER_TOKEN, EngineConfig
 from vase_sgl.eviction import ParameterError
+from vase_sgl.gateway.worker_embedded import worker_command
 from vase_sgl.worker_key import WORKER_KEY, HiddenKey
 
 
@@ -45,21 +48,102 @@ def test_a_gpu_keeps_sglang_s_defaults() -> None:
     assert server.complete_argv(argv, cpu=False) == argv
 
 
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the command would have SGLang serve with. Settings go to an environment of its own."""
+    argv: list[str] = []
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(server.fork_server, "start", lambda _: None)
+    monkeypatch.setattr(server, "end_with_parent", lambda: None)
+    monkeypatch.setattr(server, "_serve", lambda given: argv.extend(given) or 0)
+    return argv
+
+
 @pytest.mark.parametrize("given", [None, "0"])
 @pytest.mark.parametrize("name", [server.SANITIZE_LOGITS, server.NO_COMPILER])
 def test_a_cpu_makes_logits_finite_and_compiles_nothing(
-    monkeypatch: pytest.MonkeyPatch, tiny_model: Path, name: str, given: str | None
+    served: list[str], tiny_model: Path, name: str, given: str | None
 ) -> None:
     inherited = os.environ.get(WORKER_TOKEN)
-    environment = {key: value for key, value in os.environ.items() if key != name}
-    environment |= {} if given is None else {name: given}
-    monkeypatch.setattr(os, "environ", environment)
-    monkeypatch.setattr(server.fork_server, "start", lambda _: None)
-    monkeypatch.setattr(server, "end_with_parent", lambda: None)
-    monkeypatch.setattr(server, "_serve", lambda _: 0)
+    os.environ.pop(name, None)
+    os.environ.update({} if given is None else {name: given})
     assert server.main(["--model-path", str(tiny_model)]) == 0
-    assert environment[name] == (given or "1")
-    assert environment[WORKER_TOKEN] != inherited
+    assert os.environ[name] == (given or "1")
+    assert os.environ[WORKER_TOKEN] != inherited
+
+
+def _read_by_sglang(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    return parser.parse_args(argv)
+
+
+@pytest.mark.parametrize("names", [[], ["--model"], ["--model-path", "other", "--model"]])
+def test_the_model_is_given_as_to_sglang(
+    served: list[str], tiny_model: Path, names: list[str]
+) -> None:
+    assert server.main([*names, str(tiny_model), "--port", "0"]) == 0
+    assert _read_by_sglang(served).model_path == str(tiny_model)
+
+
+def test_what_a_config_file_says_is_given(
+    served: list[str], tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It stands above a CPU's defaults and below the command line."""
+    file = tmp_path / "worker.yaml"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        file.write_text(
+            f"model: {tiny_model}\nport: {port}\nmax-total-tokens: 4096\nsleep-on-idle: false\n"
+            "max-running-requests: 4\nenable-torch-compile: true\nvase-max-budget: 512\n"
+        )
+        config = ["--config", str(file)]
+        assert f"cannot listen on 127.0.0.1:{port}" in _fails(capsys, *config)
+        flags = ("--port", "0", "--max-running-requests", "2")
+        os.environ.pop(server.NO_COMPILER)
+        assert server.main([*config, *flags]) == 0
+    read = _read_by_sglang(served)
+    assert (read.max_total_tokens, read.max_running_requests) == (4096, 2)
+    assert read.attention_backend == "torch_native" and server.NO_COMPILER not in os.environ
+    assert os.environ["VASE_MAX_BUDGET"] == "512"
+
+
+def test_a_gateway_places_its_worker_whatever_a_file_says(
+    served: list[str], tiny_model: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "worker.yaml"
+    file.write_text("model-path: other\nhost: 0.0.0.0\nport: 1\nstream-interval: 4\n")
+    command = worker_command(str(tiny_model), ["--config", str(file)])
+    flags = command[command.index("worker") + 1 :]
+    assert server.main([*flags, "--host", "127.0.0.1", "--port", "0"]) == 0
+    read = _read_by_sglang(served)
+    assert (read.model_path, read.host, read.port) == (str(tiny_model), "127.0.0.1", 0)
+    assert read.stream_interval == 4 and read.incremental_streaming_output
+    assert read.uvicorn_access_log_exclude_prefixes == ["/health", "/server_info"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("c.txt", "", "must be YAML format"),
+        ("c.yaml", "port: [", "--config: while parsing"),
+        ("c.yaml", "disable-cuda-graph: true", "Unsupported config option 'disable_cuda_graph'"),
+        ("c.yaml", f"api-key: {'l' * 16}", "both --api-key and VASE_WORKER__API_KEY are set"),
+    ],
+)
+def test_wrong_config_files(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    name: str,
+    content: str,
+    text: str,
+) -> None:
+    monkeypatch.setenv(WORKER_KEY, "k" * 16)
+    file = tmp_path / name
+    file.write_text(content)
+    assert text in _fails(capsys, "--config", str(file))
+    assert "write --config FILE" in _fails(capsys, f"--config={file}")
 
 
 def _fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:

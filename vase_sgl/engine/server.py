@@ -37,6 +37,8 @@ if __name__ == "__mp_main__":
     declare_torchvision_operators()
 
 DEFAULT_PORT = 30000
+#: SGLang's names of one flag.
+_MODEL_FLAGS = ("--model-path", "--model")
 
 #: Defaults on a machine without an accelerator. Any of them may be given explicitly instead.
 _CPU_DEFAULTS = {
@@ -65,11 +67,11 @@ class WorkerError(Exception):
 
 def main(argv: list[str] | None = None) -> int:
     """Serve until SIGTERM or SIGINT. Returns the exit status."""
-    options, sglang_argv = _parse(sys.argv[1:] if argv is None else argv)
     try:
+        options, sglang_argv = _parse(written_out(sys.argv[1:] if argv is None else argv))
         _export_settings(options)
         check_one_key(sglang_argv, os.environ.get(WORKER_KEY))
-        model_path = check_model(value_of(sglang_argv, "--model-path"))
+        model_path = check_model(value_of(sglang_argv, *_MODEL_FLAGS))
         check_port(
             value_of(sglang_argv, "--host") or "127.0.0.1",
             int(value_of(sglang_argv, "--port") or DEFAULT_PORT),
@@ -91,8 +93,9 @@ def main(argv: list[str] | None = None) -> int:
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         prog="vase-sgl worker",
-        description="SGLang's HTTP server with a fixed KV budget per request. Takes every flag of "
-        "`sglang serve` beside the ones below.",
+        description="SGLang's HTTP server with a fixed KV budget per request. Takes what "
+        "`sglang serve` does beside the flags below: the model as first argument, `--config FILE` "
+        "and every flag, but for --model-type.",
         epilog="Without an accelerator, unless given otherwise: "
         + " ".join([*_CPU_SWITCHES, *(f"{flag} {value}" for flag, value in _CPU_DEFAULTS.items())])
         + ". Example: vase-sgl worker --model-path Qwen/Qwen3-8B --port 30000",
@@ -144,25 +147,53 @@ def _export_settings(options: argparse.Namespace) -> None:
     EngineConfig.from_env()
 
 
+def written_out(argv: list[str]) -> list[str]:
+    """The arguments with flags in place of what says them otherwise.
+
+    That is a model as first argument, and `--config FILE`, whose flags SGLang puts before all
+    others. SGLang is imported for it. Raises `WorkerError`, ValueError for a wrong file.
+    """
+    if argv and not argv[0].startswith("-"):
+        argv = ["--model-path", *argv]
+    if any(token.startswith("--config=") for token in argv):
+        raise WorkerError("SGLang passes over --config=FILE; write --config FILE")
+    if "--config" not in argv:
+        return argv
+    with without_collector():
+        import yaml
+
+        from vase_sgl.engine.torchvision_cpu import declare_torchvision_operators
+
+        declare_torchvision_operators()
+        from sglang.srt.server_args import ServerArgs
+        from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
+
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    try:
+        merged: list[str] = ConfigArgumentMerger(parser).merge_config_with_args(argv)
+    except (OSError, yaml.YAMLError) as error:
+        raise WorkerError(f"--config: {error}") from error
+    return merged
+
+
 def complete_argv(argv: list[str], *, cpu: bool) -> list[str]:
-    """SGLang's arguments with ours added where the user gave none."""
-    completed = list(argv)
-    if cpu:
-        completed += [switch for switch in _CPU_SWITCHES if switch not in completed]
-        for flag, value in _CPU_DEFAULTS.items():
-            if value_of(completed, flag) is None:
-                completed += [flag, value]
-    return completed
+    """SGLang's arguments, `written_out`, behind our defaults: what is given later holds."""
+    if not cpu:
+        return list(argv)
+    defaults = [token for default in _CPU_DEFAULTS.items() for token in default]
+    return [*_CPU_SWITCHES, *defaults, *argv]
 
 
-def value_of(argv: list[str], flag: str) -> str | None:
-    """The last value of `--flag value` or `--flag=value`."""
+def value_of(argv: list[str], *flags: str) -> str | None:
+    """The last value of `--flag value` or `--flag=value`; several flags are names of one."""
     found = None
     for index, token in enumerate(argv):
-        if token == flag and index + 1 < len(argv):
+        name, equals, value = token.partition("=")
+        if name in flags and equals:
+            found = value
+        elif name in flags and index + 1 < len(argv):
             found = argv[index + 1]
-        elif token.startswith(f"{flag}="):
-            found = token.split("=", 1)[1]
     return found
 
 
