@@ -222,7 +222,7 @@ def test_10_a_slot_owned_twice_is_noticed(
         stepped.step()
     rows = stepped.scheduler.req_to_token_pool.req_to_token
     first, second = (req.kv.req_pool_idx for req in stepped.running)
-    integrity.check_running(stepped.scheduler)
+    integrity.check_bookkeeping(stepped.scheduler.invariant_checker)
     saved = int(rows[first, 3])
     rows[first, 3] = rows[second, 3]
     log = tmp_path / "integrity.log"
@@ -230,7 +230,7 @@ def test_10_a_slot_owned_twice_is_noticed(
     monkeypatch.setattr(integrity_log, "engine_config", lambda: config)
     assert integrity_log.logged_errors() == 0
     with pytest.raises(integrity_log.IntegrityError, match="owned twice"):
-        integrity.check_running(stepped.scheduler)
+        integrity.check_bookkeeping(stepped.scheduler.invariant_checker)
     rows[first, 3] = saved
     assert re.fullmatch(r"\S+ dp_rank=0 tp_rank=0 a slot is owned twice\n", log.read_text())
     with log.open("a") as more:

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from sglang.srt.environ import envs
 
 from tests.engine.scheduler_harness import SteppedScheduler
-from vase_sgl.engine import integrity
+from vase_sgl.engine import integrity, plugin
 from vase_sgl.engine.integrity_log import IntegrityError
 from vase_sgl.engine.pool import BudgetPool
 from vase_sgl.engine.request_cache import RequestCache, cache_of
@@ -71,6 +72,26 @@ class Live:
         self.positions[kept[self.positions[kept].argsort()[which]]] = becomes
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("tokens", [40, 300], ids=["a prompt just prefilled", "between its chunks"])
+def test_it_sees_prompts(stepped: SteppedScheduler, tokens: int, overlap: bool) -> None:
+    stepped.configure(overlap=overlap)
+    with torch.inference_mode():
+        stepped.submit("r", [2 + i % 250 for i in range(tokens)], max_new_tokens=2, vase=BUDGET)
+        stepped.step()
+        scheduler = stepped.scheduler
+        assert not stepped.running and (scheduler.chunked_req is not None) == (tokens == 300)
+        (req,) = scheduler.last_batch.reqs
+        row = scheduler.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
+        saved = row[3].item()
+        row[3] = row[4]
+        with pytest.raises(IntegrityError, match="a slot is owned twice"):
+            scheduler.invariant_checker.self_check_during_busy()
+        row[3] = saved
+        stepped.run()
+    stepped.configure()
+
+
 @pytest.fixture(scope="module")
 def _live(stepped: SteppedScheduler) -> Iterator[Live]:
     stepped.configure(prefix_cache=True)
@@ -93,12 +114,12 @@ def live(_live: Live) -> Iterator[Live]:
     """As it was, after each test."""
     tensors = (_live.lengths, _live.row, _live.positions)
     saved = [tensor.clone() for tensor in tensors]
-    integrity.check_running(_live.scheduler)
+    integrity.check_bookkeeping(_live.scheduler.invariant_checker)
     yield _live
     _live.patch.undo()
     for tensor, before in zip(tensors, saved, strict=True):
         tensor.copy_(before)
-    integrity.check_running(_live.scheduler)
+    integrity.check_bookkeeping(_live.scheduler.invariant_checker)
 
 
 @pytest.mark.parametrize(
@@ -120,4 +141,21 @@ def live(_live: Live) -> Iterator[Live]:
 def test_it_sees(live: Live, text: str, corrupt: Callable[[Live], None]) -> None:
     corrupt(live)
     with pytest.raises(IntegrityError, match=f"(^|: ){text}$"):
-        integrity.check_running(live.scheduler)
+        integrity.check_bookkeeping(live.scheduler.invariant_checker)
+
+
+def test_it_sees_what_is_nobodys(live: Live) -> None:
+    """A leak, which would show when the worker is next idle, or out of slots."""
+    allocator = live.scheduler.token_to_kv_pool_allocator
+    live.patch.setattr(allocator, "free_pages", allocator.free_pages[:-7])
+    with pytest.raises(IntegrityError, match="Full Pool Mem Leak Detected"):
+        live.scheduler.invariant_checker.self_check_during_busy()
+
+
+def test_sglang_is_asked_to_check_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its event loops look at the variable after each."""
+    monkeypatch.setenv(envs.SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY.name, "0")
+    monkeypatch.setattr(plugin.HookRegistry, "register", lambda *_: None)
+    monkeypatch.setattr(plugin, "register_attention_backend", lambda _: lambda factory: factory)
+    plugin.register()
+    assert envs.SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY.get() == 1

@@ -406,9 +406,10 @@ HOOKS: tuple[Hook, ...] = (
 )
 
 _INTEGRITY_HOOK = Hook(
-    "managers.scheduler.Scheduler.process_batch_result",
-    ("self", "batch", "result"),
-    HookType.AFTER,
+    "managers.scheduler_components.invariant_checker."
+    "SchedulerInvariantChecker.self_check_during_busy",
+    ("self",),
+    HookType.AROUND,
     integrity.after_step,
     "VASE_CHECK_INTEGRITY: prove the invariants after every step",
 )
@@ -537,6 +538,8 @@ def _register() -> None:
             f"run `pip install sglang=={SGLANG_VERSION}`, or leave vase_sgl out of this SGLang "
             "with SGLANG_PLUGINS=none in the environment"
         )
+    if engine_config().check_integrity:
+        integrity.ask_for_checks()
     for hook in active_hooks():
         check_signature(hook)
         HookRegistry.register(hook.path, hook.function, hook.kind)
