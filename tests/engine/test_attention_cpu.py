@@ -9,8 +9,7 @@ import pytest
 import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
-from vase_sgl.engine import plugin
-from vase_sgl.engine.attention_cpu import OVERRIDDEN, BatchInvariantBackend, padded_shape
+from vase_sgl.engine.attention_cpu import BatchInvariantBackend, padded_shape
 
 LENGTHS = [1, 2, 62, 63, 65, 126, 129, 192, 192, 510, 511, 513, 700]
 
@@ -232,10 +231,3 @@ def test_padding_is_bounded_holds_the_row_and_aligns_scratch(queries: int, head_
         assert padded * (min(columns, 512) + 2 + head_dim) % 16 == 0
         # 64 bytes of a type of two bytes: rows of every request's queries, keys and values.
         assert padded * head_dim % 32 == 0 and columns * head_dim % 32 == 0
-
-
-def test_upstream_still_has_what_is_overridden() -> None:
-    for path, parameters in OVERRIDDEN:
-        plugin._check_parameters(path, parameters, "this test")
-    with pytest.raises(RuntimeError, match=r"now takes .*upgrading-sglang"):
-        plugin._check_parameters(OVERRIDDEN[0][0], ("self", "q"), "this test")

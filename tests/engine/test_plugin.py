@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from functools import partial
+from inspect import isfunction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +29,7 @@ from sglang.srt.managers.io_struct import (
     ResumeMemoryOccupationReqInput,
     UpdateWeightFromDiskReqInput,
 )
+from sglang.srt.managers.schedule_policy import PrefillAdder
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components import invariant_checker
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
@@ -46,6 +48,9 @@ from vase_sgl.engine import (
     prometheus,
     server_info,
 )
+from vase_sgl.engine.admission import ReservingPrefillAdder
+from vase_sgl.engine.attention_cpu import BatchInvariantBackend
+from vase_sgl.engine.output import BudgetOutputStreamer
 from vase_sgl.engine.pool import BudgetPool
 from vase_sgl.engine.prometheus import EngineMetrics
 
@@ -62,6 +67,40 @@ def test_a_changed_signature_is_named() -> None:
     hook = dataclasses.replace(plugin.HOOKS[0], parameters=("self", "old"))
     with pytest.raises(RuntimeError, match=r"_create_generation_req now takes .*expected .*old"):
         plugin.check_signature(hook)
+
+
+@pytest.mark.parametrize("method", plugin.overridden(), ids=lambda method: method[0])
+def test_upstream_has_what_is_extended_without_a_hook(
+    method: tuple[str, tuple[str, ...], str],
+) -> None:
+    plugin._check_parameters(*method)
+
+
+def test_what_our_classes_override_is_listed() -> None:
+    listed = {path for path, _, _ in plugin.overridden()}
+    ours = [
+        found
+        for name, module in sys.modules.items()
+        if name.startswith("vase_sgl.engine.")
+        for found in vars(module).values()
+        if isinstance(found, type) and found.__module__ == name
+    ]
+    overriding = set()
+    for cls in ours:
+        upstream = [base for base in cls.__mro__ if base.__module__.startswith("sglang.")]
+        for name in [name for name, value in vars(cls).items() if isfunction(value)]:
+            paths = {f"{base.__module__}.{base.__qualname__}.{name}" for base in upstream}
+            if not name.startswith("__") and any(name in vars(base) for base in upstream):
+                overriding.add(cls)
+                assert paths & listed, f"{cls.__qualname__}.{name}"
+    assert {ReservingPrefillAdder, BudgetOutputStreamer, BatchInvariantBackend} < overriding
+
+
+def test_a_method_that_is_gone_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours would stay, and never be asked."""
+    monkeypatch.delattr(PrefillAdder, "_get_running_request_total_token_offset")
+    with pytest.raises(SystemExit, match=r"total_token_offset is gone .*upgrading-sglang"):
+        plugin.register()
 
 
 def test_a_hook_that_sglang_did_not_apply_is_named(

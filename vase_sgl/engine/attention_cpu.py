@@ -41,8 +41,9 @@ _KIND = (
     "is_cross_attn",
     "sliding_window_size",
 )
-#: What `BatchInvariantBackend` overrides without upstream having promised it: path, parameters.
+#: What `BatchInvariantBackend` overrides: path, parameters.
 OVERRIDDEN = (
+    (f"{_UPSTREAM}.init_forward_metadata", ("self", "forward_batch")),
     (f"{_UPSTREAM}._run_sdpa_forward_decode", (*_PLACE, "seq_lens", *_KIND)),
     (
         f"{_UPSTREAM}._run_sdpa_forward_extend",

@@ -489,6 +489,51 @@ _CPU_HOOKS: tuple[Hook, ...] = (
 )
 
 
+_ADDER = "sglang.srt.managers.schedule_policy.PrefillAdder"
+
+#: What is extended without a hook, by a subclass or in a registry: path, parameters, why.
+_OVERRIDDEN: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    (
+        f"{_ADDER}._get_running_request_total_token_offset",
+        ("self", "req"),
+        "running requests keep the static slots that were reserved",
+    ),
+    (
+        f"{_ADDER}.add_one_req",
+        ("self", "req", "has_chunked_req", "truncation_align_size"),
+        "a request is charged its static slots and one query ring",
+    ),
+    (f"{_ADDER}.add_chunked_req", ("self", "req"), "so is the next chunk of its prompt"),
+    (
+        "sglang.srt.managers.scheduler_components.output_streamer."
+        "SchedulerOutputStreamer.build_additional_customized_info",
+        ("self", "reqs"),
+        "statistics travel with every output",
+    ),
+    (
+        "sglang.srt.mem_cache.allocation.alloc_for_decode_default",
+        ("batch", "token_per_req"),
+        "its place in ALLOC_FOR_DECODE_FUNCS is taken: rounds give slots back, and take few",
+    ),
+    (
+        "sglang.srt.layers.attention.base_attn_backend.AttentionBackend.forward_decode",
+        ("self", "q", "k", "v", "layer", "forward_batch", "save_kv_cache", "kwargs"),
+        "decode writes its queries into the query ring",
+    ),
+)
+_CPU_OVERRIDDEN = (
+    (
+        "sglang.srt.platforms.interface.SRTPlatform.get_default_attention_backend",
+        ("self",),
+        "SGLang runs on a plain CPU",
+    ),
+    (
+        "sglang.srt.platforms.cpu.CpuDeviceMixin.is_pin_memory_available",
+        ("self", "device"),
+        "SGLang runs on a plain CPU",
+    ),
+)
+
 #: Of a main process with a fork server.
 FORK_HOOKS: tuple[Hook, ...] = (
     Hook(
@@ -520,6 +565,21 @@ def active_hooks() -> tuple[Hook, ...]:
     return hooks
 
 
+def overridden() -> tuple[tuple[str, tuple[str, ...], str], ...]:
+    """What this process extends without a hook: path, parameters as of SGLANG_VERSION, why."""
+    found = _OVERRIDDEN
+    if platform_cpu.is_active():
+        found += _CPU_OVERRIDDEN
+    if _decodes_in_batches():
+        reason = "attention in batch-invariant shapes"
+        found += tuple((*method, reason) for method in attention_cpu.OVERRIDDEN)
+    return found
+
+
+def _decodes_in_batches() -> bool:
+    return platform_cpu.is_active() and engine_config().cpu_decode == "batched"
+
+
 def register() -> None:
     """Entry point: register every hook, or end the process (SGLang would only log a failure)."""
     try:
@@ -540,15 +600,15 @@ def _register() -> None:
         )
     if engine_config().check_integrity:
         integrity.ask_for_checks()
+    for method in overridden():
+        _check_parameters(*method)
     for hook in active_hooks():
         check_signature(hook)
         HookRegistry.register(hook.path, hook.function, hook.kind)
     for device in limits.DEVICES:
         ALLOC_FOR_DECODE_FUNCS[device] = lifecycle.alloc_for_decode
     factories = {name: ATTENTION_BACKENDS[name] for name in _BACKENDS}
-    if platform_cpu.is_active() and engine_config().cpu_decode == "batched":
-        for path, parameters in attention_cpu.OVERRIDDEN:
-            _check_parameters(path, parameters, "attention in batch-invariant shapes")
+    if _decodes_in_batches():
         factories["torch_native"] = attention_cpu.BatchInvariantBackend
     for name, create in factories.items():
         factory = recording_backend(create, lambda runner: BudgetPool.of_runner(runner).query_ring)
@@ -562,8 +622,12 @@ def check_signature(hook: Hook) -> None:
 
 def _check_parameters(path: str, expected: tuple[str, ...], reason: str) -> None:
     owner_path, _, name = path.rpartition(".")
-    owner = pkgutil.resolve_name(owner_path)
-    target = inspect.getattr_static(owner, name)
+    try:
+        target = inspect.getattr_static(pkgutil.resolve_name(owner_path), name)
+    except (ImportError, AttributeError) as error:
+        raise RuntimeError(
+            f"{path} is gone (needed to: {reason}); see docs/upgrading-sglang.md"
+        ) from error
     function = getattr(target, "__func__", target)
     found = tuple(inspect.signature(inspect.unwrap(function)).parameters)
     if found != expected:
