@@ -8,11 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.connected import connected
 from tests.e2e.worker_process import WorkerProcess
-from tests.gateway.running import add_tenant, until_ready
 from vase_sgl.client import AsyncClient, DeadlineExceeded, InvalidRequest, Message
-from vase_sgl.gateway.config import load_config
-from vase_sgl.gateway.server import Gateway
 
 pytestmark = pytest.mark.xdist_group("worker")  # shares one worker process
 
@@ -21,23 +19,8 @@ PROMPT = [Message(role="user", content="Tell me about the sea.")]
 
 @pytest.fixture
 async def client(worker: WorkerProcess, tmp_path: Path) -> AsyncIterator[AsyncClient]:
-    tenants_file = tmp_path / "tenants.yaml"
-    key = add_tenant(tenants_file, "alice", roles=["generate", "replay"])
-    config = load_config(
-        overrides={
-            "listen": {"port": 0},
-            "worker": {"urls": [worker.url]},
-            "audit": {"url": f"sqlite+aiosqlite:///{tmp_path / 'audit.sqlite3'}"},
-            "tenants_file": tenants_file,
-        }
-    )
-    gateway = await Gateway.start(config, lambda seconds: None)
-    try:
-        async with AsyncClient(f"127.0.0.1:{gateway.port}", key) as connected:
-            await until_ready(connected)
-            yield connected
-    finally:
-        await gateway.stop()
+    async with connected(worker, tmp_path) as found:
+        yield found
 
 
 async def test_stream_record_and_replay(client: AsyncClient) -> None:
