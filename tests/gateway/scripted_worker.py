@@ -90,6 +90,11 @@ class ScriptedWorker:
         self.token_seconds = 0.0
         #: What every answer's text begins with.
         self.opening = ""
+        #: Text of an answer's first tokens, in place of their own.
+        self.pieces: tuple[str, ...] = ()
+        #: How it says that thoughts are marked, and chats that it was given to tokenize.
+        self.thinking: dict[str, Any] | None = None
+        self.chats: list[list[dict[str, str]]] = []
         #: Events carry what is new, as under `--incremental-streaming-output`, and not all output.
         self.incremental = False
         #: Letters added to each token's text, to make chunks big.
@@ -194,7 +199,11 @@ class ScriptedWorker:
             return web.json_response(
                 {"object": "error", "message": "the template refuses this"}, status=400
             )
-        return web.json_response({"tokens": [token_of(w) for w in words], "count": len(words)})
+        answer: dict[str, Any] = {"tokens": [token_of(w) for w in words], "count": len(words)}
+        if "messages" in body:
+            self.chats.append(body["messages"])
+            answer["vase"] = {"thinking": self.thinking}
+        return web.json_response(answer)
 
     async def _abort(self, request: web.Request) -> web.Response:
         rid = (await request.json())["rid"]
@@ -290,7 +299,8 @@ class ScriptedWorker:
                 run.finish = {"type": "abort", "message": "out of luck", "status_code": 500}
             else:
                 token = run.step()
-                text += f"w{token}{'x' * self.padding} "
+                piece = self.pieces[len(run.tokens) - 1 : len(run.tokens)]
+                text += piece[0] if piece else f"w{token}{'x' * self.padding} "
                 for stop in sampling["stop"]:
                     if stop in text:
                         text = text[: text.index(stop)]

@@ -205,10 +205,11 @@ class WorkerTarget:
             return _worker_answer(request_id, seeds, len(tokens), last, ttft)
 
         try:
-            tokens = await self._worker.tokenize_chat(
+            tokenized = await self._worker.tokenize_chat(
                 [dict(m) for m in messages],  # type: ignore[arg-type]
                 max_tokens=self._context_length,
             )
+            tokens = tokenized.token_ids
             request = WorkerRequest(
                 request_id=request_id,
                 prompt_token_ids=tokens,

@@ -19,7 +19,7 @@ class OutputDeltas:
 
     def take_text(self, text: str, *, final: bool) -> str:
         """The new part of cumulative `text` that is safe to send; all of it if `final`."""
-        end = len(text) if final else len(text) - self._held(text)
+        end = len(text) if final else len(text) - beginning_at_end(text, self._stop)
         new = text[self._text_sent : end]
         self._text_sent = max(self._text_sent, end)
         return new
@@ -30,12 +30,13 @@ class OutputDeltas:
         self._tokens_sent = max(self._tokens_sent, len(token_ids))
         return new
 
-    def _held(self, text: str) -> int:
-        """Length of the longest end of `text` that begins a stop string."""
-        longest = 0
-        for stop in self._stop:
-            for length in range(min(len(stop), len(text)), longest, -1):
-                if text.endswith(stop[:length]):
-                    longest = length
-                    break
-        return longest
+
+def beginning_at_end(text: str, strings: Sequence[str]) -> int:
+    """Length of the longest end of `text` that begins one of the strings."""
+    longest = 0
+    for string in strings:
+        for length in range(min(len(string), len(text)), longest, -1):
+            if text.endswith(string[:length]):
+                longest = length
+                break
+    return longest

@@ -15,7 +15,7 @@ from vase_sgl.gateway.router import WorkerRouter
 from vase_sgl.gateway.seeds import Seeds, seeds_for
 from vase_sgl.gateway.tenants import Tenant
 from vase_sgl.gateway.tokenizing import Tokenizing
-from vase_sgl.gateway.workers import Model, Worker, WorkerInfo, WorkerRequest
+from vase_sgl.gateway.workers import Model, Tokenized, Worker, WorkerInfo, WorkerRequest
 from vase_sgl.rpc.v1 import gateway_pb2 as pb
 
 
@@ -39,13 +39,26 @@ class Plan:
 class Shared:
     """What all samples of one request have in common: the model, and the prompt's tokens for it."""
 
-    def __init__(self, model_name: str | None = None) -> None:
-        """`model_name`: what the request calls its model; None: it leaves the choice."""
+    def __init__(
+        self, model_name: str | None = None, reasoning: Mapping[int, str] | None = None
+    ) -> None:
+        """`model_name`: what the request calls its model; None: it leaves the choice.
+
+        `reasoning`: of messages of its chat, by index.
+        """
         self.model_name = model_name
+        self._reasoning = reasoning or {}
         self.model: Model | None = None
-        self.token_ids: tuple[int, ...] | None = None
+        self.tokenized: Tokenized | None = None
         #: Held while the first of them has the prompt tokenized.
         self.tokenizing = asyncio.Lock()
+
+    def with_reasoning(self, prompt: validation.Prompt) -> validation.Prompt:
+        """The prompt, as the chat template gets it."""
+        chat = list(prompt.chat)
+        for index, text in self._reasoning.items():
+            chat[index] = {**chat[index], "reasoning_content": text}
+        return dataclasses.replace(prompt, chat=tuple(chat))
 
 
 class Planner:
@@ -84,7 +97,7 @@ class Planner:
 
         Changes `shared`: the first sample fixes the model and tokenizes. Raises `GatewayError`.
         """
-        prompt = validation.prompt_of(request, tenant)
+        prompt = shared.with_reasoning(validation.prompt_of(request, tenant))
         max_new_tokens = validation.max_new_tokens_of(request, tenant, clip=clip)
         sampling = validation.sampling_of(request.sampling)
         validation.check_seed(request)
@@ -111,9 +124,9 @@ class Planner:
                 eviction, tenant=tenant, info=info, allowed=self._allow_inspect
             )
         async with shared.tokenizing:
-            if shared.token_ids is None:
-                shared.token_ids = await self._tokenizing.tokens(tenant.name, prompt, workers)
-        token_ids = shared.token_ids
+            if shared.tokenized is None:
+                shared.tokenized = await self._tokenizing.tokens(tenant.name, prompt, workers)
+        token_ids = shared.tokenized.token_ids
         validation.check_prompt_tokens(prompt.kind, token_ids, tenant, info)
         max_new_tokens = validation.within_context(max_new_tokens, len(token_ids), info, clip=clip)
         to_worker = WorkerRequest(

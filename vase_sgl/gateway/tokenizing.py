@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from vase_sgl.gateway.errors import GatewayError, LimitExceeded, WorkerUnavailable
 from vase_sgl.gateway.validation import Prompt, prompt_bytes
-from vase_sgl.gateway.workers import Worker, WorkerInfo
+from vase_sgl.gateway.workers import Tokenized, Worker, WorkerInfo
 from vase_sgl.short_prompt import SHORT_PROMPT
 
 #: Prompts of one tenant that one worker has to tokenize at a time: it takes them in the order they
@@ -30,17 +30,17 @@ class Tokenizing:
         self._turns: weakref.WeakValueDictionary[tuple[str, str, bool], asyncio.Semaphore] = (
             weakref.WeakValueDictionary()
         )
-        self._asking: set[asyncio.Task[tuple[int, ...] | GatewayError]] = set()
+        self._asking: set[asyncio.Task[Tokenized | GatewayError]] = set()
 
     async def tokens(
         self, tenant: str, prompt: Prompt, workers: Sequence[tuple[Worker, WorkerInfo]]
-    ) -> tuple[int, ...]:
+    ) -> Tokenized:
         """The prompt's tokens, from the first worker that answers; all have one tokenizer.
 
         Raises `InvalidRequest`, `LimitExceeded`, `TokenizingTimeout` and `WorkerUnavailable`.
         """
         if prompt.kind == "token_ids":
-            return prompt.token_ids
+            return Tokenized(prompt.token_ids)
         *others, last = workers[: self._retries + 1]
         for worker, info in others:
             with contextlib.suppress(WorkerUnavailable):
@@ -55,7 +55,7 @@ class Tokenizing:
 
     async def _ask(
         self, tenant: str, prompt: Prompt, worker: Worker, info: WorkerInfo
-    ) -> tuple[int, ...]:
+    ) -> Tokenized:
         turn = self._turn(tenant, worker, is_long=prompt_bytes(prompt) > SHORT_PROMPT)
         try:
             async with asyncio.timeout(self._max_wait):
@@ -88,9 +88,7 @@ class Tokenizing:
         return self._turns.setdefault(key, asyncio.Semaphore(at_once))
 
 
-async def _tokenize(
-    prompt: Prompt, worker: Worker, info: WorkerInfo
-) -> tuple[int, ...] | GatewayError:
+async def _tokenize(prompt: Prompt, worker: Worker, info: WorkerInfo) -> Tokenized | GatewayError:
     """The tokens, or why there are none: perhaps nobody is there any more to catch an error."""
     most = info.context_length
     try:

@@ -25,6 +25,8 @@ from vase_sgl.gateway.sse import events
 from vase_sgl.gateway.workers import (
     CacheStats,
     Finish,
+    Thinking,
+    Tokenized,
     TokenPrefix,
     WorkerChunk,
     WorkerInfo,
@@ -89,12 +91,12 @@ class HttpWorker:
     def name(self) -> str:
         return self._url
 
-    async def tokenize_text(self, text: str, *, max_tokens: int) -> tuple[int, ...]:
+    async def tokenize_text(self, text: str, *, max_tokens: int) -> Tokenized:
         return await self._tokenize({"prompt": text}, max_tokens)
 
     async def tokenize_chat(
         self, messages: Sequence[Mapping[str, str]], *, max_tokens: int
-    ) -> tuple[int, ...]:
+    ) -> Tokenized:
         body: dict[str, object] = {"messages": list(messages)}
         if messages and messages[-1]["role"] == "assistant":
             # Or SGLang makes it the user's. It has this for Jinja templates only.
@@ -171,7 +173,7 @@ class HttpWorker:
         if self._session is not None:
             await self._session.close()
 
-    async def _tokenize(self, body: Mapping[str, Any], max_tokens: int) -> tuple[int, ...]:
+    async def _tokenize(self, body: Mapping[str, Any], max_tokens: int) -> Tokenized:
         try:
             answer = await self._call(
                 "POST",
@@ -196,8 +198,8 @@ class HttpWorker:
                     ) from error
             raise
         try:
-            return _token_ids(answer["tokens"])
-        except (KeyError, TypeError) as error:
+            return Tokenized(_token_ids(answer["tokens"]), _thinking(answer.get("vase")))
+        except _NOT_UNDERSTOOD as error:
             raise self._lost(error) from error
 
     async def _call(
@@ -413,6 +415,17 @@ def _token_ids(tokens: Any) -> tuple[int, ...]:
     if not isinstance(tokens, list) or set(map(type, tokens)) - {int}:
         raise TypeError("tokens that are no integers")
     return tuple(tokens)
+
+
+def _thinking(vase: Mapping[str, Any] | None) -> Thinking | None:
+    """Raises one of `_NOT_UNDERSTOOD`."""
+    told = None if vase is None else vase["thinking"]
+    if told is None:
+        return None
+    thinking = Thinking(str(told["start"]), str(told["end"]), bool(told["begun"]))
+    if not (thinking.start and thinking.end):
+        raise ValueError("a marker without characters")
+    return thinking
 
 
 def _raise_for_error(event: Mapping[str, Any]) -> None:

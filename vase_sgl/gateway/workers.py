@@ -175,6 +175,26 @@ class WorkerInfo:
         return max(min(self.available_slots, self.total_slots - self.reserved_slots), 0)
 
 
+@dataclasses.dataclass(frozen=True)
+class Thinking:
+    """What is before and after a thought in a model's text; neither is empty.
+
+    begun: the prompt ends in `start`, so that the answer begins in a thought.
+    """
+
+    start: str
+    end: str
+    begun: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenized:
+    """A prompt's tokens. `thinking`: of the answer to a chat, if the worker can tell."""
+
+    token_ids: tuple[int, ...]
+    thinking: Thinking | None = None
+
+
 class Worker(Protocol):
     """A running model. Methods raise `WorkerUnavailable` if it cannot be reached, and
     `LimitExceeded` if this gateway can open no further connection."""
@@ -183,7 +203,7 @@ class Worker(Protocol):
     def name(self) -> str:
         """For logs and error texts."""
 
-    async def tokenize_text(self, text: str, *, max_tokens: int) -> tuple[int, ...]:
+    async def tokenize_text(self, text: str, *, max_tokens: int) -> Tokenized:
         """Token ids of `text`, special tokens included.
 
         max_tokens: the model's context length; of far more tokens the answer is not read.
@@ -192,8 +212,11 @@ class Worker(Protocol):
 
     async def tokenize_chat(
         self, messages: Sequence[Mapping[str, str]], *, max_tokens: int
-    ) -> tuple[int, ...]:
-        """Token ids of a conversation with the assistant's turn opened. Raises the same."""
+    ) -> Tokenized:
+        """Token ids of a conversation with the assistant's turn opened. Raises the same.
+
+        messages: `role`, `content`, and an assistant's `reasoning_content`.
+        """
 
     def generate(self, request: WorkerRequest) -> AsyncGenerator[WorkerChunk, None]:
         """Run `request`; the last chunk has `finish`. Does not abort when closed early."""

@@ -10,6 +10,8 @@ from vase_sgl.gateway.audit import Record
 from vase_sgl.gateway.errors import REQUEST_ID, GatewayError
 from vase_sgl.gateway.openai.names import in_http_names
 from vase_sgl.gateway.openai.requests import Call
+from vase_sgl.gateway.openai.thoughts import Splitter
+from vase_sgl.gateway.workers import Thinking
 
 Kind = Literal["chat", "completion"]
 
@@ -39,13 +41,13 @@ class Answer:
     created: int
     request_id: str
 
-    def whole(self, records: Sequence[Record]) -> dict[str, Any]:
-        """A whole answer; one record for each sample."""
+    def whole(self, records: Sequence[Record], thinking: Thinking | None) -> dict[str, Any]:
+        """A whole answer; one record for each sample. None: no thought is told apart."""
         choices = []
         for index, record in enumerate(records):
             content: dict[str, Any] = {"text": record.text}
             if self.kind == "chat":
-                content = {"message": {"role": "assistant", "content": record.text}}
+                content = {"message": {"role": "assistant", **_message(record.text, thinking)}}
             choices.append(
                 {
                     "index": index,
@@ -69,6 +71,10 @@ class Answer:
         """A chunk of a sample's text."""
         chat = self.kind == "chat"
         return self._chunk(index, {"delta": {"content": text}} if chat else {"text": text}, None)
+
+    def reasoning(self, index: int, text: str) -> dict[str, Any]:
+        """A chunk of what a sample of a chat thinks."""
+        return self._chunk(index, {"delta": {"reasoning_content": text}}, None)
 
     def finish(self, index: int, record: Record) -> dict[str, Any]:
         """The last chunk of a sample; its record is durable."""
@@ -94,6 +100,13 @@ class Answer:
             "created": self.created,
             "model": self.model,
         }
+
+
+def _message(text: str, thinking: Thinking | None) -> dict[str, Any]:
+    if thinking is None:
+        return {"content": text}
+    parts = Splitter(thinking).take(text, final=True)
+    return {"content": parts.content, "reasoning_content": parts.reasoning or None}
 
 
 def usage(records: Sequence[Record]) -> dict[str, int]:

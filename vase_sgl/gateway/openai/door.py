@@ -33,10 +33,12 @@ from vase_sgl.gateway.openai import answers
 from vase_sgl.gateway.openai.answers import Answer, Kind
 from vase_sgl.gateway.openai.bodies import BodyReader
 from vase_sgl.gateway.openai.requests import Call, chat_call, completion_call
+from vase_sgl.gateway.openai.thoughts import Splitter
 from vase_sgl.gateway.patience import Patience
 from vase_sgl.gateway.planning import Shared
 from vase_sgl.gateway.router import WorkerRouter
 from vase_sgl.gateway.tenants import Role, Tenant
+from vase_sgl.gateway.workers import Thinking
 from vase_sgl.rpc.v1 import gateway_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -232,12 +234,14 @@ class _Samples:
         self._request = request
         self._kind: Kind = kind
         self._call = call
-        self._shared = Shared(call.model)
+        self._shared = Shared(call.model, call.reasoning)
         self._party = Party()
         self._created = int(time.time())
         self._response: web.StreamResponse | None = None
         self._answer: Answer | None = None
         self._opening = asyncio.Lock()
+        #: Of the samples that stream, by index.
+        self._splitters: dict[int, Splitter] = {}
         #: Output of any sample has come.
         self._began = False
 
@@ -247,7 +251,8 @@ class _Samples:
 
         records = await self._run(ignore)
         answer = self._answer_for(records[0].record_id)
-        return web.json_response(answer.whole(records), headers={REQUEST_ID: answer.request_id})
+        body = answer.whole(records, self._thinking())
+        return web.json_response(body, headers={REQUEST_ID: answer.request_id})
 
     async def streamed(self) -> web.StreamResponse:
         try:
@@ -311,15 +316,29 @@ class _Samples:
         if message.HasField("started"):
             await self._open(message.started.request_id)
             assert self._answer is not None
+            self._splitters[index] = Splitter(self._thinking())
             if self._kind == "chat":
                 await self._write(self._answer.role(index))
         elif message.chunk.text:
-            assert self._answer is not None
-            await self._write(self._answer.text(index, message.chunk.text))
+            await self._send_text(index, message.chunk.text)
+
+    async def _send_text(self, index: int, text: str, *, final: bool = False) -> None:
+        assert self._answer is not None
+        parts = self._splitters[index].take(text, final=final)
+        if parts.reasoning:
+            await self._write(self._answer.reasoning(index, parts.reasoning))
+        if parts.content:
+            await self._write(self._answer.text(index, parts.content))
 
     async def _send_finish(self, index: int, record: Record) -> None:
         assert self._answer is not None
+        await self._send_text(index, "", final=True)
         await self._write(self._answer.finish(index, record))
+
+    def _thinking(self) -> Thinking | None:
+        """How thoughts are told apart; known once a sample has its prompt's tokens."""
+        assert self._shared.tokenized is not None
+        return self._shared.tokenized.thinking if self._call.separate_reasoning else None
 
     async def _open(self, request_id: str) -> None:
         """Send the headers, once the first sample was accepted; before that, errors have theirs."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from google.protobuf import json_format
@@ -99,6 +99,7 @@ class _Message(_Strict):
             "supported"
         ),
     ]
+    reasoning_content: str | None = None
 
     @property
     def text(self) -> str:
@@ -138,6 +139,8 @@ class _Chat(_Common):
     messages: Annotated[Items[_Message], Field(min_length=1)]
     max_completion_tokens: Int32 | None = None
 
+    separate_reasoning: bool = True
+
 
 class _Completion(_Common):
     prompt: Annotated[
@@ -152,6 +155,8 @@ class Call:
 
     max_tokens_field: the field that names the longest answer; None: there was none, so that
     max_new_tokens is the gateway's own default.
+    separate_reasoning: tell thoughts and answers apart.
+    reasoning: what the chat's messages were thought with, by index.
     """
 
     model: str
@@ -160,6 +165,8 @@ class Call:
     samples: int
     stream: bool
     include_usage: bool
+    separate_reasoning: bool = False
+    reasoning: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
     def sample(self, index: int) -> pb.GenerateRequest:
         """The request of one sample; equal seeds give every sample draws of its own."""
@@ -178,7 +185,26 @@ def chat_call(body: object, default_max_tokens: int) -> Call:
             pb.ChatMessage(role=_ROLES.get(m.role, m.role), content=m.text) for m in chat.messages
         ]
     )
-    return _call(chat, pb.GenerateRequest(chat=conversation), default_max_tokens)
+    return dataclasses.replace(
+        _call(chat, pb.GenerateRequest(chat=conversation), default_max_tokens),
+        separate_reasoning=chat.separate_reasoning,
+        reasoning=_reasoning(chat.messages),
+    )
+
+
+def _reasoning(messages: Sequence[_Message]) -> dict[int, str]:
+    given = {
+        index: message.reasoning_content
+        for index, message in enumerate(messages)
+        if message.reasoning_content is not None
+    }
+    for index in given:
+        if messages[index].role != "assistant":  # SGLang would drop it
+            raise InvalidRequest(
+                f"messages.{index}.reasoning_content: only messages of the assistant have it; "
+                "leave it out"
+            )
+    return given
 
 
 def _check_messages(body: object) -> None:

@@ -1,0 +1,71 @@
+"""Text of a thinking model: what it thinks, and what it answers."""
+
+from __future__ import annotations
+
+import enum
+from typing import NamedTuple
+
+from vase_sgl.gateway.deltas import beginning_at_end
+from vase_sgl.gateway.workers import Thinking
+
+
+class Parts(NamedTuple):
+    """A piece of text, told apart."""
+
+    reasoning: str = ""
+    content: str = ""
+
+
+class _Place(enum.Enum):
+    BEFORE = enum.auto()  # a thought may begin
+    OPENING = enum.auto()  # a thought has begun; its start may be repeated
+    THOUGHT = enum.auto()
+    CONTENT = enum.auto()
+
+
+class Splitter:
+    """Tells thought and answer of a growing text apart, as SGLang's plain detectors do.
+
+    One thought, at the text's beginning, possibly opened by the prompt; without its end all is
+    thought. Only markers are left out: blanks around them stay.
+    """
+
+    def __init__(self, thinking: Thinking | None) -> None:
+        """None: all text is content."""
+        self._start = self._end = self._held = ""
+        self._place = _Place.CONTENT
+        if thinking is not None:
+            self._start, self._end = thinking.start, thinking.end
+            self._place = _Place.OPENING if thinking.begun else _Place.BEFORE
+
+    def take(self, text: str, *, final: bool = False) -> Parts:
+        """What is known of the text with this piece of it; nothing is held back if `final`.
+
+        What may be the beginning of a marker is held until it is known.
+        """
+        start, end = self._start, self._end
+        held, reasoning, content = self._held + text, "", ""
+        if self._place is _Place.BEFORE:
+            bare = held.lstrip()
+            if bare.startswith(start):
+                reasoning, held = held[: len(held) - len(bare)], bare
+                self._place = _Place.OPENING
+            elif final or not start.startswith(bare):
+                self._place = _Place.CONTENT
+        if self._place is _Place.OPENING:
+            while held.startswith(start):
+                held = held.removeprefix(start)
+            if final or not start.startswith(held):
+                self._place = _Place.THOUGHT
+        if self._place is _Place.THOUGHT:
+            thought, found, rest = held.partition(end)
+            if found:
+                self._place = _Place.CONTENT
+            elif not final:
+                cut = len(thought) - beginning_at_end(thought, [end])
+                thought, rest = thought[:cut], thought[cut:]
+            reasoning, held = reasoning + thought, rest
+        if self._place is _Place.CONTENT:
+            content, held = held, ""
+        self._held = held
+        return Parts(reasoning, content)
