@@ -48,6 +48,7 @@ from vase_sgl.engine import (
     server_info,
     sizing,
     stop_strings,
+    thinking,
     tokenizer_cache,
     tokenizing,
 )
@@ -84,6 +85,7 @@ def _check_start(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> Non
     limits.refuse_scaled_kv(runner.model)
     if server_info.answers_for_worker():
         fingerprint.begin_to_read_weights(scheduler.server_args)
+        thinking.warn_of_whole_text(scheduler)
     verify_applied()
     if platform_cpu.is_active():
         linear_cpu.warn_of_slow_products(runner.dtype)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from vase_sgl.engine import thinking
 from vase_sgl.short_prompt import SHORT_PROMPT
 
 #: The turn to be tokenized, of short prompts and of long ones: a long one takes a core for seconds,
@@ -30,12 +31,12 @@ async def tokenize_in_thread(
     Upstream tokenizes the prompts of its own API in threads, as tokenizers release the GIL, but not
     here. Its coroutine waits for nothing, so it has no need of the loop that everything else is on.
     The answer is written there too: FastAPI would look at each token on the loop. A prompt beyond
-    the context length is a 400 instead.
+    the context length is a 400 instead. That of a chat says how its answer's thoughts are marked.
     """
 
     def work() -> Any:
         answer = asyncio.run(original(serving, adapted_request, request, raw_request))
-        return _written(serving, answer)
+        return _written(serving, request, answer)
 
     async with _short if _characters(request) <= SHORT_PROMPT else _long:
         # Upstream goes on for callers who left; for many of them nobody else would get a turn.
@@ -46,14 +47,17 @@ async def tokenize_in_thread(
 
 def _characters(request: Any) -> int:
     if request.messages is not None:
-        return sum(len(str(message.content or "")) for message in request.messages)
+        return sum(
+            len(str(message.content or "")) + len(getattr(message, "reasoning_content", None) or "")
+            for message in request.messages
+        )
     return sum(map(len, [request.prompt] if isinstance(request.prompt, str) else request.prompt))
 
 
-def _written(serving: Any, answer: Any) -> Any:
+def _written(serving: Any, request: Any, answer: Any) -> Any:
     # Where the plugin is loaded, SGLang may not be yet.
     from sglang.srt.entrypoints.openai.protocol import TokenizeResponse
-    from sglang.srt.utils.json_response import model_json_response
+    from sglang.srt.utils.json_response import orjson_response
 
     if not isinstance(answer, TokenizeResponse):
         return answer
@@ -63,4 +67,9 @@ def _written(serving: Any, answer: Any) -> Any:
             f"the prompt has {answer.count} tokens, more than the model's context length of "
             f"{most}; shorten it"
         )
-    return model_json_response(answer)
+    told = dict(answer)
+    if request.messages is not None:
+        parser = serving.chat_serving.reasoning_parser
+        tokenizer = serving.tokenizer_manager.tokenizer
+        told["vase"] = {"thinking": thinking.describe(parser, tokenizer, answer.tokens)}
+    return orjson_response(told)
