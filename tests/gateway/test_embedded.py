@@ -164,17 +164,17 @@ async def test_the_worker_may_write_where_this_process_does(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], kind: str
 ) -> None:
     worker = embedded((sys.executable, "-c", "raise SystemExit('bad flag')"), tmp_path)
-    worker._log = Path("/dev/stderr")
+    worker._log = Path("/dev/stdout")
     ours, theirs = socket.socketpair()
     with ours, theirs:
         if kind == "socket":
-            os.dup2(theirs.fileno(), 2)
-        os.write(2, b"before\n")
-        with pytest.raises(WorkerStartError, match=r"code 1 .* went to /dev/stderr$"):
+            os.dup2(theirs.fileno(), 1)
+        os.write(1, b"before\n")
+        with pytest.raises(WorkerStartError, match=r"code 1 .* went to /dev/stdout$"):
             await worker.start(quiet)
         await worker.close()
-        os.write(2, b"after\n")
-        written = ours.recv(100).decode() if kind == "socket" else capfd.readouterr().err
+        os.write(1, b"after\n")
+        written = ours.recv(100).decode() if kind == "socket" else capfd.readouterr().out
     assert written == "before\nbad flag\nafter\n"
 
 

@@ -194,7 +194,7 @@ def test_slots_of_a_replay(eviction: dict[str, object] | None, slots: int) -> No
 
 async def test_a_replay_starts_when_no_generation_waits(tmp_path: Path) -> None:
     """Two generations of 4002 slots run and a third waits for 10000; a replay of 6 would fit."""
-    async with run_gateway(tmp_path) as running:
+    async with run_gateway(tmp_path, replay={"spare_share": 0.1}) as running:
         answer = await running.client.generate_once("tell me", max_new_tokens=4)
         running.worker.token_seconds = 0.01
         options: dict[str, Any] = {"max_new_tokens": 5000, "budget": 3936, "window": 64}
