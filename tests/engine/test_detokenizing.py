@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.engine.scheduler_harness import SteppedScheduler
 from tests.engine.tokenized_request import creator
+from vase_sgl.engine import stop_strings
 
 SPECIAL, EOS = "<sep>", "<eos>"
 #: Chinese ones, blanks and ends of lines: SGLang treats them in a way of their own.
@@ -245,3 +246,10 @@ def test_characters_in_bytes_of_their_own(
     sampling = {"stop": [stop], "stream_interval": interval}
     _, text = answered(stepped, BYTE_FALLBACK, tokens, sampling, prompt=prompt, **way)
     assert text == answer.partition(stop)[0]
+
+
+def test_only_tokens_that_are_bytes_are_decoded_again() -> None:
+    """Four times as much for every token of a Chinese answer would be much for nothing."""
+    assert stop_strings._falls_back_to_bytes(BYTE_FALLBACK)
+    assert not stop_strings._falls_back_to_bytes(BYTE_LEVEL)
+    assert not stop_strings._falls_back_to_bytes(object())

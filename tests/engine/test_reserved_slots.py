@@ -59,21 +59,21 @@ def test_what_does_not_decode_yet_is_told(
     stepped.configure(overlap=overlap)
     monkeypatch.setattr(stepped.scheduler, "chunked_prefill_size", 32)
 
-    def told() -> tuple[int, int]:
+    def told() -> tuple[int, int, int | None]:
         state = worker_info({"internal_states": [{"vase": describe(stepped.scheduler)}]})
-        return state.running_requests, state.waiting_requests
+        return state.running_requests, state.waiting_requests, state.query_requests
 
-    assert told() == (0, 0)
+    assert told() == (0, 0, 0)
     stepped.submit("a" * 32, [3] * 80, max_new_tokens=10)
-    stepped.submit("b" * 32, [4] * 10, max_new_tokens=10)
+    stepped.submit("b" * 32, [4] * 10, max_new_tokens=10, vase={"budget": 32, "window": 8})
     seen = [told()]
     while not stepped.idle:
         stepped.step()
         seen.append(told())
-    assert seen[0] == (0, 2)
-    assert {(0, 2), (2, 0)} <= set(seen) and (0, 0) not in seen[:5]
+    assert seen[0] == (0, 2, 0)
+    assert {(0, 2, 0), (2, 0, 1)} <= set(seen) and (0, 0, 0) not in seen[:5]
     stepped.run()
-    assert told() == (0, 0)
+    assert told() == (0, 0, 0)
 
 
 @pytest.mark.parametrize("vase", [None, {"policy": "full"}], ids=["stock", "full"])

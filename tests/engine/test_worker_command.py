@@ -127,6 +127,7 @@ def test_a_gateway_places_its_worker_whatever_a_file_says(
     [
         ("c.txt", "", "must be YAML format"),
         ("c.yaml", "port: [", "--config: while parsing"),
+        ("c.yaml", "8: 1", "--config: the names of flags must be text"),
         ("c.yaml", "disable-cuda-graph: true", "Unsupported config option 'disable_cuda_graph'"),
         ("c.yaml", f"api-key: {'l' * 16}", "both --api-key and VASE_WORKER__API_KEY are set"),
     ],

@@ -88,6 +88,8 @@ async def test_a_busy_worker_is_waited_for() -> None:
         ({"running_requests": 3, "max_running_requests": 4}, True),
         ({"running_requests": 3, "max_query_requests": 3}, False),
         ({"running_requests": 0, "max_query_requests": 3}, True),
+        ({"running_requests": 3, "max_query_requests": 3, "query_requests": 0}, True),
+        ({"running_requests": 5, "max_query_requests": 3, "query_requests": 3}, False),
         ({"running_requests": 0, "waiting_requests": 1}, False),
     ],
 )

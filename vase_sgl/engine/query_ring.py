@@ -62,6 +62,11 @@ class QueryRing:
         """Whether one more request can own a row."""
         return any(map(_is_gone, self._owners))
 
+    @property
+    def owned(self) -> int:
+        """Requests that own a row."""
+        return sum(not _is_gone(owner) for owner in self._owners)
+
     def admit(self, req: Req) -> None:
         """Give an admitted request its row. Raises RuntimeError without room."""
         cache = cache_of(req)

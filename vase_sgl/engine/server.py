@@ -174,6 +174,8 @@ def written_out(argv: list[str]) -> list[str]:
         merged: list[str] = ConfigArgumentMerger(parser).merge_config_with_args(argv)
     except (OSError, yaml.YAMLError) as error:
         raise WorkerError(f"--config: {error}") from error
+    except AttributeError as error:  # of names that are numbers or the like
+        raise WorkerError("--config: the names of flags must be text") from error
     return merged
 
 

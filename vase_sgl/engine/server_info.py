@@ -64,6 +64,7 @@ def describe(scheduler: Any) -> dict[str, Any]:
         "page_size": scheduler.tree_cache.page_size,
         "running_requests": len(scheduler.running_batch.reqs),
         "waiting_requests": _waiting(scheduler),
+        "query_requests": pool.query_ring.owned,
         "max_running_requests": scheduler.max_running_requests,
         "rounds": pool.compaction.rounds,
         "evicted_tokens": pool.compaction.evicted_tokens,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -45,18 +46,25 @@ def search_far_enough(result: Any, *args: Any, **kwargs: Any) -> None:
 def from_a_character_on(original: Callable[..., str], req: Req, new_accepted_len: int = 1) -> str:
     """AROUND `Req.tail_str`: the end of the answer, from where a character begins.
 
-    Where tokens are single bytes (`byte_fallback`), those behind a half character are no text
+    Where tokens may be single bytes (`byte_fallback`), those behind a half character are no text
     either, and a stop string among them would be missed. A character has four bytes at most: one of
     four beginnings is its own. Of these the text with the fewest bytes that are none; the shortest,
     if several have as few.
     """
     text = original(req, new_accepted_len)
-    if INCOMPLETE not in text:
+    if not text.startswith(INCOMPLETE) or not _falls_back_to_bytes(req.tokenizer):
         return text
     tokens = req._stop_match_tail_len(new_accepted_len)
     longer = range(tokens + 1, min(tokens + 3, len(req.output_ids)) + 1)
     texts = [text, *(req.tokenizer.decode(req.output_ids[-count:]) for count in longer)]
     return min(texts, key=lambda each: each.count(INCOMPLETE))
+
+
+@functools.cache
+def _falls_back_to_bytes(tokenizer: Any) -> bool:
+    """As SentencePiece does. Others decode what is behind half a character."""
+    vocabulary: dict[str, int] = getattr(tokenizer, "get_vocab", dict)()
+    return "<0x41>" in vocabulary
 
 
 def may_have_begun(req: Req) -> bool:

@@ -88,6 +88,11 @@ class WorkerLoad:
             told,
             reserved_slots=max(told.reserved_slots, self.reserved),
             running_requests=max(told.running_requests, self.in_flight),
+            query_requests=(
+                None
+                if told.query_requests is None
+                else max(told.query_requests, self.query_readers)
+            ),
         )
 
     def has_room(self, need: Need, *, without_leases_from: int | None = None) -> bool:

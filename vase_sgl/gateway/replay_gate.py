@@ -140,8 +140,10 @@ class ReplayGate(Generic[T]):
             return True
         if info.running_requests >= (info.max_running_requests or math.inf):
             return False
-        # How many of those that run read queries it does not say: at most all.
-        if need.reads_queries and info.running_requests >= (info.max_query_requests or math.inf):
+        readers = info.query_requests
+        if readers is None:  # at most all
+            readers = info.running_requests
+        if need.reads_queries and readers >= (info.max_query_requests or math.inf):
             return False
         left = info.unreserved_slots - need.slots_at_most(info)
         return left >= self._spare_share * info.total_slots

@@ -456,6 +456,7 @@ def worker_info(answer: Mapping[str, Any]) -> WorkerInfo:
     default = first.get("default")
     ring = first["slots"].get("query_ring")
     totals = [int(state["slots"]["total"]) for state in states]
+    readers = [state.get("query_requests") for state in states]
     return WorkerInfo(
         fingerprint={str(k): str(v) for k, v in first["fingerprint"].items()},
         default_eviction=None if default is None else dict(default),
@@ -474,6 +475,7 @@ def worker_info(answer: Mapping[str, Any]) -> WorkerInfo:
         waiting_requests=sum(int(state.get("waiting_requests", 0)) for state in states),
         max_running_requests=_sum(state.get("max_running_requests") for state in states),
         max_query_requests=_sum(state["limits"].get("max_requests") for state in states),
+        query_requests=None if None in readers else sum(map(int, readers)),
         query_ring_slots=None if ring is None else float(ring),
         prefix_cache=bool(first.get("prefix_cache", True)),
         page_size=int(first.get("page_size", 1)),

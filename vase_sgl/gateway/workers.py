@@ -125,6 +125,7 @@ class WorkerInfo:
     waiting_requests: requests it has that do not decode yet: in its queue or their prefill.
     max_running_requests: requests its scheduler runs at once, if it says so.
     max_query_requests: of these, requests whose policy reads queries, if it says so.
+    query_requests: such requests that it has, if it says so.
     query_ring_slots: what each of them has beside its slots, in slots, if it says so.
     prefix_cache, page_size: how its slots are shared and handed out.
     can_inspect: it has a folder for what inspected requests kept.
@@ -148,6 +149,7 @@ class WorkerInfo:
     waiting_requests: int = 0
     max_running_requests: int | None = None
     max_query_requests: int | None = None
+    query_requests: int | None = None
     query_ring_slots: float | None = None
     prefix_cache: bool = True
     page_size: int = 1
