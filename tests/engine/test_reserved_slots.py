@@ -15,7 +15,7 @@ from vase_sgl.engine.server_info import describe
 from vase_sgl.engine.slots import Slots
 from vase_sgl.eviction import EvictionParams
 from vase_sgl.gateway.need import Need, max_prompt_tokens
-from vase_sgl.gateway.worker_http import worker_info
+from vase_sgl.gateway.worker_answers import worker_info
 from vase_sgl.gateway.workers import WorkerRequest
 
 

@@ -25,7 +25,7 @@ from vase_sgl.engine import fingerprint, platform_cpu, server_info
 from vase_sgl.engine.config import WORKER_TOKEN, engine_config
 from vase_sgl.engine.weights import WeightsNotFound, tokenizer_digest, weights_digest
 from vase_sgl.gateway.errors import WorkerUnavailable
-from vase_sgl.gateway.worker_http import worker_info
+from vase_sgl.gateway.worker_answers import worker_info
 
 _OLD, _NEW = "a" * 40, "b" * 40
 

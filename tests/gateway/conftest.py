@@ -13,7 +13,7 @@ import uvloop
 
 from tests.gateway.postgres import postgres_server
 from tests.gateway.running import Running, run_gateway
-from vase_sgl.gateway import worker_http
+from vase_sgl.gateway import worker_answers
 
 _numbers = itertools.count()
 
@@ -32,7 +32,7 @@ async def running(tmp_path: Path) -> AsyncIterator[Running]:
 @pytest.fixture
 def long_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens of 30 kB may be, so that few of them fill what lies between worker and client."""
-    monkeypatch.setattr(worker_http, "MAX_TOKEN_CHARS", 2**15)
+    monkeypatch.setattr(worker_answers, "MAX_TOKEN_CHARS", 2**15)
 
 
 @pytest.fixture(scope="session")

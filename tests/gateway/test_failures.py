@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.gateway.running import Running, run_gateway, until
 from tests.gateway.scripted_worker import ScriptedWorker
 from vase_sgl.client import NEVER, AsyncClient, Client, InvalidRequest, Unavailable, VaseError
-from vase_sgl.gateway import logs, worker_http
+from vase_sgl.gateway import logs, worker_answers, worker_http
 from vase_sgl.gateway.audit import AuditStore
 from vase_sgl.gateway.config import load_config
 from vase_sgl.gateway.errors import LimitExceeded
@@ -139,7 +139,7 @@ async def test_a_worker_that_sends_more_than_was_asked_for_is_cut_off(
     if what == "tokens":
         running.worker.faults.unasked_tokens = 2000
     else:
-        running.worker.padding = worker_http.MAX_TOKEN_CHARS
+        running.worker.padding = worker_answers.MAX_TOKEN_CHARS
     running.worker.token_seconds = 0.002
     async with AsyncClient(running.target, key, retry=NEVER) as bob:
         stream, tokens = bob.generate("tell me", max_new_tokens=5), 0

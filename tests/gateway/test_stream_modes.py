@@ -13,7 +13,8 @@ import pytest
 from tests.gateway.running import run_gateway
 from tests.gateway.scripted_worker import ScriptedWorker
 from vase_sgl.gateway.errors import WorkerUnavailable
-from vase_sgl.gateway.worker_http import _NOT_UNDERSTOOD, MAX_TOKEN_CHARS, HttpWorker, _Output
+from vase_sgl.gateway.worker_answers import MAX_TOKEN_CHARS, NOT_UNDERSTOOD, Output
+from vase_sgl.gateway.worker_http import HttpWorker
 
 
 def _event(text: str, token_ids: list[int], total: int, reason: str | None = None) -> Any:
@@ -36,7 +37,7 @@ def encoded(event: Any) -> bytes:
     ids=["cumulative", "incremental", "incremental after an empty event"],
 )
 def test_both_add_up_to_the_same(events: list[Any]) -> None:
-    output = _Output(10)
+    output = Output(10)
     chunks = [chunk for event in events for chunk in output.chunks([encoded(event)])]
     assert (chunks[-2].text, tuple(chunks[-2].token_ids)) == ("abc", (1, 2, 3))
     assert (chunks[-1].text, tuple(chunks[-1].token_ids)) == ("abcd", (1, 2, 3, 4))
@@ -44,7 +45,7 @@ def test_both_add_up_to_the_same(events: list[Any]) -> None:
 
 
 def test_what_came_together_is_one_chunk_and_an_error_ends_it() -> None:
-    output = _Output(10)
+    output = Output(10)
     (first,) = output.chunks([encoded(_event("a", [1], 1)), encoded(_event("bc", [2, 3], 3))])
     assert (first.text, tuple(first.token_ids)) == ("abc", (1, 2, 3))
     assert list(output.chunks([b"[DONE]"])) == []
@@ -72,7 +73,7 @@ def test_every_round_is_seen_however_much_comes_together() -> None:
             "digest": f"{rounds:016x}",
         }
         events.append(encoded(event))
-    chunks = list(_Output(10).chunks(events))
+    chunks = list(Output(10).chunks(events))
     assert [(c.cache.rounds, len(c.token_ids)) for c in chunks if c.cache] == [
         (1, 2),
         (2, 4),
@@ -81,7 +82,7 @@ def test_every_round_is_seen_however_much_comes_together() -> None:
 
 
 def test_lost_output_is_an_error() -> None:
-    output = _Output(10)
+    output = Output(10)
     list(output.chunks([encoded(_event("a", [1], 1))]))
     with pytest.raises(WorkerUnavailable, match="lost output"):
         list(output.chunks([encoded(_event("d", [4], 4))]))
@@ -97,7 +98,7 @@ def test_more_than_was_asked_for_is_an_error(
     incremental: bool, text: str, tokens: int, problem: str
 ) -> None:
     """What came before it stays as it was."""
-    output = _Output(3)
+    output = Output(3)
     ids = list(range(tokens))
     bad = _event(text, ids[2:], tokens) if incremental else _event("ab" + text, ids, tokens)
     seen: list[Any] = []
@@ -109,7 +110,7 @@ def test_more_than_was_asked_for_is_an_error(
 
 @pytest.mark.parametrize("incremental", [False, True])
 def test_tokens_may_be_long(incremental: bool) -> None:
-    output, text = _Output(3), " " * MAX_TOKEN_CHARS
+    output, text = Output(3), " " * MAX_TOKEN_CHARS
     events = [_event(text, [0], 1), _event(3 * text, [0, 1, 2], 3, "length")]
     if incremental:
         events[1] = _event(2 * text, [1, 2], 3, "length")
@@ -119,10 +120,10 @@ def test_tokens_may_be_long(incremental: bool) -> None:
 
 @pytest.mark.parametrize("wrong", [None, "1", 1.5, 2**31], ids=str)
 def test_what_is_no_token_is_not_understood(wrong: Any) -> None:
-    output = _Output(10)
+    output = Output(10)
     list(output.chunks([encoded(_event("a", [1], 1))]))
     seen: list[Any] = []
-    with pytest.raises(_NOT_UNDERSTOOD):
+    with pytest.raises(NOT_UNDERSTOOD):
         for chunk in output.chunks(
             [encoded(_event("b", [2], 2)), encoded(_event("cd", [3, wrong], 4))]
         ):
@@ -132,7 +133,7 @@ def test_what_is_no_token_is_not_understood(wrong: Any) -> None:
 
 def test_a_long_answer_takes_few_bytes_a_token() -> None:
     """A gateway holds as many of them as it has calls."""
-    tokens, output = 20_000, _Output(20_000)
+    tokens, output = 20_000, Output(20_000)
     tracemalloc.start()
     try:
         for end in range(100, tokens + 1, 100):

@@ -27,7 +27,8 @@ from vase_sgl.gateway.leases import Lease, WorkerLoad
 from vase_sgl.gateway.need import Need
 from vase_sgl.gateway.replay_gate import ReplayGate
 from vase_sgl.gateway.router import WorkerRouter
-from vase_sgl.gateway.worker_http import HttpWorker, worker_info
+from vase_sgl.gateway.worker_answers import worker_info
+from vase_sgl.gateway.worker_http import HttpWorker
 from vase_sgl.gateway.workers import CacheStats, WorkerChunk, WorkerInfo
 from vase_sgl.worker_key import WORKER_KEY
 
