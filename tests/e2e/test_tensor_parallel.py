@@ -23,6 +23,7 @@ from tests.engine.independent_decoder import (
     LAYERS,
     IndependentDecoder,
     answer_length,
+    clear_answer,
     weights_in,
 )
 from tests.engine.tiny_model import write_weights
@@ -85,14 +86,16 @@ def test_two_ranks_keep_what_one_keeps(
         "prompt": mode,
         "seed": 2**40 + 7,
     }
-    decoder = IndependentDecoder(weights_in(checkpoint / "model.safetensors"), vase)
+    weights = weights_in(checkpoint / "model.safetensors")
     new = answer_length(mode, len(PROMPT))
-    expected = decoder.generate(PROMPT, new)
+    prompt, expected, decoder = clear_answer(
+        lambda: IndependentDecoder(weights, vase), len(PROMPT), new
+    )
     answer = two_ranks.http.post(
         "/generate",
         json={
             "rid": rid,
-            "input_ids": PROMPT,
+            "input_ids": prompt,
             "sampling_params": {
                 "max_new_tokens": new,
                 "temperature": 0,

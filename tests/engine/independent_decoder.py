@@ -6,8 +6,11 @@ position. Slow and plain, for the tiny model alone.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
+import numpy
 import torch
 from safetensors.torch import load_file
 from vase_kernels.reference import chain, format_digest, round_sum
@@ -15,6 +18,8 @@ from vase_kernels.reference import chain, format_digest, round_sum
 from tests.kernels import oracle
 
 LAYERS, HEADS, KV_HEADS, DIM = 2, 4, 2, 16
+#: Relative distance of two keys that no rounding in float32 bridges.
+_CLEAR = 1e-5
 Row = tuple[torch.Tensor, torch.Tensor, int]
 
 
@@ -127,6 +132,7 @@ class IndependentDecoder:
                 attention_scale=self.attention_scale,
             )
             count = len(unpinned[0]) - budget
+            self._refuse_near_ties(key, count)
             victims = oracle.victims(key, positions, count)
             self.forgotten[-1].append(
                 [[int(positions[head][c]) for c in gone] for head, gone in enumerate(victims)]
@@ -134,6 +140,17 @@ class IndependentDecoder:
             for head, gone in enumerate(victims):
                 self._overwrite(unpinned[head], gone, budget, window)
                 self.rows[layer][head][self.pinned :] = unpinned[head]
+
+    def _refuse_near_ties(self, key: oracle.FloatArray, count: int) -> None:
+        """Where the last victim and the first that stays differ by rounding, each CPU has its own
+        answer. A token that comes twice has keys of one norm in the first layer, for instance."""
+        ordered = numpy.sort(key, axis=1)
+        last, first = ordered[:, count - 1], ordered[:, count]
+        near = first - last < _CLEAR * abs(first)
+        if self.kv_dtype != torch.float32:
+            near &= first != last  # rounded to the same number on every CPU
+        if near.any():
+            raise NearTie(f"round {self.round} of {self.vase}")
 
     @staticmethod
     def _overwrite(rows: list[Row], gone: list[int], budget: int, window: int) -> None:
@@ -143,6 +160,22 @@ class IndependentDecoder:
         for column, row in zip([c for c in gone if c < budget], moved, strict=True):
             rows[column] = row
         del rows[budget:]
+
+
+class NearTie(Exception):
+    """Rounding would decide who stays."""
+
+
+def clear_answer(
+    make: Callable[[], IndependentDecoder], length: int, new: int
+) -> tuple[list[int], list[int], IndependentDecoder]:
+    """A prompt of `length` tokens without near ties, its answer, and the decoder that gave it."""
+    for start in range(length, length + 50):
+        prompt = [2 + (17 * i + start) % 250 for i in range(length)]
+        decoder = make()
+        with contextlib.suppress(NearTie):
+            return prompt, decoder.generate(prompt, new), decoder
+    raise AssertionError(f"50 prompts of {length} tokens, each with a near tie")
 
 
 def answer_length(prompt_mode: str, length: int) -> int:

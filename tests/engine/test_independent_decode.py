@@ -17,6 +17,7 @@ from tests.engine.independent_decoder import (
     LAYERS,
     IndependentDecoder,
     answer_length,
+    clear_answer,
     weights_of,
 )
 from tests.engine.scheduler_harness import SteppedScheduler
@@ -58,10 +59,10 @@ def test_tokens_equal_the_independent_decoder(
     """`production`: overlap loop and prefix cache on, and the prompt already in the tree."""
     assert CONFIG["num_hidden_layers"] == LAYERS
     vase = {"budget": 24, "window": 8, "policy": policy, "prompt": prompt_mode, "seed": 2**40 + 7}
-    prompt = [2 + (17 * i + length) % 250 for i in range(length)]
+    weights, kv_dtype = weights_of(stepped), _kv_dtype(stepped)
     new = answer_length(prompt_mode, length)
-    expected = IndependentDecoder(weights_of(stepped), vase, kv_dtype=_kv_dtype(stepped)).generate(
-        prompt, new
+    prompt, expected, _ = clear_answer(
+        lambda: IndependentDecoder(weights, vase, kv_dtype=kv_dtype), length, new
     )
     stepped.configure(overlap=production, prefix_cache=production)
     if production:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.engine.independent_decoder import IndependentDecoder, weights_in
+from tests.engine.independent_decoder import IndependentDecoder, clear_answer, weights_in
 from tests.eval.tiny_forced import write_tiny_folder
 from vase_sgl.eval.forced import ForcedModel
 from vase_sgl.eviction import POLICIES, EvictionParams
@@ -47,9 +47,9 @@ def test_tokens_digests_and_kept_rows_equal_the_independent_decoder(
 ) -> None:
     """One half forced, one half greedy, so that both ways in are compared."""
     vase = {"budget": 24, "window": 8, "policy": policy, "prompt": prompt_mode, "seed": 2**40 + 7}
-    decoder = IndependentDecoder(weights_in(tiny_folder / "model.safetensors"), vase)
-    expected = decoder.generate(PROMPT[:length], 70)
-    session = tiny.start(PROMPT[:length], [EvictionParams.parse(vase)])
+    weights = weights_in(tiny_folder / "model.safetensors")
+    prompt, expected, decoder = clear_answer(lambda: IndependentDecoder(weights, vase), length, 70)
+    session = tiny.start(prompt, [EvictionParams.parse(vase)])
     session.force(expected[:35])
     assert session.greedy(35)[0].tolist() == expected[35:]
     report = session.report(0)
@@ -72,13 +72,14 @@ def test_policies_score_by_the_model_s_own_scale(tmp_path: Path) -> None:
     )
     vase = {"budget": 24, "window": 8, "policy": "snapkv", "seed": 7}
     weights = weights_in(folder / "model.safetensors")
-    decoder = IndependentDecoder(weights, vase, attention_scale=1.0)
-    expected = decoder.generate(PROMPT, 70)
-    session = ForcedModel(folder, torch.float32).start(PROMPT, [EvictionParams.parse(vase)])
+    prompt, expected, decoder = clear_answer(
+        lambda: IndependentDecoder(weights, vase, attention_scale=1.0), len(PROMPT), 70
+    )
+    session = ForcedModel(folder, torch.float32).start(prompt, [EvictionParams.parse(vase)])
     assert session.greedy(70)[0].tolist() == expected
     assert session.report(0).digest == decoder.digest()
     usual = IndependentDecoder(weights, vase)
-    usual.generate(PROMPT, 70)
+    usual.generate(prompt, 70)
     assert usual.digest() != decoder.digest()
 
 
