@@ -186,14 +186,6 @@ def test_the_largest_request_of_full_length_is_let_in(stepped: SteppedScheduler,
     assert lengths == {"large": min(new, 368), "behind": 3, "budget": 30}
 
 
-def test_embeddings_are_no_neighbours_of_tokens(stepped: SteppedScheduler) -> None:
-    """In one prefill; it would end the scheduler."""
-    for index, fields in enumerate([{}, {"input_embeds": [[0.1] * 64] * 3}, {}]):
-        stepped.submit(f"r{index}", PROMPT[:3], max_new_tokens=5, fields=fields)
-    stepped.run()
-    assert [len(stepped.answers[f"r{index}"].tokens) for index in range(3)] == [5, 5, 5]
-
-
 @pytest.mark.parametrize("budget", [390, 391])
 def test_the_largest_budget_that_the_pool_can_run(stepped: SteppedScheduler, budget: int) -> None:
     """One that upstream would never let in is refused, else it would wait for ever."""

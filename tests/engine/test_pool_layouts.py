@@ -40,7 +40,7 @@ _SLOW = pytest.mark.skipif("VASE_TEST_SLOW" not in os.environ, reason="set VASE_
     ("variable", "value", "tests"),
     [
         ("VASE_TEST_PAGE_SIZE", "16", _PAGED),
-        ("VASE_TEST_DTYPE", "bfloat16", _CUTS),
+        ("VASE_TEST_DTYPE", "bfloat16", (*_CUTS, "tests/engine/bfloat16_model.py")),
         pytest.param("VASE_TEST_KV_DTYPE", "fp8_e5m2", _FLOAT8, marks=_SLOW),
         ("VASE_TEST_KV_DTYPE", "fp8_e4m3", _FLOAT8),
     ],

@@ -156,6 +156,12 @@ _CHECKS: tuple[_Check, ...] = (
     ),
     (
         "input_embeds",
+        lambda request, model: request.input_embeds is None or model.dtype == torch.bfloat16,
+        "SGLang computes them in bfloat16, and this worker's model in another type; start it with "
+        "--dtype bfloat16, or send token ids",
+    ),
+    (
+        "input_embeds",
         _has_rows_of_embeds,
         "every token must have {model.hidden_size} finite numbers, and sessions take none",
     ),
