@@ -4,7 +4,8 @@ Decode: upstream's torch_native backend decodes one request after another in Pyt
 whose rows are about equally long go through one call of torch's flash attention. A request's row is
 padded to a length that follows from its own length alone, and flash attention computes every
 (request, KV head) by itself, on any of its threads. So the bits do not depend on the batch, as long
-as all threads' scratch is aligned alike (`padded_shape`).
+as all threads' scratch is aligned alike (`padded_shape`) and there are two of them at least: a single
+one is left to BLAS, which cuts its sums among the threads.
 
 Prefill: upstream's shape is the whole row's, so a token's bits depend on where its prompt was cut:
 into chunks, by neighbours, at a cached prefix. Here queries go in blocks of fixed height at fixed
@@ -155,7 +156,13 @@ class BatchInvariantBackend(TorchNativeAttnBackend):
             bytes_a_column = k_cache[0].numel() * query.element_size()
             shapes = [padded_shape(n, grouped, head_dim) for n in seq_lens.tolist()]
             self._groups = _group(
-                req_to_token, req_pool_indices, seq_lens, shapes, bytes_a_column, query.dtype
+                req_to_token,
+                req_pool_indices,
+                seq_lens,
+                shapes,
+                bytes_a_column,
+                query.dtype,
+                least=-(-2 // kv_heads),
             )
         for group in self._groups:
             n = len(group.members)
@@ -278,8 +285,12 @@ def _group(
     shapes: list[tuple[int, int]],
     bytes_a_column: int,
     dtype: torch.dtype,
+    least: int,
 ) -> list[_Group]:
-    """Group a batch by padded shape, and cut groups to what the scratch is meant to hold."""
+    """Group a batch by padded shape, and cut groups to what the scratch is meant to hold.
+
+    A group of fewer than `least` has its one request twice.
+    """
     members: dict[tuple[int, int], list[int]] = {}
     for index, shape in enumerate(shapes):
         members.setdefault(shape, []).append(index)
@@ -287,7 +298,8 @@ def _group(
     for (columns, queries), indices in sorted(members.items()):
         count = max(1, _SCRATCH_BYTES // (columns * bytes_a_column))
         for start in range(0, len(indices), count):
-            chosen = torch.tensor(indices[start : start + count])
+            part = indices[start : start + count]
+            chosen = torch.tensor(part * least if len(part) < least else part)
             row = torch.arange(columns)
             inside = row < seq_lens[chosen, None]
             # Slots of other requests, or nobody's, may hold NaN, which a mask does not stop.
