@@ -48,7 +48,8 @@ def raise_limit(config: GatewayConfig) -> None:
 def out_of_files(error: OSError) -> LimitExceeded | None:
     """What to tell the caller if a connection failed for want of a file; else None."""
     number = error.errno
-    if isinstance(error, socket.gaierror):  # which has numbers of its own
+    # The resolver has numbers of its own, and uvloop's sometimes says no more than EINVAL.
+    if isinstance(error, socket.gaierror) or number == errno.EINVAL:
         number = _errno_of_opening()
     if number == errno.EMFILE:
         limit = f"{resource.getrlimit(resource.RLIMIT_NOFILE)[0]} open files of its process"
