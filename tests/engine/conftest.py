@@ -23,7 +23,7 @@ from tests.engine.scheduler_harness import SteppedScheduler  # noqa: E402
 from tests.engine.tiny_model import write_tiny_model  # noqa: E402
 
 
-@pytest.fixture(params=[1, 2, 3])
+@pytest.fixture(params=[1, 3, 4])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     """Threads of torch. Each has scratch of its own in kernels, aligned in its own way; the bits
     must not follow the thread."""

@@ -41,28 +41,13 @@ class TestLinear:
         def linear(part: torch.Tensor) -> torch.Tensor:
             return torch.nn.functional.linear(part, weight)
 
-        whole = linear_cpu.in_tiles(linear, x, tile)
+        tiling = linear_cpu.tiling(linear, inputs, dtype, tile)
+        whole = linear_cpu.in_tiles(linear, x, *tiling)
         torch.testing.assert_close(whole, linear(x), rtol=2e-2, atol=1e-3)
         for start in (0, 1, 15, 70):
             for rows in (1, 2, 3, 7, 16, 17, 33, 64, 65):
-                part = linear_cpu.in_tiles(linear, x[start : start + rows], tile)
-                assert torch.equal(part, whole[start : start + rows])
-
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-    def test_tiles_at_once_have_the_bits_of_tiles_alone(
-        self, dtype: torch.dtype, threads: int
-    ) -> None:
-        generator = torch.Generator().manual_seed(2)
-        weight = torch.randn(576, 1536, generator=generator).to(dtype)
-
-        def linear(part: torch.Tensor) -> torch.Tensor:
-            return torch.nn.functional.linear(part, weight)
-
-        at_once = linear_cpu.tiles_at_once(linear, 1536, dtype, 16)
-        for rows in (1, 16, 17, 48, 64, 150):
-            x = torch.randn(rows, 1536, generator=generator).to(dtype)
-            alone = linear_cpu.in_tiles(linear, x, 16)
-            assert torch.equal(linear_cpu.in_tiles(linear, x, 16, at_once), alone)
+                part = linear_cpu.in_tiles(linear, x[start : start + rows], *tiling)
+                assert torch.equal(part, whole[start : start + rows]), tiling
 
     @pytest.mark.parametrize("fast", [False, True])
     @pytest.mark.parametrize("extending", [False, True])
@@ -116,19 +101,40 @@ class TestLinear:
         linear_cpu.warn_of_slow_products(torch.bfloat16)
         assert ("for bfloat16" in caplog.text and "--dtype float32" in caplog.text) is not fast
 
-    def test_a_product_whose_bits_depend_on_the_height_is_done_tile_by_tile(self) -> None:
-        def same_up_to(most: int) -> linear_cpu.Linear:
-            return lambda part: part * (1 if len(part) <= most else 1 + 2**-20)
+    @pytest.mark.parametrize(("most", "at_once"), [(16, 1), (32, 2), (64, 4)])
+    def test_a_product_whose_bits_depend_on_the_height_is_done_tile_by_tile(
+        self, most: int, at_once: int
+    ) -> None:
+        def linear(part: torch.Tensor) -> torch.Tensor:
+            return part * (1 if len(part) <= most else 1 + 2**-20)
 
-        for most, expected in ((16, 1), (32, 2), (64, 4)):
-            linear = same_up_to(most)
-            assert linear_cpu.tiles_at_once(linear, 8, torch.float32, 16) == expected
+        assert linear_cpu.tiling(linear, 8, torch.float32, 16) == (16, at_once)
+
+    def test_four_tiles_go_at_once_only_where_two_may(self) -> None:
+        """What is left of a batch goes two at a time."""
+
+        def linear(part: torch.Tensor) -> torch.Tensor:
+            return part * (1 + 2**-20 if len(part) == 32 else 1)
+
+        assert linear_cpu.tiling(linear, 8, torch.float32, 16) == (16, 1)
+
+    @pytest.mark.parametrize(("share", "height"), [(16, 8), (5, 4), (3, 2), (2, 1)])
+    def test_a_product_whose_bits_depend_on_the_place_has_lower_tiles(
+        self, share: int, height: int
+    ) -> None:
+        """As where threads take `share` rows each, the last of which is for another kernel."""
+
+        def linear(part: torch.Tensor) -> torch.Tensor:
+            others = torch.arange(len(part)) % share == share - 1
+            return part * torch.where(others, 1 + 2**-20, 1)[:, None]
+
+        assert linear_cpu.tiling(linear, 8, torch.float32, 16) == (height, 1)
 
     def test_a_difference_that_rounding_nearly_hides_is_found(self) -> None:
         def linear(part: torch.Tensor) -> torch.Tensor:
-            return part if len(part) == 1 else torch.where(part > 2.5, part + 1, part)
+            return part if len(part) == 1 else torch.where(part > 4, part + 1, part)
 
-        assert linear_cpu.tiles_at_once(linear, 8, torch.bfloat16, linear_cpu.ROW) == 1
+        assert linear_cpu.tiling(linear, 8, torch.bfloat16, linear_cpu.ROW) == (1, 1)
 
     @pytest.mark.parametrize("rows", [0, 1, 16, 40, 64, 65, 112, 150])
     def test_every_row_once_and_in_order(self, rows: int) -> None:

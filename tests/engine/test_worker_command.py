@@ -60,15 +60,22 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("given", [None, "0"])
-@pytest.mark.parametrize("name", [server.SANITIZE_LOGITS, server.NO_COMPILER])
-def test_a_cpu_makes_logits_finite_and_compiles_nothing(
-    served: list[str], tiny_model: Path, name: str, given: str | None
+@pytest.mark.parametrize(
+    ("name", "default"),
+    [
+        (server.SANITIZE_LOGITS, "1"),
+        (server.NO_COMPILER, "1"),
+        (server.REPRODUCIBLE_MKL, "AUTO,STRICT"),
+    ],
+)
+def test_a_cpu_makes_logits_finite_compiles_nothing_and_rounds_alike(
+    served: list[str], tiny_model: Path, name: str, default: str, given: str | None
 ) -> None:
     inherited = os.environ.get(WORKER_TOKEN)
     os.environ.pop(name, None)
     os.environ.update({} if given is None else {name: given})
     assert server.main(["--model-path", str(tiny_model)]) == 0
-    assert os.environ[name] == (given or "1")
+    assert os.environ[name] == (given or default)
     assert os.environ[WORKER_TOKEN] != inherited
 
 

@@ -4,8 +4,8 @@ Decode: upstream's torch_native backend decodes one request after another in Pyt
 whose rows are about equally long go through one call of torch's flash attention. A request's row is
 padded to a length that follows from its own length alone, and flash attention computes every
 (request, KV head) by itself, on any of its threads. So the bits do not depend on the batch, as long
-as all threads' scratch is aligned alike (`padded_shape`) and there are two of them at least: a single
-one is left to BLAS, which cuts its sums among the threads.
+as all threads' scratch is aligned alike (`padded_shape`) and there are two of them at least: a
+single one is left to BLAS, which cuts its sums among the threads.
 
 Prefill: upstream's shape is the whole row's, so a token's bits depend on where its prompt was cut:
 into chunks, by neighbours, at a cached prefix. Here queries go in blocks of fixed height at fixed

@@ -1,10 +1,15 @@
 """Batch-invariant linear layers on CPU.
 
 A GEMM's rounding depends on its number of rows M, so a request's logits would depend on how many
-others share the batch. With M fixed, a row's result is independent of its place and neighbours
-(`tests/engine/test_cpu_platform.py`). So rows are cut into tiles of a fixed height, the last one
-padded with zeros. Tiles read the weights again and again, so several are multiplied at once where
-a trial shows that this machine's BLAS gives the same bits.
+others share the batch. With M fixed, a row's result is independent of its neighbours, and with most
+kernels of its place (`tests/engine/test_cpu_platform.py`). So rows are cut into tiles of a fixed
+height, the last one padded with zeros. Tiles read the weights again and again, so several are
+multiplied at once.
+
+Kernels round a row by its place where threads get unequal shares of the rows, or shares that end in
+rows for another kernel: MKL's for AVX2 with four threads, oneDNN's for bfloat16 on AVX-512 without
+AVX512_BF16 with three. So a trial of each product, in the forward that first needs it, decides how
+high tiles may be and how many go at once.
 
 A CPU for whose bfloat16 or float16 oneDNN has no kernels (x86 without AVX-512, say) multiplies a
 tile of 16 rows no faster than 16 single rows. There decode goes row by row, which costs what
@@ -22,15 +27,18 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-#: Tile heights: decode batches are small, prefills long. A row is always in the same kind.
+#: Largest tile heights: decode batches are small, prefills long. A row is always in the same kind.
 DECODE_TILE = 16
 EXTEND_TILE = 64
 #: Decode's tile where products of several rows are no faster than products of one.
 ROW = 1
-#: Tiles multiplied at once, if the bits are those of one at a time.
-_TILES_AT_ONCE = (4, 2)
-#: Rows of the trial for that: bfloat16 hides most differences, so that few rows would show none.
-_TRIAL_ROWS = 64
+#: Most tiles multiplied at once.
+_TILES_AT_ONCE = 4
+#: Results compared in a trial, and rows at least: bfloat16 hides most differences, so that few
+#: would show none.
+_TRIAL_RESULTS, _TRIAL_ROWS = 2**18, 64
+#: How far a trial's rows are moved: past the border of whatever two kernels share a tile.
+_TRIAL_SHIFTS = (0, 1, 5, 11, 23)
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 
@@ -38,7 +46,7 @@ Linear = Callable[[torch.Tensor], torch.Tensor]
 def in_tiles(linear: Linear, x: torch.Tensor, tile: int, at_once: int = 1) -> torch.Tensor:
     """`linear` over x [rows, features] in tiles of `tile` rows; same value for any batch.
 
-    Up to `at_once` (a power of two) tiles go through one call; see `tiles_at_once`.
+    Up to `at_once` (a power of two) tiles go through one call; see `tiling`.
     """
     rows = x.shape[0]
     missing = -rows % tile
@@ -55,16 +63,42 @@ def in_tiles(linear: Linear, x: torch.Tensor, tile: int, at_once: int = 1) -> to
             return torch.cat(parts)[:rows]
 
 
-def tiles_at_once(linear: Linear, features: int, dtype: torch.dtype, tile: int) -> int:
-    """How many tiles one call may take with the bits of one tile at a time, from a trial."""
+def tiling(linear: Linear, features: int, dtype: torch.dtype, tallest: int) -> tuple[int, int]:
+    """Height of tiles and how many may go through one call, by trials.
+
+    The largest of `tallest`, its half, and so on with which a row's bits do not depend on its
+    place; at last single rows. Then twice as many at once as long as the bits stay the same.
+    """
+    tile, at_once = tallest, 1
+    while not _is_place_free(linear, rows := _trial(linear, features, dtype, tile), tile):
+        tile //= 2
+    alone = in_tiles(linear, rows, tile)
+    while at_once < _TILES_AT_ONCE and _gives(linear, rows, tile, 2 * at_once, alone):
+        at_once *= 2
+    return tile, at_once
+
+
+def _trial(linear: Linear, features: int, dtype: torch.dtype, tile: int) -> torch.Tensor:
+    """Random rows [rows, features], whole groups of as many tiles as may go at once."""
     generator = torch.Generator().manual_seed(0)
-    rows = max(_TILES_AT_ONCE[0] * tile, _TRIAL_ROWS)
-    x = torch.randn(rows, features, generator=generator).to(dtype)
-    alone = in_tiles(linear, x, tile)
-    for count in _TILES_AT_ONCE:
-        if torch.equal(torch.cat([linear(part) for part in x.split(count * tile)]), alone):
-            return count
-    return 1
+    results = linear(torch.zeros(tile, features, dtype=dtype)).shape[-1]
+    rows = max(_TRIAL_ROWS, _TRIAL_RESULTS // results)
+    rows += -rows % (_TILES_AT_ONCE * tile)
+    return torch.randn(rows, features, generator=generator).to(dtype)
+
+
+def _is_place_free(linear: Linear, rows: torch.Tensor, tile: int) -> bool:
+    return tile == ROW or _gives(linear, rows, tile, 1, in_tiles(linear, rows, tile))
+
+
+def _gives(
+    linear: Linear, rows: torch.Tensor, tile: int, at_once: int, expected: torch.Tensor
+) -> bool:
+    """Whether rows have the bits of `expected` wherever they are."""
+    return all(
+        torch.equal(in_tiles(linear, rows.roll(shift, 0), tile, at_once), expected.roll(shift, 0))
+        for shift in _TRIAL_SHIFTS
+    )
 
 
 @functools.cache
@@ -90,12 +124,15 @@ def warn_of_slow_products(dtype: torch.dtype) -> None:
 
 
 def decode_tile(dtype: torch.dtype) -> int:
-    """Rows of a tile in decode steps, and of logits."""
+    """Most rows of a tile in decode steps, and of logits."""
     return DECODE_TILE if has_fast_products(dtype) else ROW
 
 
 def arithmetic(dtype: torch.dtype) -> str:
-    """Tile heights of decode and prefill, and the type of prefill's products: for a fingerprint."""
+    """Most rows of a tile in decode and prefill, and the type of prefill's products.
+
+    For a fingerprint: the rest follows from it, the CPU and the number of threads.
+    """
     wide = dtype if has_fast_products(dtype) else torch.float32
     return f"{decode_tile(dtype)}-{EXTEND_TILE}-{str(wide).removeprefix('torch.')}"
 
@@ -152,12 +189,23 @@ def note_forward_mode(result: Any, *args: Any, **kwargs: Any) -> None:
     _extending = not result.forward_mode.is_decode()
 
 
-def _tiled(linear: Linear, x: torch.Tensor, weight: torch.Tensor, tile: int) -> torch.Tensor:
-    shape = (weight.shape, weight.stride(), weight.dtype, tile)
+def _tiled(linear: Linear, x: torch.Tensor, weight: torch.Tensor, tallest: int) -> torch.Tensor:
+    shape = (weight.shape, weight.stride(), weight.dtype, tallest)
     if shape not in _trials:
-        _trials[shape] = tiles_at_once(linear, x.shape[-1], x.dtype, tile)
-    return in_tiles(linear, x, tile, _trials[shape])
+        _trials[shape] = tiling(linear, x.shape[-1], x.dtype, tallest)
+        if _trials[shape][0] < tallest:
+            logger.warning(
+                "with %d threads this CPU's matrix kernels round a row by its place: products of "
+                "%s weights %s go %d rows at a time instead of %d, which takes longer; another "
+                "number of threads may do without (OMP_NUM_THREADS, SGLANG_CPU_OMP_THREADS_BIND)",
+                torch.get_num_threads(),
+                str(weight.dtype).removeprefix("torch."),
+                list(weight.shape),
+                _trials[shape][0],
+                tallest,
+            )
+    return in_tiles(linear, x, *_trials[shape])
 
 
-#: Outcome of the trial for each kind of weight and tile, in this process.
-_trials: dict[tuple[Any, ...], int] = {}
+#: Outcome of the trials for each kind of weight and tile, in this process.
+_trials: dict[tuple[Any, ...], tuple[int, int]] = {}

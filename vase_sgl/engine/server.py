@@ -57,6 +57,9 @@ SANITIZE_LOGITS = "SGLANG_SANITIZE_NAN_LOGITS"
 #: torch's switch against compiling. SGLang has the repetition penalty compiled when it is first
 #: asked for: in the scheduler, which stands still for it, and ends where there is no C++ compiler.
 NO_COMPILER = "TORCHDYNAMO_DISABLE"
+#: MKL's switch for the same float32 products with any number of threads. Without it some CPUs'
+#: round a row by its place, and are then given fewer rows at a time (`linear_cpu`).
+REPRODUCIBLE_MKL = "MKL_CBWR"
 #: The second: an idle scheduler would spin on a core that others need.
 _CPU_SWITCHES = ("--disable-cuda-graph", "--sleep-on-idle")
 
@@ -80,6 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         os.environ[WORKER_TOKEN] = secrets.token_hex(8)
         if is_plain_cpu():
             os.environ.setdefault(SANITIZE_LOGITS, "1")
+            os.environ.setdefault(REPRODUCIBLE_MKL, "AUTO,STRICT")
             if "--enable-torch-compile" not in sglang_argv:
                 os.environ.setdefault(NO_COMPILER, "1")
             os.environ.update(served_model.environment_for(model_path))
