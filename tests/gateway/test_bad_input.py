@@ -136,6 +136,60 @@ async def test_what_only_a_raw_message_can_get_wrong(running: Running) -> None:
             await stub.GenerateOnce(pb.GenerateOnceRequest(request=request), metadata=metadata)
 
 
+#: Field 100 of any message, with the value 1.
+UNKNOWN = b"\xa0\x06\x01"
+
+
+def with_unknown(message: Any) -> Any:
+    """The same message as a newer client may send it."""
+    return type(message).FromString(message.SerializeToString() + UNKNOWN)
+
+
+@pytest.mark.parametrize(
+    ("method", "request_", "text"),
+    [
+        ("Generate", with_unknown(pb.GenerateRequest(text="a")), "the request: .* known are text,"),
+        (
+            "GenerateOnce",
+            pb.GenerateOnceRequest(request=with_unknown(pb.GenerateRequest(text="a"))),
+            "request: it has a field",
+        ),
+        (
+            "Generate",
+            pb.GenerateRequest(text="a", eviction=with_unknown(pb.EvictionParams(budget=99))),
+            "eviction: it has a field .* known are budget, window, policy, .*mix_lambda. Leave the",
+        ),
+        (
+            "Generate",
+            pb.GenerateRequest(text="a", sampling=with_unknown(pb.SamplingParams())),
+            "sampling: it has a field that this gateway, of vase_sgl .*, does not know; known are",
+        ),
+        ("Generate", pb.GenerateRequest(token_ids=with_unknown(pb.TokenIds(ids=[1]))), "token_ids"),
+        (
+            "Generate",
+            pb.GenerateRequest(chat=pb.Conversation(messages=[with_unknown(pb.ChatMessage())])),
+            r"chat: it has a field .* known are messages \(role, content\). Leave",
+        ),
+        ("Replay", with_unknown(pb.ReplayRequest()), "known are record_id"),
+        ("GetRecord", with_unknown(pb.GetRecordRequest()), "known are record_id"),
+        ("ListRecords", with_unknown(pb.ListRecordsRequest()), "known are .*since_unix_micros"),
+        ("GetCapacity", with_unknown(pb.GetCapacityRequest()), "known are .*prompt_tokens"),
+    ],
+)
+async def test_a_field_of_a_newer_client_is_not_set_aside(
+    running: Running, method: str, request_: Any, text: str
+) -> None:
+    call = getattr(running.client._stub, method)(request_, metadata=channels.metadata(running.key))
+    with pytest.raises(grpc.aio.AioRpcError, match=text) as error:
+        if method in ("Generate", "Replay"):
+            await call.read()
+        else:
+            await call
+    assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert running.worker.bodies == []
+    assert [r async for r in running.client.list_records()] == []
+
+
 async def test_pages_and_capacity_check_their_fields(running: Running) -> None:
     with pytest.raises(InvalidRequest, match="page_size: must be from 1 to 1000"):
         _ = [r async for r in running.client.list_records(page_size=1001)]

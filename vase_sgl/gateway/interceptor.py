@@ -24,6 +24,7 @@ from vase_sgl.gateway.errors import (
 )
 from vase_sgl.gateway.patience import Patience
 from vase_sgl.gateway.tenants import Tenant
+from vase_sgl.gateway.unknown_fields import parse_known
 from vase_sgl.gateway.validation import check_message_bytes
 
 #: Services anyone may call: probes and tools have no key.
@@ -87,7 +88,7 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
                 content = await self._message(context, None if caller is None else caller.name)
                 check_message_bytes(len(content), caller)
                 # Here and not by gRPC: nothing is parsed for strangers, and the error has a text.
-                message = _parse(handler, content)
+                message = _parse(handler, content, known=not open_to_all)
                 with telemetry.caller(context.invocation_metadata() or ()):
                     answer = await behaviour(message, context)
                 if answer is not None:  # of a unary call; a stream's were written as they came
@@ -181,10 +182,12 @@ async def write(context: Context, message: Message, stall_seconds: float | None)
         raise ClientGone from error
 
 
-def _parse(handler: grpc.RpcMethodHandler[Any, Any], request: bytes) -> Any:
-    assert handler.request_deserializer is not None
+def _parse(handler: grpc.RpcMethodHandler[Any, Any], request: bytes, *, known: bool) -> Any:
+    """The message. known: fields that it has beside those known here are an error."""
+    parse = handler.request_deserializer
+    assert parse is not None
     try:
-        return handler.request_deserializer(request)
+        return parse_known(parse, request) if known else parse(request)
     except DecodeError as error:
         raise InvalidRequest(
             "the message cannot be decoded; it is no message of this call, or was damaged"

@@ -7,7 +7,8 @@ Authentication: every VaseGateway call carries the metadata `authorization: Bear
 comes with a client certificate that stands for a tenant. Health checking and reflection are open.
 
 Status codes, the same for every call:
-  INVALID_ARGUMENT     a field is wrong or above a ceiling; the text names the field and the cure
+  INVALID_ARGUMENT     a field is wrong, above a ceiling, or not known to this gateway; the text
+                       names the field, or its message, and the cure
   UNAUTHENTICATED      no API key or certificate, or one that is unknown or revoked
   PERMISSION_DENIED    the tenant lacks the role for this call
   NOT_FOUND            no such record among the tenant's own
