@@ -211,9 +211,9 @@ async def _recorded(folder: Path) -> dict[str, dict[str, int]]:
         counts = {QUIET: Counter[str](), NOISY: Counter[str]()}
         for tenant, count in (await store.tenants()).items():
             stored = await store.latest(tenant, before=None, count=count + 1)
-            if len({entry.record.record_id for entry in stored}) != count:
+            if len({entry.record_id for entry in stored}) != count:
                 raise SystemExit(f"tenant {tenant} has records twice, or some are missing")
-            counts[tenant].update(entry.record.status for entry in stored)
+            counts[tenant].update(str(entry.status) for entry in stored)
         return {tenant: dict(sorted(found.items())) for tenant, found in counts.items()}
     finally:
         await store.close()

@@ -16,10 +16,12 @@ from typer.testing import CliRunner
 
 from tests.client.test_commands import environment, run
 from tests.gateway.running import Running, run_gateway, until
+from tests.gateway.test_newer_records import more, record_as_newer
 from vase_sgl.cli import build_app, replay_many
 from vase_sgl.cli.replay_many import is_chosen
 from vase_sgl.client import AsyncClient
 from vase_sgl.gateway import replay_gate
+from vase_sgl.gateway.audit.entries import FORMAT
 
 SINCE = ("replay", "--since", "2020-01-01")
 
@@ -166,6 +168,15 @@ async def test_what_cannot_be_replayed_is_counted(running: Running) -> None:
     assert "1 completed records in that time, 1 of the sample hold digests only" in output
     output, _ = await run(running, *SINCE, status=5)  # alice: one failed generation
     assert "0 completed records" in output
+
+
+async def test_records_of_a_newer_gateway_are_counted_and_the_others_replayed(
+    running: Running,
+) -> None:
+    await record_as_newer(running, more(format=FORMAT + 1))
+    output, _ = await run(running, *SINCE)
+    assert "1 of 1 completed records replayed" in output
+    assert output.rstrip().endswith("; 1 are of a newer gateway")
 
 
 async def test_two_runs_choose_the_same_records(running: Running, tmp_path: Path) -> None:

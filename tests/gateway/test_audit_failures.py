@@ -48,7 +48,7 @@ async def test_processes_share_a_chain(audit_url: str) -> None:
     assert await problems(audit_url) == {"t0": None, "t1": None, "t2": None}
     store = await AuditStore.open(audit_url)
     assert sum((await store.tenants()).values()) == 300
-    ids = {s.record.record_id for t in range(3) for s in await store.latest(
+    ids = {s.record_id for t in range(3) for s in await store.latest(
         f"t{t}", before=None, count=999)}  # fmt: skip
     assert len(ids) == 300
     await store.close()

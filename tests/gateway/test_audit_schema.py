@@ -58,10 +58,11 @@ async def test_an_older_store_is_taken_over_whole(old: str) -> None:
     assert first.record.eviction == RECORD.eviction and first.record.cache == RECORD.cache
     assert first.record.retention is Retention.FULL and first.record.completion_tokens == 2
     assert first.record.seeds.sampling == 2**63 - 1 and first.record.seeds.origin is None
-    (failed,) = [
-        s.record for s in await store.latest("alice", before=(4,), count=1) if s.sequence == 3
-    ]
-    assert (failed.status, failed.failure) == (RecordStatus.FAILED, "worker lost")
+    (listed,) = await store.latest("alice", before=(4,), count=1)
+    assert (listed.sequence, listed.status) == (3, RecordStatus.FAILED)
+    assert (listed.prompt_tokens, listed.retention) == (3, Retention.FULL)
+    failed = await store.get("alice", listed.record_id)
+    assert failed is not None and failed.record.failure == "worker lost"
     # The chain goes on where it was.
     assert await store.append(numbered(5)) == 5
     assert await problems(old) == {"alice": None, "bob": None}

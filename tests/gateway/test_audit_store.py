@@ -8,7 +8,7 @@ import hashlib
 import json
 import struct
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,7 @@ from sqlalchemy.exc import DBAPIError
 from tests.gateway.audit_records import execute, numbered
 from tests.gateway.running import until
 from vase_sgl.gateway.audit import AuditError, AuditStore, KeyRing, reading
-from vase_sgl.gateway.audit.entries import hash_of, seal, unseal
-from vase_sgl.gateway.audit.records import StoredRecord
+from vase_sgl.gateway.audit.entries import hash_of, seal, summarize, unseal
 from vase_sgl.gateway.tenants import Retention
 
 
@@ -62,14 +61,18 @@ async def test_what_is_read_is_decoded_beside_the_event_loop(
     store: AuditStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await store.append(numbered(1))
-    begun, go_on, unsealed = threading.Event(), threading.Event(), unseal
+    begun, go_on = threading.Event(), threading.Event()
 
-    def long_unseal(*arguments: Any, **options: Any) -> StoredRecord:
-        begun.set()
-        assert go_on.wait(10)
-        return unsealed(*arguments, **options)
+    def long(decode: Callable[..., Any]) -> Callable[..., Any]:
+        def decoded(*arguments: Any) -> Any:
+            begun.set()
+            assert go_on.wait(10)
+            return decode(*arguments)
 
-    monkeypatch.setattr("vase_sgl.gateway.audit.store.unseal", long_unseal)
+        return decoded
+
+    for decode in (unseal, summarize):
+        monkeypatch.setattr(f"vase_sgl.gateway.audit.store.{decode.__name__}", long(decode))
     for read in (
         store.get("alice", numbered(1).record_id),
         store.latest("alice", before=None, count=9),
@@ -89,12 +92,12 @@ async def test_pages_go_back_in_time(store: AuditStore) -> None:
     await store.append(numbered(99, tenant="bob"))
     page = await store.latest("alice", before=None, count=3)
     assert [s.sequence for s in page] == [5, 4, 3]
-    assert page[0].record.text == "" and page[0].record.prompt_tokens == 3
+    assert page[0].prompt_tokens == 3
     assert [s.sequence for s in await store.latest("alice", before=(3,), count=3)] == [2, 1]
     between = await store.latest(
         "alice", before=None, count=9, since_unix_micros=101, until_unix_micros=103
     )
-    assert [s.record.created_unix_micros for s in between] == [102, 101]
+    assert [s.created_unix_micros for s in between] == [102, 101]
     assert await store.tenants() == {"alice": 5, "bob": 1}
 
 
@@ -114,7 +117,7 @@ async def test_a_list_reads_no_content(tmp_path: Path) -> None:
     before = bytes_read()
     listed = await store.latest("alice", before=None, count=20)
     assert bytes_read() - before < 2 * 2**20
-    found = await store.get("alice", listed[0].record.record_id)
+    found = await store.get("alice", listed[0].record_id)
     assert found is not None and listed[0].hash == found.hash
     await store.close()
 
@@ -133,7 +136,7 @@ async def test_many_at_once_are_few_commits_and_one_chain(
     records = [numbered(n, tenant=("alice", "bob")[n % 2]) for n in range(200)]
     sequences = await asyncio.gather(*map(store.append, records))
     stored = {
-        (tenant, s.sequence): s.record.record_id
+        (tenant, s.sequence): s.record_id
         for tenant in ("alice", "bob")
         for s in await store.latest(tenant, before=None, count=200)
     }

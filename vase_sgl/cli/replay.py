@@ -212,6 +212,7 @@ async def _replay_many(
             "sample": share,
             "sample_seed": seed,
             "listed": sample.listed,
+            "not_known": sample.not_known,
             "not_kept": sample.not_kept,
             "interrupted": interrupted,
             **replay_many.summarize(results, seconds),
@@ -226,7 +227,8 @@ async def _replay_many(
     else:
         typer.echo(
             f"nothing to replay: {sample.listed} completed records in that time, "
-            f"{sample.not_kept} of the sample hold digests only"
+            f"{sample.not_kept} of the sample hold digests only, {sample.not_known} are of a newer "
+            "gateway"
         )
     if interrupted:
         typer.echo(f"interrupted after {len(results)} of {len(sample.chosen)} replays", err=True)

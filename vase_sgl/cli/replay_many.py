@@ -31,11 +31,13 @@ _SHOWN = 10
 class Sample:
     """The records of a time that are replayed.
 
-    listed: completed records in that time. not_kept: those of the sample without content, which
-    cannot be replayed. chosen: the others, oldest first.
+    listed: completed records in that time. not_known: others, of which the gateway does not know
+    how they ended: a newer one wrote them. not_kept: completed ones of the sample without content,
+    which cannot be replayed. chosen: the others, oldest first.
     """
 
     listed: int
+    not_known: int
     not_kept: int
     chosen: tuple[RecordSummary, ...]
 
@@ -76,10 +78,11 @@ def is_chosen(record_id: str, sample: float, seed: int) -> bool:
 
 async def choose(records: AsyncIterator[RecordSummary], sample: float, seed: int) -> Sample:
     """The sample of `records`."""
-    listed, not_kept = 0, 0
+    listed, not_known, not_kept = 0, 0, 0
     chosen: list[RecordSummary] = []
     async for record in records:
         if record.status != "completed":
+            not_known += record.status == "unknown"
             continue
         listed += 1
         if not is_chosen(record.record_id, sample, seed):
@@ -88,7 +91,7 @@ async def choose(records: AsyncIterator[RecordSummary], sample: float, seed: int
             not_kept += 1
         else:
             chosen.append(record)
-    return Sample(listed, not_kept, tuple(reversed(chosen)))
+    return Sample(listed, not_known, not_kept, tuple(reversed(chosen)))
 
 
 async def replay_all(
@@ -204,6 +207,7 @@ def show(console: Console, sample: Sample, results: Sequence[Replayed], seconds:
         f"{len(results)} of {sample.listed} completed records replayed in {seconds:.1f} s: "
         f"{len(results) / seconds:.2f} records/s, {tokens / seconds:.0f} tokens/s"
         + (f"; {sample.not_kept} more hold digests only" if sample.not_kept else "")
+        + (f"; {sample.not_known} are of a newer gateway" if sample.not_known else "")
     )
 
 

@@ -10,7 +10,7 @@ from google.protobuf.message import Message
 from vase_sgl.eviction.params import DEFAULT_WINDOW, reserved_slots
 from vase_sgl.gateway import validation, wire
 from vase_sgl.gateway.admission import Admissions
-from vase_sgl.gateway.audit import AuditStore, StoredRecord
+from vase_sgl.gateway.audit import AuditStore, Summary
 from vase_sgl.gateway.auth import current_tenant
 from vase_sgl.gateway.comparison import Outcome, Progress, Verdict
 from vase_sgl.gateway.errors import InvalidRequest, NotFound, as_status
@@ -226,9 +226,9 @@ async def _discard(message: pb.GenerateResponse) -> None:
     """GenerateOnce answers from the record; what streams by is not needed."""
 
 
-def _page_token(last: StoredRecord, by_arrival: bool) -> str:
+def _page_token(last: Summary, by_arrival: bool) -> str:
     sequence = str(last.sequence)
-    return f"{last.record.created_unix_micros}-{sequence}" if by_arrival else sequence
+    return f"{last.created_unix_micros}-{sequence}" if by_arrival else sequence
 
 
 def _page_position(token: str) -> tuple[int, ...] | None:

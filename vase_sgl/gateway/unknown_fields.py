@@ -5,9 +5,9 @@ Protobuf sets them aside without a word, and the answer would be one without the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
-from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 
 from vase_sgl import __version__
@@ -22,11 +22,11 @@ def parse_known(parse: Callable[[bytes], Message], content: bytes) -> Message:
     request = parse(content)
     # The whole by code in C: a chat may hold millions of messages, and they are counted later.
     if _drop_unknown(request):
-        path, kind = _place_of_unknown(parse(content), ()) or ((), request.DESCRIPTOR)
+        path, part = _place_of_unknown(parse(content), ()) or ((), request)
         raise InvalidRequest(
             f"{'.'.join(path) or 'the request'}: it has a field that this gateway, of vase_sgl "
-            f"{__version__}, does not know; known are {_names(kind)}. Leave the field out, or call "
-            "a gateway of the client's version"
+            f"{__version__}, does not know; known are {_names(part.DESCRIPTOR.fields)}. Leave the "
+            "field out, or call a gateway of the client's version"
         )
     return request
 
@@ -34,14 +34,14 @@ def parse_known(parse: Callable[[bytes], Message], content: bytes) -> Message:
 def _drop_unknown(message: Message) -> bool:
     """Whether there were unknown fields, in whatever part; they are gone."""
     size = message.ByteSize()
-    message.DiscardUnknownFields()  # type: ignore[attr-defined]  # the stubs lack it
+    message.DiscardUnknownFields()
     return message.ByteSize() != size
 
 
 def _place_of_unknown(
     message: Message, path: tuple[str, ...]
-) -> tuple[tuple[str, ...], Descriptor] | None:
-    """The innermost part with an unknown field, and what it is; items of lists belong to theirs.
+) -> tuple[tuple[str, ...], Message] | None:
+    """The innermost part with an unknown field, and its path; items of lists belong to theirs.
 
     Drops them on its way.
     """
@@ -50,14 +50,14 @@ def _place_of_unknown(
             place = _place_of_unknown(value, (*path, field.name))
             if place is not None:
                 return place
-    return (path, message.DESCRIPTOR) if _drop_unknown(message) else None
+    return (path, message) if _drop_unknown(message) else None
 
 
-def _names(kind: Descriptor) -> str:
-    """The fields of such a message, and behind a list of messages theirs."""
+def _names(fields: Iterable[Any]) -> str:
+    """The names of a message's fields, and behind a list of messages theirs."""
     return ", ".join(
-        f"{field.name} ({_names(field.message_type)})"
+        f"{field.name} ({_names(field.message_type.fields)})"
         if field.is_repeated and field.message_type is not None
         else str(field.name)
-        for field in kind.fields
+        for field in fields
     )

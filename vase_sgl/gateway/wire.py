@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from google.protobuf.descriptor import Descriptor
+
 from vase_sgl.gateway import audit, workers
 from vase_sgl.gateway.seeds import Seeds
 from vase_sgl.gateway.tenants import Retention
@@ -17,12 +19,14 @@ _FINISH = {
 }
 #: Prompt modes by the names that `EvictionParams` gives them.
 PROMPT_MODES = {"evict": pb.PROMPT_MODE_EVICT, "keep": pb.PROMPT_MODE_KEEP}
-_STATUS = {
+_STATUS: dict[audit.RecordStatus | None, pb.RecordStatus.ValueType] = {
+    None: pb.RECORD_STATUS_UNSPECIFIED,
     audit.RecordStatus.COMPLETED: pb.RECORD_STATUS_COMPLETED,
     audit.RecordStatus.ABORTED: pb.RECORD_STATUS_ABORTED,
     audit.RecordStatus.FAILED: pb.RECORD_STATUS_FAILED,
 }
-_RETENTION = {
+_RETENTION: dict[Retention | None, pb.Retention.ValueType] = {
+    None: pb.RETENTION_UNSPECIFIED,
     Retention.FULL: pb.RETENTION_FULL,
     Retention.HASH: pb.RETENTION_HASH,
 }
@@ -68,28 +72,43 @@ def result(record: audit.Record) -> pb.GenerationResult:
     )
 
 
-def usage(record: audit.Record) -> pb.Usage:
+def usage(record: audit.Record | audit.Summary) -> pb.Usage:
     """Token counts."""
     return pb.Usage(prompt_tokens=record.prompt_tokens, completion_tokens=record.completion_tokens)
 
 
-def sampling(params: Mapping[str, Any]) -> pb.SamplingParams:
+def _sampling(value: audit.Record) -> pb.SamplingParams:
     """Recorded sampling parameters; seed and max_new_tokens have fields of their own."""
-    return pb.SamplingParams(
-        **{k: v for k, v in params.items() if k not in ("max_new_tokens", "sampling_seed")}
-    )
+    known = {
+        k: v for k, v in value.sampling.items() if k not in ("max_new_tokens", "sampling_seed")
+    }
+    _check_known(value, "sampling", known, pb.SamplingParams.DESCRIPTOR)
+    return pb.SamplingParams(**known)
 
 
-def eviction(params: Mapping[str, Any] | None) -> pb.EvictionParams | None:
+def _eviction(value: audit.Record) -> pb.EvictionParams | None:
     """Recorded eviction parameters; the seed has a field of its own."""
-    if params is None:
+    if value.eviction is None:
         return None
-    fields = {k: v for k, v in params.items() if k not in ("prompt", "seed")}
-    return pb.EvictionParams(**fields, prompt_mode=PROMPT_MODES[params["prompt"]])
+    fields = {k: v for k, v in value.eviction.items() if k not in ("prompt", "seed")}
+    _check_known(value, "eviction", fields, pb.EvictionParams.DESCRIPTOR)
+    mode = value.eviction["prompt"]
+    if mode not in PROMPT_MODES:
+        raise audit.newer_record(value.record_id, f"the prompt mode `{mode}`")
+    return pb.EvictionParams(**fields, prompt_mode=PROMPT_MODES[mode])
+
+
+def _check_known(
+    value: audit.Record, part: str, params: Mapping[str, Any], kind: Descriptor
+) -> None:
+    """A replay gives them all to the worker as they are, but here none is left out."""
+    unknown = sorted(params.keys() - kind.fields_by_name.keys())
+    if unknown:
+        raise audit.newer_record(value.record_id, f"in its {part} {', '.join(unknown)}")
 
 
 def record(stored: audit.StoredRecord) -> pb.Record:
-    """A whole record."""
+    """A whole record. Raises `FailedPrecondition` for parameters of a newer version."""
     value = stored.record
     return pb.Record(
         record_id=value.record_id,
@@ -98,9 +117,9 @@ def record(stored: audit.StoredRecord) -> pb.Record:
         failure=value.failure,
         input_kind=value.input_kind,
         prompt_token_ids=value.prompt_token_ids,
-        sampling=sampling(value.sampling),
+        sampling=_sampling(value),
         max_new_tokens=value.sampling["max_new_tokens"],
-        eviction=eviction(value.eviction),
+        eviction=_eviction(value),
         seeds=seeds(value.seeds),
         sample_index=value.sample_index,
         output_token_ids=value.output_token_ids,
@@ -119,19 +138,17 @@ def record(stored: audit.StoredRecord) -> pb.Record:
     )
 
 
-def summary(stored: audit.StoredRecord) -> pb.RecordSummary:
+def summary(value: audit.Summary) -> pb.RecordSummary:
     """A record in short."""
-    value = stored.record
-    evicted = value.eviction or {"policy": "", "budget": 0}
     return pb.RecordSummary(
         record_id=value.record_id,
         created_unix_micros=value.created_unix_micros,
         status=_STATUS[value.status],
         finish_reason=finish_reason(value.finish_reason),
         usage=usage(value),
-        policy=evicted["policy"],
-        budget=evicted["budget"],
-        rounds=value.cache.rounds if value.cache else 0,
-        digest=value.cache.digest if value.cache else "",
+        policy=value.policy,
+        budget=value.budget,
+        rounds=value.rounds,
+        digest=value.digest,
         retention=_RETENTION[value.retention],
     )

@@ -9,7 +9,9 @@ from vase_sgl.gateway.audit.records import (
     Record,
     RecordStatus,
     StoredRecord,
+    Summary,
     Timings,
+    newer_record,
 )
 from vase_sgl.gateway.audit.store import AuditStore
 
@@ -21,5 +23,7 @@ __all__ = [
     "Record",
     "RecordStatus",
     "StoredRecord",
+    "Summary",
     "Timings",
+    "newer_record",
 ]

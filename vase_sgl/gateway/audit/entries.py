@@ -7,17 +7,24 @@ payload as stored. A chain is therefore checked without any key, and a lost or d
 content unreadable but leaves the chain whole.
 
 Format 1, the first one, had no payload: content is inside the entry.
+
+Gateways of several versions may share a store, and an older one must say nothing wrong of a newer
+one's record. So `FORMAT` rises when entry or payload get what decides the answer or its seeds: a
+replay without it would be of another request. It need not for what a reader may leave out (one more
+of the `timings`), nor for new values of enumerations and new parameters of sampling and eviction,
+which a reader that lacks them notices.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 import hashlib
 import json
 import secrets
 import struct
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from vase_sgl.gateway.audit.encryption import KeyRing
 from vase_sgl.gateway.audit.records import (
@@ -25,7 +32,9 @@ from vase_sgl.gateway.audit.records import (
     Record,
     RecordStatus,
     StoredRecord,
+    Summary,
     Timings,
+    newer_record,
 )
 from vase_sgl.gateway.seeds import SeedOrigin, Seeds
 from vase_sgl.gateway.tenants import Retention, SeedPolicy
@@ -33,8 +42,10 @@ from vase_sgl.gateway.workers import CacheStats
 
 #: What the first record, and the first checkpoint, of a tenant follow.
 GENESIS = "0" * 64
-#: The format written. A reader knows it and format 1.
+#: The format written; the text above says when it rises. A reader knows it and format 1.
 FORMAT = 2
+
+_Member = TypeVar("_Member", bound=enum.StrEnum)
 
 _CONTENT = ("prompt_token_ids", "output_token_ids", "text")
 
@@ -123,66 +134,113 @@ def seal(record: Record, keys: KeyRing) -> Sealed:
     return Sealed(record, body, payload)
 
 
-def unseal(row: Row, keys: KeyRing, *, content: bool = True) -> StoredRecord:
-    """The record of a row; without `content`, token ids and text are left out.
+def unseal(row: Row, keys: KeyRing) -> StoredRecord:
+    """The record of a row, content included.
 
-    Raises `FailedPrecondition` if the content is encrypted with a key that is not there.
+    Raises `FailedPrecondition` if the content is encrypted with a key that is not there, or a newer
+    version recorded something that this one does not know.
     """
     entry = json.loads(row.entry)
-    fields = _fields_1(entry) if "format" not in entry else _fields_2(entry, row, keys, content)
+    version = _format(entry)
+    if version > FORMAT:
+        raise newer_record(row.record_id, f"the format {version}")
     record = Record(
         **{name: entry[name] for name in _PLAIN},
-        status=RecordStatus(entry["status"]),
+        status=_member(RecordStatus, "status", entry, row),
         round_digests=tuple(entry["round_digests"]),
-        cache=None if entry["cache"] is None else CacheStats(**entry["cache"]),
-        timings=Timings(**entry["timings"]),
-        **fields,
+        cache=None if entry["cache"] is None else CacheStats(**_known(CacheStats, entry["cache"])),
+        timings=Timings(**_known(Timings, entry["timings"])),
+        **(_fields_1(entry, row) if version == 1 else _fields_2(entry, row, keys)),
     )
     return StoredRecord(record, row.sequence, entry["previous_hash"], row.hash)
+
+
+def summarize(row: Row) -> Summary:
+    """The record of a row in short, of whatever version it is."""
+    entry = json.loads(row.entry)
+    short = Summary(row.record_id, row.created_unix_micros, row.sequence, row.hash)
+    version = _format(entry)
+    if version > FORMAT:
+        return short
+    evicted = entry["eviction"] or {"policy": "", "budget": 0}
+    cache = entry["cache"] or {"rounds": 0, "digest": ""}
+    counts = _counts_1(entry) if version == 1 else {name: entry[name] for name in _COUNTS}
+    return dataclasses.replace(
+        short,
+        status=_member_or_none(RecordStatus, entry["status"]),
+        finish_reason=entry["finish_reason"],
+        policy=evicted["policy"],
+        budget=evicted["budget"],
+        rounds=cache["rounds"],
+        digest=cache["digest"],
+        retention=_member_or_none(Retention, entry.get("retention", Retention.FULL)),
+        **counts,
+    )
 
 
 _PLAIN = (
     *("record_id", "tenant", "created_unix_micros", "failure", "input_kind", "eviction"),
     *("sample_index", "finish_reason", "fingerprint"),
 )
+_COUNTS = ("prompt_tokens", "completion_tokens")
 
 
-def _fields_1(entry: Mapping[str, Any]) -> dict[str, Any]:
-    seeds = entry["seeds"]
+def _format(entry: Mapping[str, Any]) -> int:
+    return int(entry.get("format", 1))
+
+
+def _known(kind: type[Any], part: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a part of an entry that its dataclass has; others may be left out."""
+    return {field.name: part[field.name] for field in dataclasses.fields(kind)}
+
+
+def _member(kind: type[_Member], name: str, part: Mapping[str, Any], row: Row) -> _Member:
+    """The member of an enumeration that a field of the record is."""
+    member = _member_or_none(kind, part[name])
+    if member is None:
+        raise newer_record(row.record_id, f"the {name} `{part[name]}`")
+    return member
+
+
+def _member_or_none(kind: type[_Member], value: str) -> _Member | None:
+    return kind(value) if value in set(kind) else None
+
+
+def _counts_1(entry: Mapping[str, Any]) -> dict[str, int]:
     return {
-        "sampling": entry["sampling"],
-        "seeds": Seeds(
-            **{**seeds, "policy": SeedPolicy(seeds["policy"])}, origin=None, request_seed=None
-        ),
-        "prompt_token_ids": tuple(entry["prompt_token_ids"]),
-        "output_token_ids": tuple(entry["output_token_ids"]),
-        "text": entry["text"],
-        "retention": Retention.FULL,
         "prompt_tokens": len(entry["prompt_token_ids"]),
         "completion_tokens": len(entry["output_token_ids"]),
     }
 
 
-def _fields_2(entry: Mapping[str, Any], row: Row, keys: KeyRing, content: bool) -> dict[str, Any]:
-    seeds, digests = entry["seeds"], entry["digests"]
-    kept = _content(entry, row, keys) if content else {}
+def _fields_1(entry: Mapping[str, Any], row: Row) -> dict[str, Any]:
+    seeds = {**entry["seeds"], "origin": None, "request_seed": None}
+    return {
+        "sampling": entry["sampling"],
+        "seeds": Seeds(**{**seeds, "policy": _member(SeedPolicy, "policy", seeds, row)}),
+        "prompt_token_ids": tuple(entry["prompt_token_ids"]),
+        "output_token_ids": tuple(entry["output_token_ids"]),
+        "text": entry["text"],
+        "retention": Retention.FULL,
+        **_counts_1(entry),
+    }
+
+
+def _fields_2(entry: Mapping[str, Any], row: Row, keys: KeyRing) -> dict[str, Any]:
+    seeds, digests = _known(Seeds, entry["seeds"]), entry["digests"]
+    seeds["policy"] = _member(SeedPolicy, "policy", seeds, row)
+    seeds["origin"] = _member(SeedOrigin, "origin", seeds, row)
+    kept = _content(entry, row, keys)
     stop = {} if kept.get("stop") is None else {"stop": kept["stop"]}
     return {
         "sampling": {**entry["sampling"], **stop},
-        "seeds": Seeds(
-            **{
-                **seeds,
-                "policy": SeedPolicy(seeds["policy"]),
-                "origin": SeedOrigin(seeds["origin"]),
-            }
-        ),
+        "seeds": Seeds(**seeds),
         "prompt_token_ids": tuple(kept.get("prompt_token_ids", ())),
         "output_token_ids": tuple(kept.get("output_token_ids", ())),
         "text": kept.get("text", ""),
-        "retention": Retention(entry["retention"]),
-        "prompt_tokens": entry["prompt_tokens"],
-        "completion_tokens": entry["completion_tokens"],
-        "digests": None if digests is None else ContentDigests(**digests),
+        "retention": _member(Retention, "retention", entry, row),
+        **{name: entry[name] for name in _COUNTS},
+        "digests": None if digests is None else ContentDigests(**_known(ContentDigests, digests)),
     }
 
 

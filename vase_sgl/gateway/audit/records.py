@@ -7,6 +7,8 @@ import enum
 from collections.abc import Mapping
 from typing import Any
 
+from vase_sgl import __version__
+from vase_sgl.gateway.errors import FailedPrecondition
 from vase_sgl.gateway.seeds import Seeds
 from vase_sgl.gateway.tenants import Retention
 from vase_sgl.gateway.workers import CacheStats
@@ -92,3 +94,34 @@ class StoredRecord:
     sequence: int
     previous_hash: str
     hash: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """A stored record in short, and its place.
+
+    Of one that a newer gateway wrote, what this one does not know is None or empty.
+    """
+
+    record_id: str
+    created_unix_micros: int
+    sequence: int
+    hash: str
+    status: RecordStatus | None = None
+    finish_reason: str = ""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    policy: str = ""
+    budget: int = 0
+    rounds: int = 0
+    digest: str = ""
+    retention: Retention | None = None
+
+
+def newer_record(record_id: str, what: str) -> FailedPrecondition:
+    """The error for a record with something that this version does not know, so that it can neither
+    say what is in it nor do it again."""
+    return FailedPrecondition(
+        f"record {record_id} has {what}, which this gateway, of vase_sgl {__version__}, does not "
+        "know; ask one of the version that recorded it"
+    )

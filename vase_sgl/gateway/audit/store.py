@@ -16,10 +16,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from vase_sgl.gateway.audit import database
 from vase_sgl.gateway.audit.encryption import KeyRing
-from vase_sgl.gateway.audit.entries import GENESIS, Row, Sealed, hash_of, seal, unseal
+from vase_sgl.gateway.audit.entries import GENESIS, Row, Sealed, hash_of, seal, summarize, unseal
 from vase_sgl.gateway.audit.errors import described
 from vase_sgl.gateway.audit.group_commit import GroupCommit
-from vase_sgl.gateway.audit.records import Record, StoredRecord
+from vase_sgl.gateway.audit.records import Record, StoredRecord, Summary
 from vase_sgl.gateway.audit.tables import chains, records
 from vase_sgl.gateway.errors import AuditUnavailable
 
@@ -92,7 +92,8 @@ class AuditStore:
         return await self._commits.submit(sealed)
 
     async def get(self, tenant: str, record_id: str) -> StoredRecord | None:
-        """One of the tenant's own records. Raises `FailedPrecondition` if its key is not there."""
+        """One of the tenant's own records. Raises `FailedPrecondition` if it cannot be read: its
+        key is not there, or it is of a newer version."""
         if "\0" in record_id:
             return None  # no id has one, and PostgreSQL takes it for an error
         query = select(records).where(records.c.record_id == record_id, records.c.tenant == tenant)
@@ -109,8 +110,8 @@ class AuditStore:
         since_unix_micros: int | None = None,
         until_unix_micros: int | None = None,
         by_arrival: bool = False,
-    ) -> list[StoredRecord]:
-        """Up to `count` of the tenant's records without their content, newest first.
+    ) -> list[Summary]:
+        """Up to `count` of the tenant's records in short, newest first.
 
         since, until: only requests that arrived at or after, and before. by_arrival: in the order
         of arrival and then sequence, not of sequence alone: so an index finds those of a time,
@@ -132,7 +133,7 @@ class AuditStore:
         async with self._reading() as connection:
             rows = (await connection.execute(query)).mappings().all()
         # As in `append`: a page of long ones takes a tenth of a second.
-        return await asyncio.to_thread(lambda: [_summary(row, self._keys) for row in rows])
+        return await asyncio.to_thread(lambda: [_summary(row) for row in rows])
 
     async def tenants(self) -> dict[str, int]:
         """Every tenant that has records, with their number."""
@@ -249,9 +250,8 @@ def _behind(place: tuple[int, ...]) -> ColumnElement[bool]:
     return and_(created <= arrival[0], or_(created < arrival[0], below))
 
 
-def _summary(values: RowMapping, keys: KeyRing) -> StoredRecord:
-    row = Row(**values, payload=None, hash=hash_of(values["entry"]))
-    return unseal(row, keys, content=False)
+def _summary(values: RowMapping) -> Summary:
+    return summarize(Row(**values, payload=None, hash=hash_of(values["entry"])))
 
 
 @contextmanager

@@ -13,7 +13,8 @@ Status codes, the same for every call:
   PERMISSION_DENIED    the tenant lacks the role for this call
   NOT_FOUND            no such record among the tenant's own
   FAILED_PRECONDITION  the record cannot be replayed (it is not of a completed generation, or
-                       its content was not kept), or its content cannot be decrypted
+                       its content was not kept), its content cannot be decrypted, or a newer
+                       gateway recorded in it what this one does not know
   RESOURCE_EXHAUSTED   a limit of the tenant, the number of calls or the length or time of the
                        queue is exceeded; google.rpc.RetryInfo says when to come back. Without
                        it: a message is too large, or too many watch the health
@@ -136,7 +137,7 @@ class _RecordStatus:
 class _RecordStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RecordStatus.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     RECORD_STATUS_UNSPECIFIED: _RecordStatus.ValueType  # 0
-    """Never stored."""
+    """Only in lists: a newer gateway's record, of which this one may know id and time alone."""
     RECORD_STATUS_COMPLETED: _RecordStatus.ValueType  # 1
     """It ran to its end and can be replayed."""
     RECORD_STATUS_ABORTED: _RecordStatus.ValueType  # 2
@@ -150,7 +151,7 @@ class RecordStatus(_RecordStatus, metaclass=_RecordStatusEnumTypeWrapper):
     """How a recorded generation ended."""
 
 RECORD_STATUS_UNSPECIFIED: RecordStatus.ValueType  # 0
-"""Never stored."""
+"""Only in lists: a newer gateway's record, of which this one may know id and time alone."""
 RECORD_STATUS_COMPLETED: RecordStatus.ValueType  # 1
 """It ran to its end and can be replayed."""
 RECORD_STATUS_ABORTED: RecordStatus.ValueType  # 2
@@ -168,7 +169,7 @@ class _Retention:
 class _RetentionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Retention.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     RETENTION_UNSPECIFIED: _Retention.ValueType  # 0
-    """Never stored."""
+    """Only in lists: a newer gateway's record."""
     RETENTION_FULL: _Retention.ValueType  # 1
     """Token ids, text and stop strings."""
     RETENTION_HASH: _Retention.ValueType  # 2
@@ -178,7 +179,7 @@ class Retention(_Retention, metaclass=_RetentionEnumTypeWrapper):
     """What the audit store keeps of a prompt and its answer; set per tenant."""
 
 RETENTION_UNSPECIFIED: Retention.ValueType  # 0
-"""Never stored."""
+"""Only in lists: a newer gateway's record."""
 RETENTION_FULL: Retention.ValueType  # 1
 """Token ids, text and stop strings."""
 RETENTION_HASH: Retention.ValueType  # 2

@@ -13,7 +13,8 @@ Status codes, the same for every call:
   PERMISSION_DENIED    the tenant lacks the role for this call
   NOT_FOUND            no such record among the tenant's own
   FAILED_PRECONDITION  the record cannot be replayed (it is not of a completed generation, or
-                       its content was not kept), or its content cannot be decrypted
+                       its content was not kept), its content cannot be decrypted, or a newer
+                       gateway recorded in it what this one does not know
   RESOURCE_EXHAUSTED   a limit of the tenant, the number of calls or the length or time of the
                        queue is exceeded; google.rpc.RetryInfo says when to come back. Without
                        it: a message is too large, or too many watch the health
