@@ -12,8 +12,11 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from tests.gateway.running import add_tenant
+from vase_sgl.cli import build_app
+from vase_sgl.eviction.policies import POLICIES
 from vase_sgl.gateway import keys, tenants
 from vase_sgl.gateway.tenants import TenantFileError
 
@@ -95,6 +98,46 @@ def test_saving_and_loading_are_inverse(tmp_path: Path) -> None:
     content = tenants.load(file)
     tenants.save(file, content)
     assert tenants.load(file) == content
+
+
+def test_only_what_was_set_is_written(tmp_path: Path) -> None:
+    """A default that is written is so for ever; a field more makes older versions refuse a file."""
+    file = tmp_path / "tenants.yaml"
+    tenants.save(file, tenants.TenantFile())
+    assert yaml.safe_load(file.read_text()) == {"version": 1, "tenants": []}
+
+    def command(*words: str) -> None:
+        result = CliRunner().invoke(build_app(), ["tenants", *words, "--file", str(file)])
+        assert result.exit_code == 0, result.output
+
+    def alice() -> dict[str, Any]:
+        (found,) = yaml.safe_load(file.read_text())["tenants"]
+        assert isinstance(found, dict)
+        return found
+
+    plain = {"name", "master_secrets", "keys"}
+    command("add", "alice")
+    assert alice().keys() == plain
+    command("add", "alice", "--another-key")
+    command("rotate", "alice")
+    command("forget-secret", "alice", "--version", "1")
+    command("remove", "alice", "--key", alice()["keys"][0]["id"])
+    assert alice().keys() == plain and yaml.safe_load(file.read_text()).keys() == {
+        "version",
+        "tenants",
+    }
+    # What somebody wrote stays, if it is the default too.
+    content = yaml.safe_load(file.read_text())
+    content["tenants"][0]["limits"] = {"max_budget": 16384, "policies": list(POLICIES)}
+    file.write_text(yaml.safe_dump(content))
+    command("rotate", "alice")
+    assert alice()["limits"] == {"max_budget": 16384, "policies": list(POLICIES)}
+    command("remove", "alice")
+    assert yaml.safe_load(file.read_text()) == {
+        "version": 1,
+        "tenants": [],
+        "removed": ["alice"],
+    }
 
 
 def test_secrets_are_not_in_representations(tmp_path: Path) -> None:

@@ -40,8 +40,11 @@ def add(
         ),
     ] = None,
     seed_policy: Annotated[
-        str, typer.Option(help="client, derived, fixed or locked: where seeds come from.")
-    ] = "client",
+        str | None,
+        typer.Option(
+            help="client, derived, fixed or locked: where seeds come from.", show_default="client"
+        ),
+    ] = None,
     max_budget: Annotated[int | None, typer.Option(min=2)] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1)] = None,
     max_prompt_tokens: Annotated[int | None, typer.Option(min=1)] = None,
@@ -59,8 +62,11 @@ def add(
         typer.Option(help="Eviction policy to allow; repeatable.", show_default="all"),
     ] = None,
     retention: Annotated[
-        str, typer.Option(help="full, or hash: records hold digests and cannot be replayed.")
-    ] = "full",
+        str | None,
+        typer.Option(
+            help="full, or hash: records hold digests and cannot be replayed.", show_default="full"
+        ),
+    ] = None,
     certificate_subject: Annotated[
         list[str] | None,
         typer.Option(help="Client certificate that stands for a key: CN=alice,O=...; repeatable."),
@@ -114,24 +120,28 @@ def add(
             "max_concurrent_requests": max_concurrent_requests,
             "policies": policy,
         }
+        given = {
+            "roles": role,
+            "seed_policy": seed_policy,
+            "limits": {key: value for key, value in limits.items() if value},
+            "retention": retention,
+            "certificate_subjects": certificate_subject,
+        }
         try:
             tenant = existing or tenants.Tenant.model_validate(
                 {
                     "name": name,
-                    "seed_policy": seed_policy,
-                    "retention": retention,
-                    "limits": {key: value for key, value in limits.items() if value},
+                    **{key: value for key, value in given.items() if value not in (None, [], {})},
                     "master_secrets": [tenants.new_master_secret()],
-                    "certificate_subjects": certificate_subject or [],
-                    **({"roles": role} if role else {}),
                 }
             )
         except ValidationError as error:
             raise tenants.TenantFileError(describe(error)) from error
         tenant, key = tenants.with_new_key(tenant)
         others = tuple(t for t in content.tenants if t.name != name)
-        removed = tuple(n for n in content.removed if n != name)
-        changed = {"tenants": (*others, tenant), "removed": removed}
+        changed: dict[str, object] = {"tenants": (*others, tenant)}
+        if take_over_records:
+            changed["removed"] = tuple(n for n in content.removed if n != name)
         tenants.save(file, content.model_copy(update=changed))
     typer.echo(f"API key of {name}; it is not shown again:", err=True)
     typer.echo(key)
@@ -197,15 +207,16 @@ def remove(
         if tenant is None:
             raise tenants.TenantFileError(f"there is no tenant {name} in {file}")
         kept = tuple(t for t in content.tenants if t.name != name)
-        removed = (*content.removed, name) if key is None else content.removed
-        if key is not None:
+        changed: dict[str, object] = {"tenants": kept}
+        if key is None:
+            changed["removed"] = (*content.removed, name)
+        else:
             keys = tuple(k for k in tenant.keys if k.id != key)
             if len(keys) == len(tenant.keys):
                 raise tenants.TenantFileError(
                     f"tenant {name} has no key {key}; `vase-sgl tenants list` shows them"
                 )
-            kept = (*kept, tenant.model_copy(update={"keys": keys}))
-        changed = {"tenants": kept, "removed": removed}
+            changed["tenants"] = (*kept, tenant.model_copy(update={"keys": keys}))
         tenants.save(file, content.model_copy(update=changed))
     typer.echo(f"revoked key {key} of {name}" if key else f"removed {name}")
 

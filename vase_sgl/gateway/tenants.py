@@ -282,7 +282,12 @@ def save(path: Path, content: TenantFile) -> None:
 
     A new file is readable by its owner only; another one keeps its owner and mode, so that the
     gateway can still read what root wrote. Where that is not permitted, it is like a new one.
+
+    Only what was set is written: a default would be the one of this version from then on, and a
+    field that an older version lacks makes it refuse the file.
     """
+    set_alone = content.model_dump(mode="json", exclude_unset=True)
+    values = {"version": content.version, "tenants": [], **set_alone}
     path = _behind_links(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -290,7 +295,7 @@ def save(path: Path, content: TenantFile) -> None:
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
         try:
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                yaml.safe_dump(content.model_dump(mode="json"), file, sort_keys=False)
+                yaml.safe_dump(values, file, sort_keys=False)
                 file.flush()
                 _take_over_access(path, file.fileno())
                 os.fsync(file.fileno())
