@@ -23,6 +23,7 @@ import vase_sgl
 from tests.engine.scheduler_harness import SteppedScheduler
 from vase_sgl.engine import fingerprint, platform_cpu, server_info
 from vase_sgl.engine.config import WORKER_TOKEN, engine_config
+from vase_sgl.engine.source_digest import source_digest
 from vase_sgl.engine.weights import WeightsNotFound, tokenizer_digest, weights_digest
 from vase_sgl.gateway.errors import WorkerUnavailable
 from vase_sgl.gateway.worker_answers import worker_info
@@ -350,6 +351,7 @@ def test_what_decides_the_tokens_is_told(stepped: SteppedScheduler) -> None:
         "weights_digest": "dummy",
         "tokenizer_digest": tokenizer_digest(stepped.scheduler.server_args.model_path),
         "vase_sgl": vase_sgl.__version__,
+        "engine": source_digest(),
         "sglang": sglang.__version__,
         "kernels": f"reference-{REVISION}",
         "torch": torch.__version__,

@@ -29,6 +29,7 @@ from vase_sgl import __version__
 from vase_sgl.engine import linear_cpu, platform_cpu, rope
 from vase_sgl.engine.config import WORKER_TOKEN, engine_config
 from vase_sgl.engine.pool import BudgetPool
+from vase_sgl.engine.source_digest import source_digest
 from vase_sgl.engine.weights import WeightsNotFound, tokenizer_digest, weights_digest
 
 logger = logging.getLogger(__name__)
@@ -189,6 +190,7 @@ def fingerprint(scheduler: Any) -> dict[str, str]:
         "weights_digest": _updated or _digest_of_weights(scheduler.server_args),
         "tokenizer_digest": _digest_of_tokenizer(scheduler.server_args),
         "vase_sgl": __version__,
+        "engine": source_digest(),
         "sglang": _SGLANG,
         "kernels": f"{BudgetPool.of(scheduler.req_to_token_pool).kernels}-{REVISION}",
         "torch": torch.__version__,

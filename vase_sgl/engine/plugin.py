@@ -55,6 +55,7 @@ from vase_sgl.engine import (
 from vase_sgl.engine.config import WORKER_TOKEN, engine_config
 from vase_sgl.engine.pool import BudgetPool
 from vase_sgl.engine.query_ring import recording_backend
+from vase_sgl.engine.source_digest import source_digest
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,7 @@ def _check_start(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> Non
     limits.refuse_scaled_kv(runner.model)
     if server_info.answers_for_worker():
         fingerprint.begin_to_read_weights(scheduler.server_args)
+        source_digest()  # now: the files may be others by the time it is asked for
         thinking.warn_of_whole_text(scheduler)
     verify_applied()
     if platform_cpu.is_active():
