@@ -156,6 +156,8 @@ async def test_an_export_holds_the_whole_chain(store: AuditStore, audit_url: str
         (lambda lines: in_format_1(lines)[:-1], "cut off: the chain of bob has no end"),
         (lambda lines: lines[1:], "line 1: a record without a start"),
         (lambda lines: [*lines, "{}"], "line 12 is not one of `vase-sgl audit export`"),
+        (lambda lines: [line.replace('"format":2', '"format":3,"key":1') for line in lines],
+            "line 1: unknown export format 3; 1 and 2 are known here, so use the version that"),
         (lambda lines: [line.replace('"kind":"end"', '"kind":"fin"') for line in lines], "line 7"),
     ],
 )  # fmt: skip

@@ -152,8 +152,6 @@ class _Outline:
 
     def _start(self, line: dict[str, Any], number: int) -> None:
         found = line["format"]
-        if found not in (_ENDLESS_FORMAT, FORMAT):
-            raise AuditError(f"line {number}: unknown export format {found}")
         if self._format not in (None, found):
             raise AuditError(f"line {number}: export format {found} after {self._format}")
         self.tenant, self._format, self._within_chain = line["tenant"], found, True
@@ -201,6 +199,12 @@ _FIELDS = {
 def _parse(text: str, number: int) -> dict[str, Any]:
     try:
         line = json.loads(text)
+        # First: another format may have other fields.
+        if line["kind"] == "start" and line["format"] not in (_ENDLESS_FORMAT, FORMAT):
+            raise AuditError(
+                f"line {number}: unknown export format {line['format']!r}; {_ENDLESS_FORMAT} and "
+                f"{FORMAT} are known here, so use the version that wrote it"
+            )
         fields = _FIELDS[line["kind"]]
         if fields == set(line) - {"kind"} and all(
             isinstance(line[name], int if name in _NUMBERS else str)
