@@ -13,8 +13,9 @@ from tests.gateway.running import run_gateway
 from tests.gateway.test_audit_store import problems
 from vase_sgl.client import InvalidRequest
 from vase_sgl.gateway.audit import AuditStore, KeyRing
-from vase_sgl.gateway.config import ConfigError, load_config
+from vase_sgl.gateway.config import Audit, ConfigError, load_config
 from vase_sgl.gateway.errors import FailedPrecondition
+from vase_sgl.gateway.server import _open_store
 
 FIRST, SECOND = b"1" * 32, b"2" * 32
 
@@ -97,6 +98,34 @@ async def test_a_gateway_encrypts_what_it_records_and_replays_it(
         with pytest.raises(InvalidRequest, match="encrypted with key version 1"):
             await running.client.replay(answer.request_id).verdict()
         assert len([r async for r in running.client.list_records()]) == 1
+
+
+async def test_a_new_key_decrypts_everywhere_before_it_encrypts(
+    audit_url: str, tmp_path: Path
+) -> None:
+    """Gateways are replaced one by one, and those that lack a key cannot read what it encrypted."""
+    keys = []
+    for version, key in ((1, FIRST), (2, SECOND)):
+        (tmp_path / str(version)).write_text(base64.b64encode(key).decode())
+        keys.append({"version": version, "file": tmp_path / str(version)})
+    await stored(audit_url, {1: FIRST}, 1)
+
+    def configured(**settings: object) -> Audit:
+        section = {"url": audit_url, "encryption_keys": keys, **settings}
+        return load_config(overrides={"worker": {"urls": ["http://w"]}, "audit": section}).audit
+
+    for number, config in ((2, configured(active_key=1)), (3, configured())):
+        store = await _open_store(config)
+        await store.append(numbered(number))
+        assert await store.get("alice", numbered(1).record_id) is not None
+        await store.close()
+    store = await AuditStore.open(audit_url, keys=KeyRing({1: FIRST}))
+    assert await store.get("alice", numbered(2).record_id) is not None
+    with pytest.raises(FailedPrecondition, match="key version 2"):
+        await store.get("alice", numbered(3).record_id)
+    await store.close()
+    with pytest.raises(ConfigError, match="active_key: there is no version 3 in encryption_keys"):
+        configured(active_key=3)
 
 
 @pytest.mark.parametrize(

@@ -291,9 +291,12 @@ class Audit(_Section):
     #: own. A shared PostgreSQL waits for `vase-sgl audit migrate`: the gateway's role need not
     #: have the right, and an old gateway beside this one could no longer write.
     migrate_on_start: bool | None = None
-    #: The highest version encrypts what is recorded from now on; the others only decrypt. None:
-    #: content is stored as it is.
+    #: One encrypts what is recorded from now on; the others only decrypt. None: content is stored
+    #: as it is.
     encryption_keys: tuple[AuditKey, ...] = ()
+    #: Version of that one. Not set: the highest. With several gateways the old one, until all of
+    #: them have the new one: the others could not read what it encrypted.
+    active_key: int | None = None
 
     @field_validator("encryption_keys")
     @classmethod
@@ -301,6 +304,16 @@ class Audit(_Section):
         if len({key.version for key in keys}) != len(keys):
             raise ValueError("every key needs a version of its own")
         return keys
+
+    @model_validator(mode="after")
+    def _check_active(self) -> Audit:
+        versions = [key.version for key in self.encryption_keys]
+        if self.active_key is not None and self.active_key not in versions:
+            raise ValueError(
+                f"active_key: there is no version {self.active_key} in encryption_keys; add it, or "
+                "leave active_key out for the highest"
+            )
+        return self
 
 
 class ReplaySection(_Section):

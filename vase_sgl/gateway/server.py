@@ -276,7 +276,8 @@ async def _usage(config: GatewayConfig) -> Usage:
 
 
 async def _open_store(config: Audit) -> AuditStore:
-    keys = KeyRing({key.version: key.read() for key in config.encryption_keys})
+    by_version = {key.version: key.read() for key in config.encryption_keys}
+    keys = KeyRing(by_version, active=config.active_key)
     return await AuditStore.open(config.url, migrate=config.migrate_on_start, keys=keys)
 
 

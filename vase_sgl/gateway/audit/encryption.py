@@ -3,8 +3,8 @@
     payload = nonce (12 random bytes) || ciphertext || tag (16 bytes)
     associated data = b"vase-sgl audit v1" || 0x00 || tenant || 0x00 || record id
 
-so that a payload moved to another record or tenant is refused. The highest version encrypts;
-the others still decrypt. Nothing is ever encrypted anew: the chain covers the ciphertext.
+so that a payload moved to another record or tenant is refused. One key encrypts; the others still
+decrypt. Nothing is ever encrypted anew: the chain covers the ciphertext.
 """
 
 from __future__ import annotations
@@ -24,14 +24,19 @@ _NONCE_BYTES = 12
 class KeyRing:
     """Keys by version; none: payloads are stored as they are."""
 
-    def __init__(self, keys: Mapping[int, bytes] | None = None) -> None:
-        """Raises `ValueError` for a key that is not 32 bytes long."""
+    def __init__(
+        self, keys: Mapping[int, bytes] | None = None, *, active: int | None = None
+    ) -> None:
+        """active: version of the key that encrypts; None: the highest.
+
+        Raises `ValueError` for a key that is not 32 bytes long.
+        """
         for version, key in (keys or {}).items():
             if len(key) != KEY_BYTES:
                 raise ValueError(f"key version {version} has {len(key)} bytes instead of 32")
         self._ciphers = {version: AESGCM(key) for version, key in (keys or {}).items()}
         #: Version of the key that encrypts; None: nothing is encrypted.
-        self.active = max(self._ciphers, default=None)
+        self.active = max(self._ciphers, default=None) if active is None else active
 
     def encrypt(self, content: bytes, *, tenant: str, record_id: str) -> bytes:
         """The payload under the active key. Raises `ValueError` if there is none."""
