@@ -22,7 +22,9 @@ def parse_known(parse: Callable[[bytes], Message], content: bytes) -> Message:
     request = parse(content)
     # The whole by code in C: a chat may hold millions of messages, and they are counted later.
     if _drop_unknown(request):
-        path, part = _place_of_unknown(parse(content), ()) or ((), request)
+        place = _place_of_unknown(parse(content), ())
+        assert place is not None, "what the whole has is in one of its parts"
+        path, part = place
         raise InvalidRequest(
             f"{'.'.join(path) or 'the request'}: it has a field that this gateway, of vase_sgl "
             f"{__version__}, does not know; known are {_names(part.DESCRIPTOR.fields)}. Leave the "
