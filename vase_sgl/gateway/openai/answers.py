@@ -65,20 +65,20 @@ class Answer:
 
     def role(self, index: int) -> dict[str, Any]:
         """The first chunk of a sample of a chat."""
-        return self._chunk(index, {"delta": {"role": "assistant", "content": ""}}, None)
+        return self._chunk(index, _delta(role="assistant", content=""), None)
 
     def text(self, index: int, text: str) -> dict[str, Any]:
         """A chunk of a sample's text."""
-        chat = self.kind == "chat"
-        return self._chunk(index, {"delta": {"content": text}} if chat else {"text": text}, None)
+        content = _delta(content=text) if self.kind == "chat" else {"text": text}
+        return self._chunk(index, content, None)
 
     def reasoning(self, index: int, text: str) -> dict[str, Any]:
         """A chunk of what a sample of a chat thinks."""
-        return self._chunk(index, {"delta": {"reasoning_content": text}}, None)
+        return self._chunk(index, _delta(reasoning_content=text), None)
 
     def finish(self, index: int, record: Record) -> dict[str, Any]:
         """The last chunk of a sample; its record is durable."""
-        content: dict[str, Any] = {"delta": {}} if self.kind == "chat" else {"text": ""}
+        content = _delta() if self.kind == "chat" else {"text": ""}
         return {
             **self._chunk(index, content, record.finish_reason),
             "vase": _vase([record]),
@@ -102,9 +102,15 @@ class Answer:
         }
 
 
+def _delta(**fields: str) -> dict[str, Any]:
+    """What a chunk adds to a chat; `reasoning_content` is always named.
+
+    OpenAI's clients do not know that field: where it is left out, reading it raises.
+    """
+    return {"delta": {"reasoning_content": None, **fields}}
+
+
 def _message(text: str, thinking: Thinking | None) -> dict[str, Any]:
-    if thinking is None:
-        return {"content": text}
     parts = Splitter(thinking).take(text, final=True)
     return {"content": parts.content, "reasoning_content": parts.reasoning or None}
 
