@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import openai
 import pytest
 
@@ -141,6 +143,20 @@ async def test_a_long_thought_counts_as_part_of_the_prompt(door: Running) -> Non
     async with client(door) as api:
         with pytest.raises(openai.BadRequestError, match=f"the prompt has {2**20 + 10} bytes"):
             await api.chat.completions.create(model="scripted", messages=messages)
+
+
+@pytest.mark.parametrize("field", ["content", "reasoning_content"])
+async def test_half_a_surrogate_pair_is_no_text(door: Running, field: str) -> None:
+    """JSON can name it, and UTF-8 has no bytes for it."""
+    message = {"role": "assistant", "content": "b", "reasoning_content": "a", field: "\ud800"}
+    body = json.dumps({"model": "scripted", "messages": [message]})
+    headers = {"Authorization": f"Bearer {door.key}"}
+    async with (
+        aiohttp.ClientSession(headers=headers) as http,
+        http.post(f"{door.http_url}/v1/chat/completions", data=body) as answer,
+    ):
+        assert answer.status == 400
+        assert "holds a character that is none" in (await answer.json())["error"]["message"]
 
 
 @pytest.mark.parametrize("thinking", ["<think>", {"start": ""}, {**MARKS, "end": ""}])

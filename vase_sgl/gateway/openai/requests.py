@@ -177,7 +177,10 @@ class Call:
 
 
 def chat_call(body: object, default_max_tokens: int) -> Call:
-    """A body of /v1/chat/completions. Raises `InvalidRequest`."""
+    """A body of /v1/chat/completions.
+
+    Raises `InvalidRequest`, and `UnicodeEncodeError` for half of a surrogate pair.
+    """
     _check_messages(body)
     chat = _parse(_Chat, body)
     conversation = pb.Conversation(
@@ -198,7 +201,8 @@ def _reasoning(messages: Sequence[_Message]) -> dict[int, str]:
         for index, message in enumerate(messages)
         if message.reasoning_content is not None
     }
-    for index in given:
+    for index, text in given.items():
+        text.encode()  # half of a surrogate pair; `content` is in protobuf, which refuses it
         if messages[index].role != "assistant":  # SGLang would drop it
             raise InvalidRequest(
                 f"messages.{index}.reasoning_content: only messages of the assistant have it; "
@@ -218,7 +222,7 @@ def _check_messages(body: object) -> None:
 
 
 def completion_call(body: object) -> Call:
-    """A body of /v1/completions. Raises `InvalidRequest`."""
+    """A body of /v1/completions. Raises as `chat_call` does."""
     completion = _parse(_Completion, body)
     request, prompt = pb.GenerateRequest(), completion.prompt
     if isinstance(prompt, str):
