@@ -13,10 +13,14 @@ import pytest
 
 from tests.gateway.running import Running, run_gateway
 from tests.gateway.test_openai import CHAT, client
+from vase_sgl.gateway.openai.thoughts import MAX_BLANKS, Parts, Splitter
+from vase_sgl.gateway.workers import Thinking
 
 MARKS = {"start": "<think>", "end": "</think>", "begun": False}
 #: Markers cut by tokens, and what begins like one and is none.
 PIECES = ("\n<th", "ink>a <", "b </", "thin c\n", "</thi", "nk>\n\n", "A <", " B</thin")
+#: As many as may stand before a thought.
+BLANKS = "\n" * MAX_BLANKS
 RAW, REASONING, CONTENT = "".join(PIECES), "\na <b </thin c\n", "\n\nA < B</thin"
 
 
@@ -72,6 +76,8 @@ async def test_each_sample_has_a_thought_of_its_own(door: Running) -> None:
         (("a", "<think>b", "</think>"), False, (None, "a<think>b</think>")),
         (("a", "</think>", "b"), False, (None, "a</think>b")),
         ((" ", "\n", "<thi"), False, (None, " \n<thi")),
+        ((BLANKS, "<th", "ink>a</think>b"), False, (BLANKS + "a", "b")),
+        ((BLANKS, "\n<th", "ink>a"), False, (None, BLANKS + "\n<think>a")),
     ],
 )
 async def test_where_a_thought_begins_and_ends(
@@ -80,6 +86,13 @@ async def test_where_a_thought_begins_and_ends(
     door.worker.pieces = pieces
     door.worker.thinking = {**MARKS, "begun": begun}
     assert await parts(door, max_tokens=len(pieces)) == [found]
+
+
+def test_blanks_without_end_are_sent() -> None:
+    splitter = Splitter(Thinking("<think>", "</think>", begun=False))
+    assert splitter.take(BLANKS) == Parts()
+    assert splitter.take("\n") == Parts(content=BLANKS + "\n")
+    assert splitter.take("\n") == Parts(content="\n")
 
 
 async def test_whoever_wants_it_gets_the_text_whole(door: Running) -> None:

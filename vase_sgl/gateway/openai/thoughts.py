@@ -8,6 +8,10 @@ from typing import NamedTuple
 from vase_sgl.gateway.deltas import beginning_at_end
 from vase_sgl.gateway.workers import Thinking
 
+#: Blanks that may stand before a thought's start, far more than a model writes there. They are held
+#: until it is known what follows; without an end of that, a stream of blanks would never be sent.
+MAX_BLANKS = 64
+
 
 class Parts(NamedTuple):
     """A piece of text, told apart."""
@@ -47,10 +51,11 @@ class Splitter:
         held, reasoning, content = self._held + text, "", ""
         if self._place is _Place.BEFORE:
             bare = held.lstrip()
-            if bare.startswith(start):
-                reasoning, held = held[: len(held) - len(bare)], bare
+            blanks = len(held) - len(bare)
+            if blanks <= MAX_BLANKS and bare.startswith(start):
+                reasoning, held = held[:blanks], bare
                 self._place = _Place.OPENING
-            elif final or not start.startswith(bare):
+            elif final or blanks > MAX_BLANKS or not start.startswith(bare):
                 self._place = _Place.CONTENT
         if self._place is _Place.OPENING:
             while held.startswith(start):
