@@ -151,6 +151,19 @@ async def test_a_message_goes_back_with_what_it_was_thought_with(door: Running) 
     assert door.worker.chats == [CHAT, [*CHAT, told, *CHAT], [*CHAT, told, *CHAT]]
 
 
+async def test_an_answer_that_ended_within_its_thought_goes_back(door: Running) -> None:
+    thought: Any = {"role": "assistant", "reasoning_content": REASONING}
+    async with client(door) as api:
+        for message in (thought, {**thought, "content": None}):
+            await api.chat.completions.create(
+                model="scripted", messages=[message, *CHAT], max_tokens=1
+            )
+        with pytest.raises(openai.BadRequestError, match=r"messages\.0\.content: Field required"):
+            empty: Any = {**thought, "reasoning_content": None}
+            await api.chat.completions.create(model="scripted", messages=[empty, *CHAT])
+    assert door.worker.chats == [[{**thought, "content": ""}, *CHAT]] * 2
+
+
 async def test_a_long_thought_counts_as_part_of_the_prompt(door: Running) -> None:
     messages: Any = [{"role": "assistant", "content": "b", "reasoning_content": "a" * 2**20}]
     async with client(door) as api:

@@ -101,6 +101,14 @@ class _Message(_Strict):
     ]
     reasoning_content: str | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _thought_alone(cls, fields: object) -> object:
+        """An answer that ended within its thought has no content, which many write as null."""
+        if not isinstance(fields, dict) or fields.get("reasoning_content") is None:
+            return fields
+        return {**fields, "content": ""} if fields.get("content") is None else fields
+
     @property
     def text(self) -> str:
         if isinstance(self.content, str):
