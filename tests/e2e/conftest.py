@@ -37,10 +37,12 @@ def worker(
 
 @pytest.fixture(scope="session")
 def second_worker(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
-    """Another process with the same model, which asks for a key.
+    """Another process with the same model, which asks for a key and has a parser of thoughts.
 
     `test_worker_lost.py`, which runs last, kills it.
     """
     key = {WORKER_KEY: SECOND_KEY}
-    with WorkerProcess(model, tmp_path_factory.mktemp("second"), **key) as process:
+    template = Path(__file__).with_name("thoughts.jinja")
+    flags = ("--reasoning-parser", "qwen3", "--chat-template", str(template))
+    with WorkerProcess(model, tmp_path_factory.mktemp("second"), *flags, **key) as process:
         yield process

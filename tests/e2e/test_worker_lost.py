@@ -8,11 +8,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.e2e.connected import started
 from tests.e2e.worker_process import SECOND_KEY, WorkerProcess
-from tests.gateway.running import add_tenant, until_ready
+from tests.gateway.running import until_ready
 from vase_sgl.client import NEVER, AsyncClient, Message, Unavailable
-from vase_sgl.gateway.config import load_config
-from vase_sgl.gateway.server import Gateway
 
 pytestmark = pytest.mark.xdist_group("worker")
 
@@ -31,27 +30,14 @@ def test_a_worker_with_a_key(second_worker: WorkerProcess) -> None:
 async def test_answers_of_a_lost_worker_fail_clearly_and_are_replayed_by_the_other(
     worker: WorkerProcess, second_worker: WorkerProcess, tmp_path: Path
 ) -> None:
-    tenants_file = tmp_path / "tenants.yaml"
-    key = add_tenant(tenants_file, "alice", roles=["generate", "replay"])
-    config = load_config(
-        overrides={
-            "listen": {"port": 0},
-            "worker": {
-                "urls": [worker.url, second_worker.url],
-                "health_interval_seconds": 0.3,
-                "api_key": SECOND_KEY,  # the first asks for none
-            },
-            "audit": {"url": f"sqlite+aiosqlite:///{tmp_path / 'audit.sqlite3'}"},
-            "tenants_file": tenants_file,
-        }
-    )
-    gateway = await Gateway.start(config, lambda seconds: None)
-    try:
-        async with AsyncClient(f"127.0.0.1:{gateway.port}", key, retry=NEVER) as client:
-            await until_ready(client)
-            await _lose_one(client, worker, second_worker)
-    finally:
-        await gateway.stop()
+    workers = [worker, second_worker]
+    options = {"health_interval_seconds": 0.3, "api_key": SECOND_KEY}  # the first asks for none
+    async with (
+        started(workers, tmp_path, **options) as (gateway, key),
+        AsyncClient(f"127.0.0.1:{gateway.port}", key, retry=NEVER) as client,
+    ):
+        await until_ready(client)
+        await _lose_one(client, worker, second_worker)
 
 
 async def _lose_one(
