@@ -28,6 +28,17 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def byte_fallback_tokenizer() -> Tokenizer:
+    """As SentencePiece's: the token of byte b is b, and 256 onwards are "▁the", "▁cat"."""
+    words = ["▁the", "▁cat"]
+    vocabulary = {name: i for i, name in enumerate([*(f"<0x{b:02X}>" for b in range(256)), *words])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    strip = decoders.Strip(" ", 1)
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip]
+    tokenizer.decoder = decoders.Sequence(parts)
+    return tokenizer
+
+
 def sample(
     token_ids: list[int], *, prompt: int = 20, budget: int = 24, window: int = 8, **change: Any
 ) -> Inspection:

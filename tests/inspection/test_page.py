@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from tests.inspection.samples import HOSTILE, PageParts, byte_tokenizer, sample
+from tests.inspection.samples import (
+    HOSTILE,
+    PageParts,
+    byte_fallback_tokenizer,
+    byte_tokenizer,
+    sample,
+)
 from vase_sgl.cli import build_app
 from vase_sgl.inspection import InspectionError
 from vase_sgl.inspection.page import build_page
@@ -67,6 +73,16 @@ def test_each_token_has_its_text() -> None:
     assert texts == ["a", " ", "", "é", "", "", "", "🦑", "b"]
     with pytest.raises(InspectionError, match="token 256 is not in this tokenizer, which has 256"):
         token_texts(tokenizer, [1, 256])
+
+
+def test_bytes_that_are_no_character_leave_the_text_before_them() -> None:
+    """Byte fallback decodes a run of bytes as a whole, as text or not."""
+    tokenizer = byte_fallback_tokenizer()
+    the, cat = 256, 257
+    half = [0xF1, 0xA0]
+    texts = token_texts(tokenizer, [the, 0x0A, *half, cat, the, 0x0A, 0xC3, 0xA9, 0xC3, the, *half])
+    broken = ["", "", "\ufffd\ufffd cat"]
+    assert texts == ["the", "\n", *broken, " the", "\n", "", "é", "", "\ufffd the", "", ""]
 
 
 def test_a_tokenizer_that_cannot_be_used_is_named(tmp_path: Path) -> None:

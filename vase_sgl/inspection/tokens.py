@@ -28,17 +28,29 @@ def load_tokenizer(model: Path) -> Tokenizer:
 def token_texts(tokenizer: Tokenizer, token_ids: Sequence[int]) -> list[str]:
     """One text for each token; joined they are the whole text, special tokens included.
 
-    Of a character that several tokens make up the last one has all, the others have "".
+    Of a character that several tokens make up the last one has all, the others have "". Of bytes
+    that make up none the next token has the replacement characters.
     Raises `InspectionError` for an id that the tokenizer does not know.
     """
     size = tokenizer.get_vocab_size(with_added_tokens=True)
     stream = DecodeStream(skip_special_tokens=False)
     texts = []
+    waiting: list[int] = []  # tokens since the last one that had text
     for token in token_ids:
         if not 0 <= token < size:
             raise InspectionError(
                 f"token {token} is not in this tokenizer, which has {size}; name the tokenizer of "
                 "the model that ran the request"
             )
-        texts.append(stream.step(tokenizer, token) or "")
+        waiting.append(token)
+        try:
+            text = stream.step(tokenizer, token)
+        except Exception:  # the library raises nothing more specific
+            # Byte fallback decodes a run of bytes as a whole: bytes that are no character take
+            # with them those before that were text, and the stream refuses text that changes.
+            stream = DecodeStream(skip_special_tokens=False)
+            text = "".join(stream.step(tokenizer, each) or "" for each in waiting)
+        texts.append(text or "")
+        if text:
+            waiting.clear()
     return texts
