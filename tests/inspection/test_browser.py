@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -120,6 +121,30 @@ async def test_keys_and_hover_tell_about_a_token(tab: Tab, tmp_path: Path) -> No
     await tab.until("byId('details').textContent.includes('it was never cached')")
     await tab.evaluate("elements[30].dispatchEvent(new MouseEvent('mouseover', {bubbles: true}))")
     await tab.until("byId('details').textContent.startsWith('Token 30 ')")
+
+
+async def test_rounds_that_are_not_recorded_are_not_called_never(tab: Tab, tmp_path: Path) -> None:
+    """A head that keeps a token in all recorded rounds may evict it in a later one."""
+    recorded = 2
+    everything = sample(IDS).evicted_in_round
+    part = np.where(everything > recorded, np.uint16(0), everything)
+    await tab.open(write(tmp_path, sample(IDS, recorded_rounds=recorded, evicted_in_round=part)))
+    evicting = (part > 0).sum(axis=(0, 1))
+    for count, sentence in (
+        (0, r"No head evicts it in a recorded round\.\n"),
+        (3, r"Evicted by 3 heads in round.*, in no recorded round by 3\.\n"),
+    ):
+        position = evicting.tolist().index(count)
+        await tab.evaluate(f"moveTo({position}, 0)")
+        await tab.until(f"byId('details').textContent.startsWith('Token {position},')")
+        details = await tab.evaluate("byId('details').textContent")
+        assert re.search(sentence, details), details
+        rounds = part[0, :, position].tolist()
+        named = [
+            f"head {h} in {f'round {r}' if r else 'no recorded round'}"
+            for h, r in enumerate(rounds)
+        ]
+        assert details.endswith(f"Layer 0 evicts it: {', '.join(named)}")
 
 
 async def test_dark_and_light_can_both_be_read(tab: Tab, tmp_path: Path) -> None:

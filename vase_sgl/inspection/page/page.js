@@ -260,7 +260,10 @@ function describeToken(position, layer) {
   byId("details").textContent = lines.join("\n");
 }
 
-/** In which rounds heads let go of a token, all layers and heads, all rounds. */
+/** Whether the file has all rounds. If not, a head may evict a token in a round it does not have. */
+const whole = data.recordedRounds === data.rounds;
+
+/** In which rounds heads let go of a token, all layers and heads, all recorded rounds. */
 function fate(position) {
   let first = 0xffff;
   let last = 0;
@@ -274,15 +277,19 @@ function fate(position) {
       last = Math.max(last, value + 1);
     }
   }
-  if (stayed === layers * heads) return "No head ever evicts it.";
+  if (stayed === layers * heads) {
+    return whole ? "No head ever evicts it." : "No head evicts it in a recorded round.";
+  }
   const rounds = first === last ? `in round ${first}` : `in rounds ${first} to ${last}`;
-  return `Evicted by ${plural(layers * heads - stayed, "head")} ${rounds}, never by ${stayed}.`;
+  const others = whole ? `never by ${stayed}` : `in no recorded round by ${stayed}`;
+  return `Evicted by ${plural(layers * heads - stayed, "head")} ${rounds}, ${others}.`;
 }
 
 function fateInLayer(position, layer) {
   const parts = data.heads.map((name, head) => {
     const value = lastKept[(layer * heads + head) * tokens + position];
-    return `head ${name} ${value === 0xffff ? "never" : `in round ${value + 1}`}`;
+    if (value < 0xffff) return `head ${name} in round ${value + 1}`;
+    return `head ${name} ${whole ? "never" : "in no recorded round"}`;
   });
   return `Layer ${layer} evicts it: ${parts.join(", ")}`;
 }
