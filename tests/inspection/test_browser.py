@@ -72,7 +72,12 @@ async def test_every_round_shows_who_keeps_what(tab: Tab, tmp_path: Path) -> Non
         assert await tab.evaluate("Array.from(keepers)") == keepers(inspection, number)
         text = await tab.evaluate("byId('state').textContent")
         seen = int(inspection.round_lengths[number]) if number < inspection.rounds else len(IDS) - 1
-        assert f": {seen} tokens seen; a head keeps " in text
+        when = "before the first round"
+        if number:
+            since = seen - int(inspection.round_lengths[number - 1])
+            when = f"after round {number} of {inspection.rounds} and the {since} tokens since"
+        mean = round(sum(keepers(inspection, number)) / 6)
+        assert text.startswith(f"{when}: {seen} tokens seen; a head keeps {mean} of them ")
         colours = await tab.evaluate("elements.map((e) => e.style.backgroundColor)")
         wanted = await tab.evaluate(
             "Array.from(keepers, (n) => `rgb(${palette[level(n / 6)].join(', ')})`)"
@@ -89,6 +94,13 @@ async def test_every_round_shows_who_keeps_what(tab: Tab, tmp_path: Path) -> Non
         )
         assert pixel[:3] == await tab.evaluate(f"palette[level({shares[1, 10]})]")
         await tab.press("ArrowRight")
+
+
+async def test_a_request_without_a_round_says_so(tab: Tab, tmp_path: Path) -> None:
+    await tab.open(write(tmp_path, sample(IDS[:12])))
+    assert await tab.evaluate("byId('round').disabled")
+    text = await tab.evaluate("byId('state').textContent")
+    assert text.startswith("there was no round: 11 tokens seen; a head keeps 11 of them (100 %)")
 
 
 async def test_one_layer_and_one_head(tab: Tab, tmp_path: Path) -> None:

@@ -224,6 +224,14 @@ function paint(chunk) {
 const percent = (part, whole) => `${whole ? Math.round((100 * part) / whole) : 0} %`;
 const plural = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
 
+/** Where the slider stands, with `end` tokens there: what is kept is a budget and these few. */
+function describeMoment(end) {
+  if (data.rounds === 0) return "there was no round";
+  if (view.round === 0) return "before the first round";
+  const since = end - data.roundLengths[view.round - 1];
+  return `after round ${view.round} of ${data.rounds} and the ${plural(since, "token")} since`;
+}
+
 function describeState() {
   const end = present(view.round);
   const all = chosenLayers() * chosenHeads();
@@ -233,8 +241,7 @@ function describeState() {
     kept += keepers[p];
     nowhere += keepers[p] === 0 ? 1 : 0;
   }
-  const when =
-    view.round === 0 ? "before the first round" : `after round ${view.round} of ${data.rounds}`;
+  const when = describeMoment(end);
   const mean = Math.round(kept / all);
   byId("state").textContent =
     `${when}: ${end} tokens seen; a head keeps ${mean} of them (${percent(mean, end)}); ` +
