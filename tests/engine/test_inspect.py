@@ -27,6 +27,7 @@ from vase_sgl.engine import admission, inspector
 from vase_sgl.engine.config import EngineConfig, engine_config
 from vase_sgl.eviction import ParameterError
 from vase_sgl.inspection import Inspection, InspectionError, load_request
+from vase_sgl.inspection.file import FORMAT
 
 VASE = {"budget": 24, "window": 8, "policy": "vase-attnv", "seed": 2**40 + 7}
 
@@ -277,8 +278,24 @@ def test_files_that_cannot_be_used_are_named(
         file.write_bytes(content)
         with pytest.raises(InspectionError, match=r"damaged"):
             load_request(tmp_path, "r")
+    # The first member's flags say that it is encrypted, or its method is one of no zip format.
+    for offset, value in ((6, 1), (8, 77)):
+        entry = whole.index(b"PK\1\2")
+        changed = bytearray(whole)
+        changed[offset] = changed[entry + offset + 2] = value
+        file.write_bytes(changed)
+        with pytest.raises(InspectionError, match=r"damaged"):
+            load_request(tmp_path, "r")
     np.savez(file, facts=np.zeros(1))
     with pytest.raises(InspectionError, match=r"damaged"):
+        load_request(tmp_path, "r")
+
+
+def test_a_file_of_another_version_is_not_called_damaged(tmp_path: Path) -> None:
+    """Whatever arrays it has."""
+    facts = np.frombuffer(json.dumps({"format": FORMAT + 1}).encode(), np.uint8)
+    np.savez(tmp_path / "r.npz", facts=facts, evictions=np.zeros(1))
+    with pytest.raises(InspectionError, match=r"another version of vase_sgl; run the one that the"):
         load_request(tmp_path, "r")
 
 

@@ -24,6 +24,10 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _ARRAYS = {"evicted_in_round": (np.uint16, 3), "token_ids": (np.int32, 1)}
 _ARRAYS |= {"round_lengths": (np.int32, 1), "heads": (np.int32, 1)}
 
+#: What numpy, zipfile and json raise for what is no such file. RuntimeError: damage may look like
+#: encryption or a newer zip format.
+_DAMAGE = (TypeError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+
 
 class InspectionError(Exception):
     """There is no such file, or it cannot be used. The text says what to do."""
@@ -95,13 +99,17 @@ class Inspection:
         try:
             with np.load(path, allow_pickle=False) as file:
                 facts = json.loads(bytes(file["facts"]))
+                # First: another format may have other arrays.
+                if not isinstance(facts, dict) or facts.pop("format", None) != FORMAT:
+                    raise InspectionError(
+                        f"{path} was written by another version of vase_sgl; run the one that the "
+                        "worker runs"
+                    )
                 arrays = {name: file[name] for name in _ARRAYS}
         except OSError as error:
             raise InspectionError(f"cannot read {path}: {error.strerror or error}") from error
-        except (TypeError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except _DAMAGE as error:
             raise InspectionError(f"{path} is not a file of `inspect`, or is damaged") from error
-        if not isinstance(facts, dict) or facts.pop("format", None) != FORMAT:
-            raise InspectionError(f"{path} was written by another version of vase_sgl")
         if set(facts) != set(_facts()) or not _fit(arrays):
             raise InspectionError(f"{path} is damaged: its parts do not fit together")
         return cls(**facts, **arrays)
