@@ -33,7 +33,7 @@ async def tab(tmp_path: Path) -> AsyncIterator[Tab]:
         assert all(url.startswith("file:") for url in tab.requests) and len(tab.requests) == 1
 
 
-def write(folder: Path, inspection: Inspection, texts: list[str] | None = None) -> Path:
+def write(folder: Path, inspection: Inspection, texts: list[str | None] | None = None) -> Path:
     path = folder / "page.html"
     path.write_text(build_page(inspection, texts), "utf-8")
     return path
@@ -51,13 +51,17 @@ def keepers(inspection: Inspection, round: int) -> list[int]:
 
 
 async def test_a_hostile_text_is_shown_and_does_nothing(tab: Tab, tmp_path: Path) -> None:
-    texts = token_texts(byte_tokenizer(), IDS)
-    await tab.open(write(tmp_path, sample(IDS), texts))
+    texts = token_texts(byte_tokenizer(), [*IDS, 300])
+    await tab.open(write(tmp_path, sample([*IDS, 300]), texts))
     assert await tab.evaluate("window.hacked") is None
     assert await tab.evaluate("document.images.length") == 0
     shown = await tab.evaluate("elements.map((e) => e.textContent).join('')")
     assert "</script><img src=x onerror='window.hacked=1'><!-- @SCRIPT@ ··\\u202e" in shown
     assert "'·é···🦑'⏎\n⇥\tend" in shown
+    assert shown.endswith(" rounds.[300]")
+    await tab.evaluate("moveTo(tokens - 1, -1)")
+    await tab.until("byId('details').textContent.includes(', id 300, ')")
+    assert "null" not in await tab.evaluate("byId('details').textContent")
     assert await tab.evaluate("document.title") == "Request sample"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
 from typer.testing import CliRunner
 
 from tests.inspection.samples import (
@@ -46,7 +47,7 @@ def test_equal_inspections_give_equal_pages() -> None:
 
 def test_a_hostile_text_stays_text() -> None:
     texts = token_texts(byte_tokenizer(), IDS)
-    assert HOSTILE in "".join(texts)
+    assert HOSTILE in "".join(text or "" for text in texts)
     parts = PageParts(build_page(sample(IDS), texts))
     assert parts.data["texts"] == texts
     clean = PageParts(build_page(sample(IDS), ["x"] * len(IDS)))
@@ -71,8 +72,15 @@ def test_each_token_has_its_text() -> None:
     tokenizer = byte_tokenizer()
     texts = token_texts(tokenizer, tokenizer.encode("a é🦑b").ids)
     assert texts == ["a", " ", "", "é", "", "", "", "🦑", "b"]
-    with pytest.raises(InspectionError, match="token 256 is not in this tokenizer, which has 256"):
-        token_texts(tokenizer, [1, 256])
+
+
+def test_an_id_that_the_tokenizer_does_not_have_has_no_text() -> None:
+    """A model's vocabulary is padded; a tokenizer's ids may have gaps."""
+    tokenizer = byte_tokenizer()
+    a, half = tokenizer.encode("a").ids[0], tokenizer.encode("é").ids
+    assert token_texts(tokenizer, [a, 256, half[0], -1, half[1]]) == ["a", None, "", None, "é"]
+    with_gap = Tokenizer(models.WordLevel({"a": 0, "b": 9}))
+    assert token_texts(with_gap, [9, 5]) == ["b", None]
 
 
 def test_bytes_that_are_no_character_leave_the_text_before_them() -> None:
@@ -107,6 +115,11 @@ def test_the_command(tmp_path: Path) -> None:
     assert run("--tokenizer", str(tmp_path)) == ""
     assert "".join(PageParts(page).data["texts"]).startswith(HOSTILE)
     assert run() == "" and PageParts(page).data["texts"] is None
+    sample([*IDS, 300]).save(tmp_path / "sample.npz")
+    assert f"{tmp_path} has no text for 1 of the tokens, and their ids are shown; " in run(
+        "--tokenizer", str(tmp_path)
+    )
+    assert PageParts(page).data["texts"][-2:] == [".", None]
     assert "there is no tokenizer at" in run("--tokenizer", str(tmp_path / "x"), status=1)
     sample(IDS, recorded_rounds=2, total_heads=4).save(tmp_path / "sample.npz")
     errors = run()

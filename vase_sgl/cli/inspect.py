@@ -48,6 +48,13 @@ def inspect(
 
             texts = token_texts(load_tokenizer(tokenizer), inspection.token_ids.tolist())
         path.write_text(build_page(inspection, texts), encoding="utf-8")
+    unknown = 0 if texts is None else texts.count(None)
+    if unknown:
+        typer.echo(
+            f"warning: {tokenizer} has no text for {unknown} of the tokens, and their ids are "
+            "shown; if it is of another model, name that of the one that ran the request",
+            err=True,
+        )
     if inspection.missing_heads:
         missing = ", ".join(map(str, inspection.missing_heads))
         typer.echo(f"warning: the files of KV heads {missing} are not in {folder}", err=True)

@@ -25,23 +25,20 @@ def load_tokenizer(model: Path) -> Tokenizer:
         raise InspectionError(f"{path} is not a tokenizer.json: {error}") from error
 
 
-def token_texts(tokenizer: Tokenizer, token_ids: Sequence[int]) -> list[str]:
+def token_texts(tokenizer: Tokenizer, token_ids: Sequence[int]) -> list[str | None]:
     """One text for each token; joined they are the whole text, special tokens included.
 
+    None: the tokenizer has no such token. Models have more ids than their tokenizers, for padding.
     Of a character that several tokens make up the last one has all, the others have "". Of bytes
     that make up none the next token has the replacement characters.
-    Raises `InspectionError` for an id that the tokenizer does not know.
     """
-    size = tokenizer.get_vocab_size(with_added_tokens=True)
     stream = DecodeStream(skip_special_tokens=False)
-    texts = []
+    texts: list[str | None] = []
     waiting: list[int] = []  # tokens since the last one that had text
     for token in token_ids:
-        if not 0 <= token < size:
-            raise InspectionError(
-                f"token {token} is not in this tokenizer, which has {size}; name the tokenizer of "
-                "the model that ran the request"
-            )
+        if token < 0 or tokenizer.id_to_token(token) is None:
+            texts.append(None)
+            continue
         waiting.append(token)
         try:
             text = stream.step(tokenizer, token)

@@ -18,7 +18,7 @@ from vase_sgl.inspection.file import Inspection
 DATA_ID = "inspection"
 
 
-def build_page(inspection: Inspection, texts: Sequence[str] | None) -> str:
+def build_page(inspection: Inspection, texts: Sequence[str | None] | None) -> str:
     """The page as HTML.
 
     texts: what each token adds to the text, as `token_texts` gives it. None: ids are shown.
@@ -43,7 +43,7 @@ def build_page(inspection: Inspection, texts: Sequence[str] | None) -> str:
     return re.sub("@([A-Z_]+)@", lambda found: values[found[1]], _part("page.html"))
 
 
-def _data(inspection: Inspection, texts: Sequence[str] | None) -> dict[str, Any]:
+def _data(inspection: Inspection, texts: Sequence[str | None] | None) -> dict[str, Any]:
     # Little-endian, as browsers' typed arrays are.
     table = inspection.evicted_in_round.astype("<u2").tobytes()
     return {

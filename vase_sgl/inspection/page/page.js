@@ -156,6 +156,7 @@ const HIDDEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u20
 function shown(position) {
   if (data.texts === null) return `${data.tokenIds[position]} `;
   const own = data.texts[position];
+  if (own === null) return `[${data.tokenIds[position]}]`; // not in the tokenizer
   if (own === "") return "·"; // part of a character that a later token completes
   return own
     .replace(HIDDEN, (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`)
@@ -252,8 +253,9 @@ function describeState() {
 /** Two or three lines about a token; `layer` -1: no single layer is meant. */
 function describeToken(position, layer) {
   const kind = position < data.promptTokens ? "prompt" : "answer";
-  const own = data.texts === null ? "" : ` ${JSON.stringify(data.texts[position])}`;
-  const lines = [`Token ${position}${own}, id ${data.tokenIds[position]}, ${kind}`];
+  const own = data.texts === null ? null : data.texts[position];
+  const quoted = own === null ? "" : ` ${JSON.stringify(own)}`;
+  const lines = [`Token ${position}${quoted}, id ${data.tokenIds[position]}, ${kind}`];
   const all = chosenLayers() * chosenHeads();
   if (position === tokens - 1) {
     lines.push("The last token: it was never cached.");
