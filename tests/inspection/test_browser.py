@@ -65,6 +65,20 @@ async def test_a_hostile_text_is_shown_and_does_nothing(tab: Tab, tmp_path: Path
     assert await tab.evaluate("document.title") == "Request sample"
 
 
+async def test_what_cannot_be_seen_is_written_out(tab: Tab, tmp_path: Path) -> None:
+    """Controls of direction, soft hyphens, fillers, tags: in the text and in the details."""
+    hidden = "\u0007\u007f\u00ad\u061c\u115f\u180e\u200b\u202e\u2028\u3164\ufe0f\ufeff\U000e0041"
+    codes = [f"\\u{ord(c):04x}" if ord(c) < 2**16 else f"\\u{{{ord(c):x}}}" for c in hidden]
+    texts = [f"<{c}>" for c in hidden] + ["é\t\n🦑"]
+    await tab.open(write(tmp_path, sample([1] * len(texts)), [*texts]))
+    shown = await tab.evaluate("elements.map((e) => e.textContent)")
+    assert shown == [*(f"<{code}>" for code in codes), "é⇥\t⏎\n🦑"]
+    for position, code in enumerate(codes):
+        await tab.evaluate(f"describeToken({position}, -1)")
+        details = await tab.evaluate("byId('details').textContent")
+        assert details.startswith(f'Token {position} "<{code}>", id 1')
+
+
 async def test_every_round_shows_who_keeps_what(tab: Tab, tmp_path: Path) -> None:
     """The slider by its keys; text and map in the colours of what the file says."""
     inspection = sample(IDS)
@@ -134,7 +148,7 @@ async def test_keys_and_hover_tell_about_a_token(tab: Tab, tmp_path: Path) -> No
     assert details.endswith(f"Layer 0 evicts it: {', '.join(named)}")
     await tab.evaluate("byId('text').focus()")
     await tab.press("End")
-    await tab.until("byId('details').textContent.includes('it was never cached')")
+    await tab.until("byId('details').textContent.endsWith('it was never cached.')")
     await tab.evaluate("elements[30].dispatchEvent(new MouseEvent('mouseover', {bubbles: true}))")
     await tab.until("byId('details').textContent.startsWith('Token 30 ')")
 
@@ -164,7 +178,7 @@ async def test_rounds_that_are_not_recorded_are_not_called_never(tab: Tab, tmp_p
 
 
 async def test_dark_and_light_can_both_be_read(tab: Tab, tmp_path: Path) -> None:
-    """Every colour of the ramp against the text on it, by WCAG's contrast ratio."""
+    """Every colour that a token has behind it against its text, by WCAG's contrast ratio."""
     page = write(tmp_path, sample(IDS))
     await tab.open(page, dark=True)
     contrast = """
@@ -172,12 +186,26 @@ async def test_dark_and_light_can_both_be_read(tab: Tab, tmp_path: Path) -> None
       const light = (rgb) => rgb.map((c) => c / 255)
         .map((c) => (c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4))
         .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
-      const fore = getComputedStyle(document.body).color.match(/\\d+/g).map(Number);
-      return Math.min(...palette.map((back) => {
+      const numbers = (colour) => colour.match(/[\\d.]+/g).map(Number);
+      const worst = (style, backs) => Math.min(...backs.map((back) => {
+        const share = Number(style.opacity);
+        const fore = numbers(style.color).map((c, i) => c * share + back[i] * (1 - share));
         const [a, b] = [light(fore), light(back)];
         return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
       }));
+      const behind = (element) => {
+        const style = getComputedStyle(element);
+        const hatch = style.backgroundImage.match(/rgb\\([^)]*\\)/g) ?? [];
+        return [style, [numbers(getComputedStyle(document.body).backgroundColor),
+          ...hatch.map(numbers)]];
+      };
+      return Math.min(
+        worst(getComputedStyle(document.body), palette),
+        worst(...behind(document.querySelector("#text i.later"))),
+      );
     })()"""
+    await tab.evaluate("view.round = 0; update()")
+    await tab.until("document.querySelector('#text i.later') !== null")
     assert await tab.evaluate(contrast) >= 4.5
     await tab.call(
         "Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "light"}]

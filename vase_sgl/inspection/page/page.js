@@ -150,18 +150,22 @@ const chunks = []; // {element, from, painted}
 const chunkOf = new Map();
 const visible = new Set();
 
-// Shown as they are they would hide or reorder text.
-const HIDDEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g;
+// Cannot be seen as they are, or would hide or reorder text.
+const HIDDEN = /(?![\t\n])[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Default_Ignorable_Code_Point}]/gu;
+
+function revealed(own) {
+  return own.replace(HIDDEN, (c) => {
+    const digits = c.codePointAt(0).toString(16).padStart(4, "0");
+    return digits.length > 4 ? `\\u{${digits}}` : `\\u${digits}`;
+  });
+}
 
 function shown(position) {
   if (data.texts === null) return `${data.tokenIds[position]} `;
   const own = data.texts[position];
   if (own === null) return `[${data.tokenIds[position]}]`; // not in the tokenizer
   if (own === "") return "·"; // part of a character that a later token completes
-  return own
-    .replace(HIDDEN, (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`)
-    .replace(/\t/g, "⇥\t")
-    .replace(/\n/g, "⏎\n");
+  return revealed(own).replace(/\t/g, "⇥\t").replace(/\n/g, "⏎\n");
 }
 
 function writeText() {
@@ -254,18 +258,17 @@ function describeState() {
 function describeToken(position, layer) {
   const kind = position < data.promptTokens ? "prompt" : "answer";
   const own = data.texts === null ? null : data.texts[position];
-  const quoted = own === null ? "" : ` ${JSON.stringify(own)}`;
+  const quoted = own === null ? "" : ` ${revealed(JSON.stringify(own))}`;
   const lines = [`Token ${position}${quoted}, id ${data.tokenIds[position]}, ${kind}`];
   const all = chosenLayers() * chosenHeads();
   if (position === tokens - 1) {
     lines.push("The last token: it was never cached.");
-  } else if (position >= present(view.round)) {
-    lines.push("Not there yet in this round.");
   } else {
     const kept = keepers[position];
-    lines.push(`Kept by ${kept} of ${all} chosen heads (${percent(kept, all)}). ${fate(position)}`);
+    const now = `Kept by ${kept} of ${all} chosen heads (${percent(kept, all)}). ${fate(position)}`;
+    lines.push(position < present(view.round) ? now : "Not there yet in this round.");
+    if (layer >= 0) lines.push(fateInLayer(position, layer));
   }
-  if (layer >= 0) lines.push(fateInLayer(position, layer));
   byId("details").textContent = lines.join("\n");
 }
 
