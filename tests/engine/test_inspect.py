@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+import tracemalloc
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -168,6 +169,34 @@ def test_recordings_share_the_memory_and_have_no_gaps(
     second.note(3, 6, kept)  # fits, but round 2 is not there
     second.fold(3)
     assert second.recorded_rounds == 1
+
+
+def test_writing_a_table_needs_no_more_than_it_twice(tmp_path: Path) -> None:
+    """The second is what the file holds; beside it is a layer, or numpy's buffer of 16 MiB."""
+    layers, heads, length = 32, 4, 2**17
+    recording = inspector.Recording(tmp_path)
+    recording.note(1, length, torch.zeros(layers, 1, heads, dtype=torch.int32))
+    recording.fold(1)
+    inspection = Inspection(
+        request_id="r",
+        model="m",
+        params={},
+        prompt_tokens=1,
+        total_heads=heads,
+        recorded_rounds=1,
+        token_ids=np.zeros(length, np.int32),
+        round_lengths=np.array([length], np.int32),
+        heads=np.arange(heads, dtype=np.int32),
+        evicted_in_round=np.zeros((layers, heads, length), np.uint16),
+    )
+    tracemalloc.start()
+    try:
+        inspector._write(recording, inspection, 0, 0)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (load_request(tmp_path, "r").evicted_in_round[:, :, :2] == [0, 1]).all()
+    assert recording.nbytes == 32 * 2**20 and peak < 20 * 2**20
 
 
 @torch.inference_mode()

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Host memory of the tables of all inspected requests of this process.
+#: Host memory of the tables of all inspected requests of this process. One that grows or is written
+#: is there twice for that time.
 MAX_BYTES = 256 * 2**20
 
 #: Requests that are recorded. Weak: SGLang decides when a request is gone.
@@ -82,13 +83,17 @@ class Recording:
             np.put_along_axis(self._last_kept, positions, np.uint16(number), axis=2)
             self.recorded_rounds = number
 
-    def evicted_in_round(self, start: int, end: int) -> npt.NDArray[np.uint16]:
-        """Positions [start, end) as `Inspection` has them, uint16 [layers, kv_heads, end - start].
+    def fill(self, table: npt.NDArray[np.uint16], start: int, end: int) -> None:
+        """Positions [start, end) of a table of zeros, as `Inspection` has it.
 
-        start: tokens that are pinned. end: tokens with a KV entry in the last recorded round.
+        table: uint16 [layers, kv_heads, tokens]. start: tokens that are pinned. end: tokens with a
+            KV entry in the last recorded round.
         """
-        last = self._last_kept[:, :, start:end]
-        return np.where(last == self.recorded_rounds, np.uint16(0), last + np.uint16(1))
+        # Layer by layer: a table may have 256 MiB, and what is between needs memory too.
+        for into, last in zip(
+            table[:, :, start:end], self._last_kept[:, :, start:end], strict=True
+        ):
+            np.add(last, np.uint16(1), out=into, where=last != self.recorded_rounds)
 
     def _reaches(self, layers: int, heads: int, length: int) -> bool:
         """Make the table at least `length` positions long. False: memory is short."""
@@ -185,8 +190,7 @@ def _write(recording: Recording, inspection: Inspection, pinned: int, rank: int)
     try:
         if recording.recorded_rounds:
             end = int(inspection.round_lengths[recording.recorded_rounds - 1])
-            table = recording.evicted_in_round(pinned, end)
-            inspection.evicted_in_round[:, :, pinned:end] = table
+            recording.fill(inspection.evicted_in_round, pinned, end)
         inspection.save(recording.folder / file_name(inspection.request_id, rank))
     except Exception:
         logger.exception("no file for inspected request %s", inspection.request_id)
