@@ -87,18 +87,18 @@ def test_image_orders_like_floats():
     assert len(set(image)) == 8
 
 
+KEYS = {
+    "normal": lambda g, n: torch.randn(n, generator=g),
+    "many ties": lambda g, n: torch.randint(-2, 3, (n,), generator=g).float(),
+    "one tie": lambda g, n: torch.zeros(n),
+    "special": lambda g, n: torch.tensor([INF, -INF, NAN, 0.0, -0.0, 1.0]).repeat(n // 6 + 1)[:n],
+    "lowest bits": lambda g, n: 1 + torch.randint(0, 4, (n,), generator=g) * 2.0**-23,
+}
+
+
 @pytest.mark.parametrize("round", [1, 2])
-@pytest.mark.parametrize(
-    "keys",
-    [
-        lambda g, n: torch.randn(n, generator=g),
-        lambda g, n: torch.randint(-2, 3, (n,), generator=g).float(),  # many ties
-        lambda g, n: torch.zeros(n),
-        lambda g, n: torch.tensor([INF, -INF, NAN, 0.0, -0.0, 1.0]).repeat(n // 6 + 1)[:n],
-        lambda g, n: 1 + torch.randint(0, 4, (n,), generator=g) * 2.0**-23,  # lowest bits
-    ],
-)
-def test_against_a_sort(keys, round):
+@pytest.mark.parametrize("kind", KEYS)
+def test_against_a_sort(kind, round):
     requests = [
         due(2, 24, 16, 4, round=round, logical_length=40),  # 8 of 20
         due(0, 300, 37, 13, round=round, logical_length=300),  # 263 of 287, over 4 blocks
@@ -108,7 +108,7 @@ def test_against_a_sort(keys, round):
     scene = make_scene(requests, layers=1, heads=HEADS)
     columns = 300
     g = torch.Generator().manual_seed(round)
-    key = torch.stack([keys(g, HEADS * columns).view(HEADS, columns) for _ in requests])
+    key = torch.stack([KEYS[kind](g, HEADS * columns).view(HEADS, columns) for _ in requests])
     order = order_image(key)
     for victims in (True, False):
         edges, faults = run_select(scene, order, requests, rows=3, columns=columns, victims=victims)
