@@ -1,7 +1,8 @@
 """These tests execute what Triton compiles for sm_90, on a CPU.
 
 They need Triton without its interpreter, so nothing is collected with `TRITON_INTERPRET=1`; and
-with `VASE_TEST_GPU=1` the same kernels run on the device itself.
+with `VASE_TEST_GPU=1` the same kernels run on the device itself. The whole of `tests/triton` runs
+this way with `VASE_TEST_PTX=1`.
 """
 
 from __future__ import annotations

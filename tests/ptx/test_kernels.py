@@ -1,4 +1,7 @@
-"""The package's kernels as a GPU gets them: bytes equal to the reference's, and nothing races."""
+"""The package's kernels as a GPU gets them: bytes equal to the reference's, and nothing races.
+
+A slice that takes seconds; `VASE_TEST_PTX=1` runs all of `tests/triton` this way.
+"""
 
 from __future__ import annotations
 

@@ -1,13 +1,14 @@
 """These tests run kernels under Triton's interpreter, which must be chosen before its import, or
-compiled on a GPU.
+compiled: on a GPU, or their PTX on the CPU.
 
 The rest of the suite imports Triton without its interpreter, so
 `tests/kernels/test_triton_kernels.py` runs this folder in a process of its own:
 
     TRITON_INTERPRET=1 python -m pytest tests/triton
     VASE_TEST_GPU=1 python -m pytest tests/triton    # compiled; with every case of test_matrix.py
+    VASE_TEST_PTX=1 python -m pytest tests/triton    # compiled, executed by tests/ptx
 
-With neither, nothing is collected here.
+With none of them, nothing is collected here.
 """
 
 from __future__ import annotations
@@ -17,19 +18,18 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.triton.device import INTERPRETED, ON_GPU
+from tests.triton.device import EMULATED, INTERPRETED, ON_GPU
 
-collect_ignore_glob = [] if INTERPRETED or ON_GPU else ["test_*.py"]
+collect_ignore_glob = [] if INTERPRETED or ON_GPU or EMULATED else ["test_*.py"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # Infinite and undefined keys are tested; numpy, which runs the kernels, remarks on them.
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton")
-    config.addinivalue_line(
-        "markers", "gpu: too slow for the interpreter; runs with VASE_TEST_GPU=1"
-    )
-    if ON_GPU and INTERPRETED:
-        raise pytest.UsageError("VASE_TEST_GPU=1 and TRITON_INTERPRET=1 exclude each other")
+    if ON_GPU + INTERPRETED + EMULATED > 1:
+        raise pytest.UsageError(
+            "VASE_TEST_GPU=1, VASE_TEST_PTX=1 and TRITON_INTERPRET=1 exclude each other"
+        )
     if ON_GPU and not torch.cuda.is_available():
         raise pytest.UsageError("VASE_TEST_GPU=1 needs a GPU that torch can use; there is none")
 
@@ -49,3 +49,15 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _executed_ptx() -> Iterator[None]:
+    if not EMULATED:
+        yield
+        return
+    from tests.ptx.launcher import executed_ptx
+
+    with executed_ptx() as launcher:
+        yield
+    assert [str(race) for race in launcher.races] == []
