@@ -191,7 +191,9 @@ def _format(entry: Mapping[str, Any]) -> int:
 
 def _known(kind: type[Any], part: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a part of an entry that its dataclass has; others may be left out."""
-    return {field.name: part[field.name] for field in dataclasses.fields(kind)}
+    return {
+        field.name: part[field.name] for field in dataclasses.fields(kind) if field.name in part
+    }
 
 
 def _member(kind: type[_Member], name: str, part: Mapping[str, Any], row: Row) -> _Member:
