@@ -84,8 +84,8 @@ async def recorded(running: Running) -> dict[str, Counter[str]]:
         assert set((await problems(running.audit_url)).values()) <= {None}
         for tenant, count in (await store.tenants()).items():
             stored = await store.latest(tenant, before=None, count=count + 1)
-            assert len({entry.record.record_id for entry in stored}) == count
-            found[tenant] = Counter(entry.record.status for entry in stored)
+            assert len({entry.record_id for entry in stored}) == count
+            found[tenant] = Counter(entry.status for entry in stored)
         return found
     finally:
         await store.close()
