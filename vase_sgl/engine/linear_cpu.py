@@ -146,9 +146,9 @@ def tiled_linear_apply(
 ) -> torch.Tensor:
     """AROUND `UnquantizedLinearMethod.apply`."""
     if _extending and not has_fast_products(x.dtype):
-        return _tiled(in_float32(layer.weight, bias), x, layer.weight, EXTEND_TILE)
+        return tiled(in_float32(layer.weight, bias), x, layer.weight, EXTEND_TILE)
     tile = EXTEND_TILE if _extending else decode_tile(x.dtype)
-    return _tiled(lambda part: original(method, layer, part, bias), x, layer.weight, tile)
+    return tiled(lambda part: original(method, layer, part, bias), x, layer.weight, tile)
 
 
 def in_float32(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
@@ -172,7 +172,7 @@ def tiled_lm_head(
     **kwargs: Any,
 ) -> torch.Tensor:
     """AROUND `LogitsProcessor._compute_lm_head`. One row a request, so the decode tile serves."""
-    return _tiled(
+    return tiled(
         lambda part: original(processor, part, lm_head, *args, **kwargs),
         hidden_states,
         lm_head.weight,
@@ -189,7 +189,11 @@ def note_forward_mode(result: Any, *args: Any, **kwargs: Any) -> None:
     _extending = not result.forward_mode.is_decode()
 
 
-def _tiled(linear: Linear, x: torch.Tensor, weight: torch.Tensor, tallest: int) -> torch.Tensor:
+def tiled(linear: Linear, x: torch.Tensor, weight: torch.Tensor, tallest: int) -> torch.Tensor:
+    """`linear`, with this weight, over x [rows, features]: each row's bits are its own.
+
+    In tiles of up to `tallest` rows; the first call for a kind of weight finds out by `tiling`.
+    """
     shape = (weight.shape, weight.stride(), weight.dtype, tallest)
     if shape not in _trials:
         _trials[shape] = tiling(linear, x.shape[-1], x.dtype, tallest)

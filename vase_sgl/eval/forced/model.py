@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vase_sgl.engine.linear_cpu import Linear, has_fast_products, in_float32, in_tiles
+from vase_sgl.engine.linear_cpu import Linear, has_fast_products, in_float32, tiled
 from vase_sgl.eval.forced.branch import Branch, KVShape, attend_all
 from vase_sgl.eval.forced.session import Session
 from vase_sgl.eviction import EvictionParams
@@ -17,7 +17,7 @@ from vase_sgl.eviction import EvictionParams
 _ATTENTION = "vase_sgl_forced"
 #: Rows times vocabulary of one block of logits, which are float32.
 _LOGITS_PER_BLOCK = 1 << 24
-#: Rows of one matrix product. Equal tokens must give equal rows wherever they stand: layer 0's
+#: Most rows of one matrix product. Equal tokens must give equal rows wherever they stand: layer 0's
 #: values depend on the token alone, and ties between them are broken by position, not by rounding.
 _TILE = 128
 
@@ -142,7 +142,8 @@ class _TiledLinear(torch.nn.Module):
         linear: Linear = self.linear
         if not has_fast_products(x.dtype):
             linear = in_float32(self.linear.weight, self.linear.bias)
-        return in_tiles(linear, x.flatten(0, -2), _TILE).view(*x.shape[:-1], -1)
+        rows = tiled(linear, x.flatten(0, -2), self.linear.weight, _TILE)
+        return rows.view(*x.shape[:-1], -1)
 
 
 def _make_batch_invariant(model: torch.nn.Module) -> None:
