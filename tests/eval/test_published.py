@@ -49,6 +49,30 @@ def test_problems_that_take_steps() -> None:
     assert f"({min(loops)[0]} to {most} of 64, the {most} with `{arm}`)" in text
 
 
+def test_parts_on_problems_that_take_steps() -> None:
+    folder = ROOT / "benchmarks" / "results" / "eval_math_parts"
+    (cells,) = load([run.parent for run in sorted(folder.glob("*/run.json"))]).cells.values()
+    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    told = re.findall(r"^\| `(\S+)` \| (\d+), ([\d.]+) % (\[.*?\]) \| ([^|]*?) ?\|$", text, re.M)
+    rows = {c.arm: {r.item_id: bool(r.correct) for r in c.rows} for c in cells}
+    assert len(told) == len(rows) == 5
+    for arm, count, percent, interval, against in told:
+        shown = ACCURACY.estimate(next(c for c in cells if c.arm == arm))
+        assert shown is not None and tables.percent(shown) == f"{percent} {interval}"
+        assert sum(rows[arm].values()) == int(count) and len(rows[arm]) == 64
+        pairs = [(right, rows["vase-attnv"][item]) for item, right in rows[arm].items()]
+        better, worse = sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)
+        assert against == ("" if arm == "vase-attnv" else f"{better} : {worse}")
+    before: dict[str, dict[str, bool]] = {}
+    for line in (FOLDER / "at-128" / "rows.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        before.setdefault(row["arm"], {})[row["item_id"]] = bool(row["correct"])
+    for arm in ("vase-attnv", "snapkv"):
+        pairs = [(before[arm][item], right) for item, right in rows[arm].items()]
+        lost, won = sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)
+        assert f"`{arm}` lost {lost} of its right answers and won {won}" in text
+
+
 def by_budget(folder: str) -> dict[str, dict[int, dict[str, tuple[float, bool | None]]]]:
     """Arm -> budget (0: full) -> item -> nats per token, right or not."""
     found: dict[str, dict[int, dict[str, tuple[float, bool | None]]]] = {}
