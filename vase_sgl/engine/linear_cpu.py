@@ -70,9 +70,12 @@ def tiling(linear: Linear, features: int, dtype: torch.dtype, tallest: int) -> t
     place; at last single rows. Then twice as many at once as long as the bits stay the same.
     """
     tile, at_once = tallest, 1
-    while not _is_place_free(linear, rows := _trial(linear, features, dtype, tile), tile):
+    while True:
+        rows = _trial(linear, features, dtype, tile)
+        alone = in_tiles(linear, rows, tile)
+        if tile == ROW or _gives(linear, rows, tile, 1, alone):
+            break
         tile //= 2
-    alone = in_tiles(linear, rows, tile)
     while at_once < _TILES_AT_ONCE and _gives(linear, rows, tile, 2 * at_once, alone):
         at_once *= 2
     return tile, at_once
@@ -85,10 +88,6 @@ def _trial(linear: Linear, features: int, dtype: torch.dtype, tile: int) -> torc
     rows = max(_TRIAL_ROWS, _TRIAL_RESULTS // results)
     rows += -rows % (_TILES_AT_ONCE * tile)
     return torch.randn(rows, features, generator=generator).to(dtype)
-
-
-def _is_place_free(linear: Linear, rows: torch.Tensor, tile: int) -> bool:
-    return tile == ROW or _gives(linear, rows, tile, 1, in_tiles(linear, rows, tile))
 
 
 def _gives(
