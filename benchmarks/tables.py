@@ -5,12 +5,14 @@
 
 Rewritten is what lies between `<!-- results: NAME -->` and `<!-- end -->`: the table and plot of
 benchmarks/results/NAME.json, or that it has not been measured and how to. `goals` is made
-from several results, `floors`, `round_floors` and `value_range` from model shapes.
+from several results, `floors`, `round_floors` and `value_range` from model shapes, the second also
+from the instructions that were counted.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 import sys
 from collections.abc import Callable
@@ -37,6 +39,7 @@ COMMANDS = {
     "--cells 4x200 16x200 64x200 --seconds 30 --rounds 2 --cut",
     "overhead": "python -m benchmarks.overhead",
     "determinism": "python -m benchmarks.determinism",
+    "instructions": "python -m benchmarks.instructions",
     **{
         f"gpu/{name}": f"python -m benchmarks.gpu --only {name}"
         for name in (
@@ -50,6 +53,8 @@ _H100_BYTES_PER_SECOND = 3.35e12
 _H100_TENSOR_OPERATIONS_PER_SECOND = 989e12
 #: 16 a clock and multiprocessor, by CUDA's programming guide, at the clock of the line above.
 _H100_EXPONENTIALS_PER_SECOND = 16 * 132 * 1.83e9
+#: Of warps: four a clock and multiprocessor.
+_H100_INSTRUCTIONS_PER_SECOND = 4 * 132 * 1.83e9
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,7 +84,7 @@ def block(name: str, folder: Path) -> str:
     if name == "floors":
         return floors()
     if name == "round_floors":
-        return round_floors()
+        return round_floors(folder)
     if name == "value_range":
         return value_range()
     if name not in COMMANDS:
@@ -110,6 +115,10 @@ def _markdown(report: Report) -> str:
         from benchmarks import tuning  # likewise
 
         return tuning.markdown(report)
+    if report["benchmark"] == "instructions":
+        from benchmarks import instructions  # likewise
+
+        return instructions.markdown(report)
     return _MARKDOWN[report["benchmark"]](report)
 
 
@@ -187,7 +196,7 @@ def floors() -> str:
     return table(head, rows)
 
 
-def round_floors() -> str:
+def round_floors(folder: Path) -> str:
     """What a round of each policy asks of an H100, by its data sheet."""
     from vase_kernels.evict import POLICIES  # imports Triton
 
@@ -204,12 +213,17 @@ def round_floors() -> str:
         requests=batch,
     )
     steps = window * model.floor_seconds(batch, budget + window / 2, _H100_BYTES_PER_SECOND)
+    counted = results.read(folder / "instructions.json")
+    if Shape(**counted["settings"]) != dataclasses.replace(shape, layers=1, kv_heads=1, requests=1):
+        raise ValueError("instructions.json is of another shape than the floors of a round")
+    issued = {row["policy"]: sum(row["issued"].values()) for row in counted["samples"]}
     rows = []
     for policy in POLICIES:
         parts = (
             shape.floor_bytes(policy) / _H100_BYTES_PER_SECOND,
             shape.tensor_operations(policy) / _H100_TENSOR_OPERATIONS_PER_SECOND,
             shape.exponentials(policy) / _H100_EXPONENTIALS_PER_SECOND,
+            issued[policy] * shape.places / _H100_INSTRUCTIONS_PER_SECOND,
         )
         rows.append(
             (
@@ -220,7 +234,7 @@ def round_floors() -> str:
         )
     head = (
         f"Qwen3-14B, budget {budget:,}, {batch} requests due",
-        *("bytes, ms", "tensor cores, ms", "exponentials, ms"),
+        *("bytes, ms", "tensor cores, ms", "exponentials, ms", "instructions, ms"),
         f"of {window} decode steps",
     )
     return table(head, rows)

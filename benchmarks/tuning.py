@@ -23,7 +23,7 @@ import torch
 from triton.runtime.errors import OutOfResources  # type: ignore[import-untyped]
 from vase_kernels import scoring
 from vase_kernels.reference import SCORERS
-from vase_kernels.scoring import AttentionBlocks
+from vase_kernels.scoring import AttentionBlocks, ProjectionBlock
 
 from benchmarks.device_clock import device_seconds
 from benchmarks.eviction_case import Case, Shape
@@ -41,6 +41,7 @@ _ATTENTION = (
     AttentionBlocks(64, 128, 8),
     AttentionBlocks(64, 128, 8, stages=3),
     AttentionBlocks(128, 128, 8),
+    AttentionBlocks(64, 256, 8),
 )
 
 
@@ -56,18 +57,22 @@ def choices(policy: str, shape: Shape) -> Iterator[Choice]:
     """One change at a time to what the rounds of a policy are launched with."""
     reads = SCORERS[policy]
     if reads.reads_queries:
-        in_use = scoring.attention_blocks(shape.head_dim, torch.bfloat16)
+        pair_in_use = scoring.attention_blocks(shape.head_dim, torch.bfloat16)
         for kernel, blocks in itertools.product((0, 1), _ATTENTION):
-            if blocks != in_use[kernel]:
-                pair = tuple(blocks if i == kernel else in_use[i] for i in (0, 1))
+            if blocks != pair_in_use[kernel]:
+                pair = tuple(blocks if i == kernel else pair_in_use[i] for i in (0, 1))
                 name = f"{('lse', 'weights')[kernel]} {tuple(blocks)}"
                 yield Choice(name, {"attention_blocks": lambda *_, pair=pair: pair})
     if policy in ("vase-dkv", "curdkv"):
         yield from _numbers("SPLIT_DKV", 1, 2, 4)
-        yield from _numbers("WARPS_DKV", 4, 8)
-        yield from _blocks("projection_block", shape, (32, 64, 128))
+        in_use = scoring.projection_block(shape.head_dim, torch.bfloat16)
+        for columns, warps in itertools.product((32, 64, 128), (4, 8)):
+            block = ProjectionBlock(columns, warps)
+            if block != in_use:
+                name = f"projection {tuple(block)}"
+                yield Choice(name, {"projection_block": lambda *_, block=block: block})
     elif reads.reads_values or reads.reads_keys:
-        yield from _blocks("row_block", shape, (16, 32, 64, 128))
+        yield from _numbers("BLOCK_ROWS", 32, 64, 128)
     yield from _numbers("SPLIT", 1, 2, 4, 8)
     yield from _numbers("BLOCK_COLUMNS", 512, 1024, 2048)
 
@@ -76,13 +81,6 @@ def _numbers(name: str, *values: int) -> Iterator[Choice]:
     for value in values:
         if value != getattr(scoring, name):
             yield Choice(f"{name} {value}", {name: value})
-
-
-def _blocks(name: str, shape: Shape, values: tuple[int, ...]) -> Iterator[Choice]:
-    arguments = (shape.head_dim, torch.bfloat16)[: 1 if name == "row_block" else 2]
-    for value in values:
-        if value != getattr(scoring, name)(*arguments):
-            yield Choice(f"{name} {value}", {name: lambda *_, value=value: value})
 
 
 def measure(case: Case, choice: Choice, repeats: int, turns: int = 3) -> dict[str, Any]:

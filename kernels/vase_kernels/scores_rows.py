@@ -25,6 +25,43 @@ from vase_kernels.requests import (
 )
 from vase_kernels.select import order_of
 
+#: Above every float's image among the integers, and itself a NaN's bits.
+_NAN = tl.constexpr(0x7FFFFFFF)
+
+
+@triton.constexpr_function
+def _log2(power: int) -> int:
+    return power.bit_length() - 1
+
+
+@triton.jit
+def _neighbours(x):
+    """Columns [rows, columns / 2] of even and of odd number."""
+    return tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+
+
+@triton.jit
+def _range_of(rows, real, NEIGHBOURS: tl.constexpr):
+    """Maximum minus minimum of each row of [rows, columns]; NaN if it has one, or none but one inf.
+
+    real : [1, columns], which columns count
+    NEIGHBOURS : power of two, columns that one thread loads together. They are compared in its
+        registers by maxima that keep NaN; of what is left, threads exchange integers that order
+        like the floats do, NaN on top, for an exchange costs as much as several comparisons.
+    """
+    high = tl.where(real, rows, float("-inf"))
+    low = tl.where(real, rows, float("inf"))
+    for _ in tl.static_range(_log2(NEIGHBOURS)):
+        left, right = _neighbours(high)
+        high = tl.maximum(left, right, propagate_nan=tl.PropagateNan.ALL)
+        left, right = _neighbours(low)
+        low = tl.minimum(left, right)
+    bits = high.to(tl.int32, bitcast=True)
+    bits = tl.where(high != high, _NAN, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+    top = tl.max(bits, 1)
+    highest = (top ^ ((top >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    return highest - tl.min(low, 1)
+
 
 @triton.jit(do_not_specialize=OF_THE_BATCH)
 def ranges_kernel(
@@ -65,13 +102,8 @@ def ranges_kernel(
         rows = rows_of(
             v, columns, inside, depth, requests, n, head, req_to_token, context, HEADS, HEAD_DIM
         ).to(tl.float32)
-        real = depth < HEAD_DIM
-        high = tl.max(tl.where(real, rows, float("-inf")), 1)
-        low = tl.min(tl.where(real, rows, float("inf")), 1)
-        # Maxima may drop NaN; a row that holds one has no range.
-        undefined = tl.max((rows != rows).to(tl.int32), 1)
-        value_range = high - low
-        undefined = (undefined == 1) | (value_range != value_range)
+        value_range = _range_of(rows, depth < HEAD_DIM, 128 // ELEMENT.primitive_bitwidth)
+        undefined = value_range != value_range
         first = float("inf") if KEYS else float("-inf")
         key = tl.where(undefined, -first, -value_range)
         positions = positions_of(

@@ -27,11 +27,13 @@ from vase_kernels.workspace import Workspace
 
 #: Programs that share the columns or pairs of one head. No result depends on it.
 SPLIT = 4
-#: The same where a program first draws its Gaussian, and its warps.
+#: The same where a program first draws its Gaussian.
 SPLIT_DKV = 2
-WARPS_DKV = 8
 #: Columns a block of the kernels that read no rows.
 BLOCK_COLUMNS = 1024
+#: Rows a block of the kernels that make one number of a row: one a thread, for what is done once
+#: a row would else be done by several.
+BLOCK_ROWS = 128
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -135,8 +137,8 @@ def dot_operand(dtype: torch.dtype) -> Any:
     return tl.float32 if triton.knobs.runtime.interpret else ELEMENTS[dtype]
 
 
-def row_block(head_dim: int) -> int:
-    """Rows a block of the kernels that make one number of a row."""
+def similarity_block(head_dim: int) -> int:
+    """Rows a block of rkv's similarities."""
     return 64 if head_dim <= 64 else 32
 
 
@@ -144,8 +146,10 @@ def attention_blocks(head_dim: int, dtype: torch.dtype) -> tuple[AttentionBlocks
     """Blocks of `lse_kernel` and of `weights_kernel`.
 
     The block that a program keeps is the large one: the other one passes through L2 as often as
-    there are programs, which is what these kernels wait for beside exponentials. `weights_kernel`
-    reads whole blocks of sums, so its queries divide those of `lse_kernel`, which pads them.
+    there are programs, which is what these kernels wait for beside exponentials. A warp has 64
+    logits a thread where registers allow: with 32, what a block costs beside them would take as
+    many instructions as the exponentials leave. `weights_kernel` reads whole blocks of sums, so
+    its queries divide those of `lse_kernel`, which pads them.
     """
     row_bytes = triton.next_power_of_2(head_dim) * dtype.itemsize
     if dtype.itemsize == 4:
@@ -154,12 +158,25 @@ def attention_blocks(head_dim: int, dtype: torch.dtype) -> tuple[AttentionBlocks
         return same, same
     if row_bytes > 256:
         return AttentionBlocks(64, 64, 4), AttentionBlocks(64, 64, 4)
-    return AttentionBlocks(128, 64, 8), AttentionBlocks(64, 128, 8)
+    return AttentionBlocks(128, 128, 8), AttentionBlocks(64, 256, 8)
 
 
-def projection_block(head_dim: int, dtype: torch.dtype) -> int:
-    """Columns a block of vase-dkv and curdkv, beside the parts of G."""
-    return 64 if triton.next_power_of_2(head_dim) * dtype.itemsize <= 256 else 16
+class ProjectionBlock(NamedTuple):
+    """Columns of a block beside the parts of G, and the warps that share it."""
+
+    columns: int
+    warps: int
+
+
+def projection_block(head_dim: int, dtype: torch.dtype) -> ProjectionBlock:
+    """Block of vase-dkv and curdkv.
+
+    64 rows of K or V are one tensor core product of four warps. Eight would share its columns and
+    each do all that is beside it; they are for rows that four have no registers for.
+    """
+    if triton.next_power_of_2(head_dim) * dtype.itemsize > 256:
+        return ProjectionBlock(16, 8)
+    return ProjectionBlock(64, 8 if dtype.itemsize == 4 else 4)
 
 
 def _attention(r: Round) -> None:
@@ -209,7 +226,7 @@ def _ranges(r: Round, *, keys: bool) -> None:
         r.workspace.maxima.columns,
         ELEMENT=ELEMENTS[r.pool.dtype],
         KEYS=keys,
-        BLOCK=row_block(r.pool.head_dim),
+        BLOCK=BLOCK_ROWS,
         **r.rows,
     )
 
@@ -232,6 +249,7 @@ def _vase_attnv(r: Round) -> None:
 
 def _dkv(r: Round, *, fixed: bool) -> None:
     part = part_dtype(r.pool.dtype)
+    block = projection_block(r.pool.head_dim, part)
     dkv_kernel[(SPLIT_DKV, *r.heads)](
         r.workspace.order,
         r.pool.k_pointers,
@@ -244,9 +262,9 @@ def _dkv(r: Round, *, fixed: bool) -> None:
         PART=ELEMENTS[part],
         DOT=dot_operand(part),
         FIXED=fixed,
-        BLOCK=projection_block(r.pool.head_dim, part),
+        BLOCK=block.columns,
         num_stages=2,
-        num_warps=WARPS_DKV,
+        num_warps=block.warps,
         **r.rows,
     )
 
@@ -270,7 +288,7 @@ def _rkv(r: Round) -> None:
         pool.req_to_token.shape[1],
         scratch.maxima.columns,
         ELEMENT=ELEMENTS[pool.dtype],
-        BLOCK=row_block(pool.head_dim),
+        BLOCK=similarity_block(pool.head_dim),
         **r.rows,
     )
     mix_kernel[r.heads](
@@ -285,7 +303,7 @@ def _knorm(r: Round) -> None:
         *r.table,
         r.workspace.maxima.columns,
         ELEMENT=ELEMENTS[r.pool.dtype],
-        BLOCK=row_block(r.pool.head_dim),
+        BLOCK=BLOCK_ROWS,
         **r.rows,
     )
 

@@ -54,7 +54,7 @@ def test_kernels_and_reference_agree_over_several_rounds() -> None:
 
 def test_a_choice_of_block_shapes_is_a_round() -> None:
     """Choices take the place of what the kernels are launched with, and only while measured."""
-    wanted = {("vase-attnv", "SPLIT 1"), ("vase-dkv", "WARPS_DKV 4"), ("knorm", "SPLIT 8")}
+    wanted = {("vase-attnv", "SPLIT 1"), ("vase-dkv", "SPLIT_DKV 1"), ("knorm", "SPLIT 8")}
     before, rows = dict(vars(scoring)), []
     for policy in POLICIES:
         case = Case(TINY, policy, CPU)

@@ -12,12 +12,22 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from triton.runtime.errors import OutOfResources
 from vase_kernels.scoring import Round
 
-from benchmarks import device_clock, eviction_case, kernels, overhead, tuning
+from benchmarks import (
+    device_clock,
+    eviction_case,
+    instructions,
+    kernels,
+    overhead,
+    results,
+    tuning,
+)
 from benchmarks.environment import ROOT
 from benchmarks.eviction_case import Case, Shape
+from tests.triton.device import INTERPRETED
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
@@ -37,14 +47,15 @@ def test_a_choice_reaches_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     case, launched = Case(TINY, "vase-dkv", CPU), []
 
     def seconds(case: Case, repeats: int, clock: object) -> float:
-        launched.append((tuning.scoring.WARPS_DKV, tuning.scoring.projection_block(16, BF16)))
+        scoring = tuning.scoring
+        launched.append((scoring.SPLIT_DKV, *scoring.projection_block(16, BF16)))
         return float(len(launched))
 
     monkeypatch.setattr(tuning, "kernels_seconds", seconds)
     for choice in tuning.choices("vase-dkv", TINY):
-        if choice.name in ("WARPS_DKV 4", "projection_block 32"):
+        if choice.name in ("SPLIT_DKV 4", "projection (32, 8)"):
             tuning.measure(case, choice, 1, turns=1)
-    assert launched == [(8, 64), (4, 64), (8, 64), (8, 32)]
+    assert sorted(launched) == [(2, 32, 8), (2, 64, 4), (2, 64, 4), (4, 64, 4)]
 
 
 def test_a_choice_that_does_not_fit_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,3 +193,13 @@ def test_memory_of_the_copies_is_given_back(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: seen.append("give back"))
     assert overhead.bandwidth() == 5.0
     assert seen == ["copy", "give back"]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled")
+def test_the_counted_instructions_are_those_of_the_kernels() -> None:
+    """`python -m benchmarks.instructions` after a change of a kernel, then `benchmarks.tables`."""
+    report = results.read(results.FOLDER / "instructions.json")
+    assert report["kernels"] == instructions.kernels_digest()
+    assert report["environment"]["versions"]["triton"] == triton.__version__
+    issued = {row["policy"]: row["issued"] for row in report["samples"]}
+    assert issued["knorm"] == instructions.count("knorm", Shape(**report["settings"]))

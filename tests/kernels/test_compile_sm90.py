@@ -134,10 +134,6 @@ def attention(
     )
 
 
-def one_number(dtype: torch.dtype, head_dim: int) -> dict[str, Any]:
-    return rows(dtype, head_dim) | {"BLOCK": scoring.row_block(head_dim)}
-
-
 def dkv(dtype: torch.dtype, head_dim: int, fixed: bool) -> dict[str, Any]:
     part = scoring.part_dtype(dtype)
     return rows(dtype, head_dim) | {
@@ -145,7 +141,7 @@ def dkv(dtype: torch.dtype, head_dim: int, fixed: bool) -> dict[str, Any]:
         "PART": ELEMENTS[part],
         "DOT": scoring.dot_operand(part),
         "FIXED": fixed,
-        "BLOCK": scoring.projection_block(head_dim, part),
+        "BLOCK": scoring.projection_block(head_dim, part).columns,
     }
 
 
@@ -181,14 +177,17 @@ def test_kernels_that_read_rows(name, head_dim, tmp_path):
         assert "wgmma" in binary.asm["ptx"] or dtype.itemsize == 4, "no Hopper tensor cores"
         # The conversion that keeps infinities and NaN; Triton's own to bfloat16 does not.
         assert "cvt.rn.f16x2.e5m2x2" in binary.asm["ptx"] or name != "e5m2"
+    one_number = rows(dtype, head_dim) | {"BLOCK": scoring.BLOCK_ROWS}
     for keys in (True, False):
-        check(compiled(ranges_kernel, **one_number(dtype, head_dim), KEYS=keys), tmp_path)
-    for kernel in (norms_kernel, similarity_kernel):
-        check(compiled(kernel, **one_number(dtype, head_dim)), tmp_path)
+        check(compiled(ranges_kernel, **one_number, KEYS=keys), tmp_path)
+    check(compiled(norms_kernel, **one_number), tmp_path)
+    one_number["BLOCK"] = scoring.similarity_block(head_dim)
+    check(compiled(similarity_kernel, **one_number), tmp_path)
+    warps = scoring.projection_block(head_dim, scoring.part_dtype(dtype)).warps
     for fixed in {name == "bf16", False}:  # it changes one scalar
         binary = compiled(
             dkv_kernel,
-            options={"num_warps": scoring.WARPS_DKV, "num_stages": 2},
+            options={"num_warps": warps, "num_stages": 2},
             **dkv(dtype, head_dim, fixed),
         )
         check(binary, tmp_path, max_stack=3072 if widest else 0)

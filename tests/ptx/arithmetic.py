@@ -171,6 +171,7 @@ _FLOATS: dict[str, tuple[int, Callable[..., Array]]] = {
     "mul": (2, np.multiply),
     "div.full": (2, np.divide),
     "max": (2, _largest),
+    "max.NaN": (2, lambda x, y: np.where(np.isnan(x) | np.isnan(y), x + y, _largest(x, y))),
     "min": (2, _smallest),
     "fma.rn": (3, _fused),
     "ex2.approx": (1, _exp2),
@@ -307,7 +308,10 @@ _TABLE: tuple[tuple[str, Callable[..., Operation]], ...] = (
         r"popc\.b32",
         lambda: Operation(("b32",), "u32", lambda x: np.bitwise_count(x).astype(np.uint32)),
     ),
-    (r"(add|sub|mul|max|min|div\.full|fma\.rn|ex2\.approx|sqrt\.approx)(\.ftz)?\.f32", _float),
+    (
+        r"(add|sub|mul|max(?:\.NaN)?|min|div\.full|fma\.rn|ex2\.approx|sqrt\.approx)(\.ftz)?\.f32",
+        _float,
+    ),
     (r"neg\.f32", lambda: Operation(("b32",), "b32", lambda x: x ^ _SIGN)),
     (r"abs\.f32", lambda: Operation(("b32",), "b32", lambda x: x & ~_SIGN)),
     (

@@ -73,6 +73,8 @@ class Block:
         self.special = {"%tid.x": self.threads.astype(np.uint32)} | {"global_smem": _word(0)}
         for axis, at, size in zip("xyz", place, grid, strict=True):
             self.special |= {f"%ctaid.{axis}": _word(at), f"%nctaid.{axis}": _word(size)}
+        #: Instructions of warps so far, also those that a guard holds back in all of its lanes.
+        self.issued = 0
         #: Under way: `transfers.Copy`, `tensor_cores.Factor`.
         self.copies: list[Any] = []
         self.factors: list[Any] = []
@@ -99,6 +101,7 @@ class Block:
             together = ready & (counter == at)
             others = counter[ready & ~together]
             until = int(others.min()) if len(others) else len(instructions)
+            warps, first = int(together.reshape(-1, WARP).any(1).sum()), at
             while at < until:
                 x, step = instructions[at], self._steps[at]
                 lanes = together
@@ -120,6 +123,7 @@ class Block:
             else:
                 counter[together] = at
                 live &= counter < len(instructions)
+            self.issued += warps * (at - first)
         return self.epoch + 1
 
     def access(self, x: Instruction, lanes: Array) -> Access:

@@ -57,6 +57,7 @@ class Launcher:
 
     races : of all launches
     launches : how many, by kernel
+    issued : instructions of warps in them, by kernel
     shuffled : generator of the order in which warps run, or None for lockstep
     """
 
@@ -65,6 +66,7 @@ class Launcher:
     def __init__(self, shuffled: np.random.Generator | None = None) -> None:
         self.races = RaceLog()
         self.launches: collections.Counter[str] = collections.Counter()
+        self.issued: collections.Counter[str] = collections.Counter()
         self.shuffled = shuffled
         self._mapped: list[Tensor] = []
 
@@ -90,7 +92,7 @@ class Launcher:
         epoch = 0
         with np.errstate(all="ignore"):
             for number, place in enumerate(places):
-                epoch = Block(
+                block = Block(
                     compiled.program,
                     compiled.steps,
                     parameters,
@@ -102,7 +104,9 @@ class Launcher:
                     epoch=epoch,
                     shared=compiled.shared,
                     shuffled=self.shuffled,
-                ).run()
+                )
+                epoch = block.run()
+                self.issued[kernel.__name__] += block.issued
 
     def _kernel(
         self, kernel: JITFunction[Any], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -234,6 +234,9 @@ def test_numbers_at_the_edges() -> None:
     nan = compute("sub.f32", infinity, infinity)
     assert nan.view(torch.int32).tolist() == [0x7FFFFFFF]
     assert compute("max.f32", nan.numpy(), infinity).tolist() == [np.inf]
+    for pair in ((nan.numpy(), infinity), (infinity, -nan.numpy())):
+        assert compute("max.NaN.f32", *pair).view(torch.int32).tolist() == [0x7FFFFFFF]
+    assert compute("max.NaN.f32", *zeros).signbit().tolist() == [False, False]
     assert compute("setp.ne.f32", nan.numpy(), nan.numpy()).tolist() == [False]
     subnormal, one = np.float32([1e-40]), np.float32([1])
     assert compute("mul.f32", subnormal, one).tolist() == subnormal.tolist()

@@ -15,6 +15,7 @@ from tests.ptx.launcher import Launcher
 from tests.triton import test_copy_rows as copies
 from tests.triton import test_evict as evictions
 from tests.triton import test_query_ring as rings
+from tests.triton import test_scores as scores
 from tests.triton import test_select as selection
 from tests.triton.scene import (
     POLICIES,
@@ -60,6 +61,11 @@ def test_warps_in_another_order(policy: str, launcher: Launcher) -> None:
 def test_float8_rows_with_nan_and_infinities(policy: str, launcher: Launcher) -> None:
     """Which the interpreter reads as numbers."""
     evictions.test_nan_and_inf_rows(policy, torch.float8_e5m2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.bfloat16], ids=str)
+def test_ranges(dtype: torch.dtype, launcher: Launcher) -> None:
+    scores.test_a_range_is_that_of_the_whole_row(dtype)
 
 
 @pytest.mark.parametrize("kind", ["many ties", "special"])

@@ -87,3 +87,31 @@ def test_keys(policy, dtype, pinned):
         torch.testing.assert_close(
             got[layer].double(), torch.from_numpy(exact), rtol=2e-5, atol=2 * tolerance
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_range_is_that_of_the_whole_row(dtype):
+    """Wherever its extremes lie; with a NaN anywhere, of either sign, it has none."""
+    dim, window = 64, 16
+    values = torch.randn(2 * dim + 5, 2, dim, generator=torch.Generator().manual_seed(0)).clamp(
+        -3, 3
+    )
+    column = torch.arange(dim)
+    values[column, :, column] = torch.where(column % 2 == 0, torch.nan, -torch.nan)[:, None]
+    values[dim + column, :, column] = torch.where(column % 2 == 0, 8.0, -8.0)[:, None]
+    values[2 * dim] = torch.inf
+    values[2 * dim + 1] = -torch.inf
+    values[2 * dim + 2, :, 5] = -torch.inf
+    values[2 * dim + 3, :, 7:9] = torch.tensor([torch.inf, -torch.inf])
+    values[2 * dim + 4] = 0
+    r = due(1, len(values) + window, 100, window, round=2, logical_length=999, num_sinks=0)
+    scene = make_scene([r], layers=1, dim=dim, dtype=dtype)
+    older = scene.req_to_token[r.row, : len(values)].long()
+    scene.v[0][older] = values.to(dtype)
+    workspace = make_workspace(scene, [r])
+    run_kernels("evict-largest-values", scene, [r], workspace)
+    (got,) = keys_left_in(workspace, scene, [r])
+    rows = values.to(dtype).float()
+    ranges = rows.amax(-1) - rows.amin(-1)
+    assert ranges.isnan().all(1).tolist() == [True] * dim + [False] * dim + [True] * 2 + [False] * 3
+    assert torch.equal(got[0], -ranges.nan_to_num(nan=torch.inf, posinf=torch.inf).T)

@@ -24,7 +24,12 @@ def source_digest(root: Path = Path(vase_sgl.__file__).parent) -> str:
     Comments, docstrings and layout do not count, nor which Python reads it. The first call takes
     some tenths of a second.
     """
-    files = sorted(file for folder in _FOLDERS for file in (root / folder).rglob("*.py"))
+    return digest_of(root, _FOLDERS)
+
+
+def digest_of(root: Path, folders: tuple[str, ...] = (".",)) -> str:
+    """16 hex digits of what the Python files in some folders of `root` do."""
+    files = sorted(file for folder in folders for file in (root / folder).rglob("*.py"))
     code = {str(file.relative_to(root)): code_of(file.read_text("utf-8")) for file in files}
     return hashlib.sha256(repr(sorted(code.items())).encode()).hexdigest()[:16]
 
