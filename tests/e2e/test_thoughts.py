@@ -30,7 +30,8 @@ def chat(question: str) -> list[Any]:
 
 
 async def told(url: str, key: str) -> list[tuple[str, list[Any]]]:
-    """To each question the whole answer's id, and its thought and content whole and streamed."""
+    """To each question the whole answer's id; its thought and content, whole and streamed; and how
+    many tokens the thought is said to have."""
     plain = DefaultAsyncHttpxClient(verify=False)  # it would load every authority
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key=key, http_client=plain) as api:
         model = (await api.models.list()).data[0].id
@@ -47,7 +48,8 @@ async def told(url: str, key: str) -> list[tuple[str, list[Any]]]:
                 "".join(delta.reasoning_content or "" for delta in deltas),
                 "".join(delta.content or "" for delta in deltas),
             )
-            return answer.id, [(message.reasoning_content, message.content), streamed]
+            counted = answer.usage.completion_tokens_details.reasoning_tokens
+            return answer.id, [(message.reasoning_content, message.content), streamed, counted]
 
         return await asyncio.gather(*map(ask, QUESTIONS))
 
@@ -64,7 +66,11 @@ async def test_thoughts_are_told_apart_as_sglang_does(
         ids = [id_.removeprefix("chatcmpl-") for id_, _ in answers]
         records = [await client.get_record(id_) for id_ in ids]
     parts = [(THOUGHT, CONTENT), (THOUGHT.lstrip(), CONTENT)]
-    assert [found for _, found in answers] == [[part] * 2 for part in parts]
+    assert [found[:2] for _, found in answers] == [[part] * 2 for part in parts]
+    assert all(
+        0 < found[2] < len(r.output_token_ids)
+        for (_, found), r in zip(answers, records, strict=True)
+    )
     assert [record.text for record in records] == [TEXT, TEXT.removeprefix("<think>\n")]
     by_sglang = await told(second_worker.url, SECOND_KEY)
     assert [found for _, found in by_sglang] == [found for _, found in answers]

@@ -80,7 +80,8 @@ def test_a_prompt_may_open_the_thought(
     bytes_: PreTrainedTokenizerFast, prompt: str, begun: bool
 ) -> None:
     token_ids = bytes_.encode(prompt, add_special_tokens=False)
-    told = {"start": START, "end": END, "begun": begun}
+    end_ids = bytes_.encode(END, add_special_tokens=False)
+    told = {"start": START, "end": END, "begun": begun, "end_ids": end_ids}
     assert thinking.describe("qwen3", bytes_, token_ids) == told
     assert thinking.describe("gpt-oss", bytes_, token_ids) is None
     assert thinking.describe(None, bytes_, token_ids) is None
@@ -144,7 +145,9 @@ async def test_tokens_of_a_chat_come_with_the_markers(
 ) -> None:
     chat = await tokenized(monkeypatch, bytes_, messages=[{"role": "user", "content": "a"}])
     assert chat["tokens"] == bytes_.encode("a<think>") and chat["count"] == 8
-    assert chat["vase"] == {"thinking": {"start": START, "end": END, "begun": True}}
+    assert chat["vase"] == {
+        "thinking": {"start": START, "end": END, "begun": True, "end_ids": bytes_.encode(END)}
+    }
     assert "vase" not in await tokenized(monkeypatch, bytes_, prompt="a<think>")
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.gateway.running import Running, run_gateway
 from tests.gateway.test_openai import CHAT, client
-from vase_sgl.gateway.openai.thoughts import MAX_BLANKS, Parts, Splitter
+from vase_sgl.gateway.openai.thoughts import MAX_BLANKS, Parts, Splitter, thought_tokens
 from vase_sgl.gateway.workers import Thinking
 
 MARKS = {"start": "<think>", "end": "</think>", "begun": False}
@@ -123,6 +123,57 @@ async def test_records_replays_and_grpc_have_the_text_whole(door: Running) -> No
     assert (await door.client.replay(record.record_id).verdict()).outcome == "MATCH"
     same = await door.client.generate_once(CHAT, max_new_tokens=len(PIECES), seed=3)
     assert same.text == RAW
+
+
+async def test_usage_tells_the_tokens_of_thoughts(door: Running) -> None:
+    door.worker.pieces = ("<think>", "a", "</thi", "nk>", "b")
+    call: Any = {"model": "scripted", "messages": CHAT, "max_tokens": 5, "seed": 3, "n": 2}
+    streamed = {**call, "stream": True, "stream_options": {"include_usage": True}}
+
+    async def usage(**options: Any) -> list[dict[str, Any] | None]:
+        async with client(door) as api:
+            whole = await api.chat.completions.create(**call, **options)
+            *_, last = [chunk async for chunk in await api.chat.completions.create(**streamed)]
+        for counted in (whole.usage, last.usage):
+            assert counted is not None and counted.completion_tokens == 10
+        return [x.usage.to_dict().get("completion_tokens_details") for x in (whole, last)]
+
+    assert await usage() == [None, None]  # of a worker that does not tell the end's tokens
+    async with client(door) as api:
+        answer = await api.chat.completions.create(**{**call, "n": 1})
+    record = await door.client.get_record(answer.id.removeprefix("chatcmpl-"))
+    door.worker.thinking = {**MARKS, "end_ids": list(record.output_token_ids[2:4])}
+    assert await usage() == [None, None]  # the second sample draws other tokens
+    call["n"] = streamed["n"] = 1
+    door.worker.pieces += ("c",) * 5
+    call["max_tokens"] = streamed["max_tokens"] = 10
+    counted = {"reasoning_tokens": 4}
+    assert await usage() == [counted, counted]
+    whole_text = {"extra_body": {"separate_reasoning": False}}
+    assert await usage(**whole_text) == [counted, counted]
+    door.worker.thinking = None
+    assert await usage() == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("text", "token_ids", "begun", "tokens"),
+    [
+        ("<think>a</think>b", [1, 2, 7, 8, 3], False, 4),
+        ("a</think>", [2, 7, 8], True, 3),
+        ("</think>a", [7, 8, 2], True, 2),
+        ("a b", [2, 3], True, 2),  # no end
+        ("", [], True, 0),
+        ("a</think>b", [2, 7, 8, 3], False, 0),  # no thought
+        ("<think>a</think>b", [1, 7, 7, 8, 3, 7, 8], False, 4),
+        ("<think>a</think>b", [1, 2, 7, 9, 3], False, None),  # the end in other tokens
+        ("<think>a</think>b", [1, 2, 3, 7], False, None),
+    ],
+)
+def test_tokens_of_a_thought(
+    text: str, token_ids: list[int], begun: bool, tokens: int | None
+) -> None:
+    told = Thinking("<think>", "</think>", begun, end_ids=(7, 8))
+    assert thought_tokens(text, tuple(token_ids), told) == tokens
 
 
 async def test_a_stop_string_ends_a_thought(door: Running) -> None:

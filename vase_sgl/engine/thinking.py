@@ -53,7 +53,10 @@ def _is_text(marker: str, tokenizer: Any) -> bool:
 
 
 def describe(parser: str | None, tokenizer: Any, prompt: Sequence[int]) -> dict[str, Any] | None:
-    """The markers, and whether the prompt ends in an opened thought; None: as for `markers`."""
+    """The markers, whether the prompt ends in an opened thought, and the end's token ids.
+
+    None: as for `markers`.
+    """
     found = markers(parser, tokenizer) if parser else None
     if found is None:
         return None
@@ -61,7 +64,12 @@ def describe(parser: str | None, tokenizer: Any, prompt: Sequence[int]) -> dict[
     # A token of the marker has a byte at least.
     last = prompt[-(len(start.encode()) + _BLANK_TOKENS) :]
     text = tokenizer.decode(last, skip_special_tokens=False)
-    return {"start": start, "end": end, "begun": text.rstrip().endswith(start.rstrip())}
+    return {
+        "start": start,
+        "end": end,
+        "begun": text.rstrip().endswith(start.rstrip()),
+        "end_ids": tokenizer.encode(end, add_special_tokens=False),
+    }
 
 
 def warn_of_whole_text(scheduler: Any) -> None:

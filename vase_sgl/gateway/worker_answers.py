@@ -136,7 +136,12 @@ def thinking_of(vase: Mapping[str, Any] | None) -> Thinking | None:
     told = None if vase is None else vase["thinking"]
     if told is None:
         return None
-    thinking = Thinking(str(told["start"]), str(told["end"]), bool(told["begun"]))
+    thinking = Thinking(
+        start=str(told["start"]),
+        end=str(told["end"]),
+        begun=bool(told["begun"]),
+        end_ids=token_ids_of(told.get("end_ids", [])),
+    )
     if not (thinking.start and thinking.end):
         raise ValueError("a marker without characters")
     return thinking

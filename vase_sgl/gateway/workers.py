@@ -182,11 +182,13 @@ class Thinking:
     """What is before and after a thought in a model's text; neither is empty.
 
     begun: the prompt ends in `start`, so that the answer begins in a thought.
+    end_ids: `end` as the tokenizer writes it; empty: older workers do not tell.
     """
 
     start: str
     end: str
     begun: bool
+    end_ids: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

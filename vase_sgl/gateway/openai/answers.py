@@ -10,7 +10,7 @@ from vase_sgl.gateway.audit import Record
 from vase_sgl.gateway.errors import REQUEST_ID, GatewayError
 from vase_sgl.gateway.openai.names import in_http_names
 from vase_sgl.gateway.openai.requests import Call
-from vase_sgl.gateway.openai.thoughts import Splitter
+from vase_sgl.gateway.openai.thoughts import Splitter, thought_tokens
 from vase_sgl.gateway.workers import Thinking
 
 Kind = Literal["chat", "completion"]
@@ -41,13 +41,20 @@ class Answer:
     created: int
     request_id: str
 
-    def whole(self, records: Sequence[Record], thinking: Thinking | None) -> dict[str, Any]:
-        """A whole answer; one record for each sample. None: no thought is told apart."""
+    def whole(
+        self, records: Sequence[Record], thinking: Thinking | None, *, separate: bool
+    ) -> dict[str, Any]:
+        """A whole answer; one record for each sample.
+
+        thinking : None: there are no thoughts
+        separate : tell them apart
+        """
         choices = []
         for index, record in enumerate(records):
             content: dict[str, Any] = {"text": record.text}
             if self.kind == "chat":
-                content = {"message": {"role": "assistant", **_message(record.text, thinking)}}
+                parts = _message(record.text, thinking if separate else None)
+                content = {"message": {"role": "assistant", **parts}}
             choices.append(
                 {
                     "index": index,
@@ -59,7 +66,7 @@ class Answer:
         return {
             **self._head(_OBJECT[self.kind]),
             "choices": choices,
-            "usage": usage(records),
+            "usage": usage(records, thinking),
             "vase": _vase(records),
         }
 
@@ -84,10 +91,10 @@ class Answer:
             "vase": _vase([record]),
         }
 
-    def usage(self, records: Sequence[Record]) -> dict[str, Any]:
+    def usage(self, records: Sequence[Record], thinking: Thinking | None) -> dict[str, Any]:
         """The chunk that ends a stream with `include_usage`."""
         head = self._head(_CHUNK_OBJECT[self.kind])
-        return {**head, "choices": [], "usage": usage(records)}
+        return {**head, "choices": [], "usage": usage(records, thinking)}
 
     def _chunk(self, index: int, content: dict[str, Any], finish: str | None) -> dict[str, Any]:
         choice = {"index": index, **content, "logprobs": None, "finish_reason": finish}
@@ -115,15 +122,24 @@ def _message(text: str, thinking: Thinking | None) -> dict[str, Any]:
     return {"content": parts.content, "reasoning_content": parts.reasoning or None}
 
 
-def usage(records: Sequence[Record]) -> dict[str, int]:
-    """Tokens read and written; the prompt counts once, however many samples it has."""
+def usage(records: Sequence[Record], thinking: Thinking | None) -> dict[str, Any]:
+    """Tokens read and written; the prompt counts once, however many samples it has.
+
+    Those of thoughts are told where a thought can be, if they are known of every sample.
+    """
     prompt = len(records[0].prompt_token_ids)
     completion = sum(len(record.output_token_ids) for record in records)
-    return {
+    counts: dict[str, Any] = {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
     }
+    if thinking is not None:
+        thoughts = [thought_tokens(r.text, r.output_token_ids, thinking) for r in records]
+        known = [tokens for tokens in thoughts if tokens is not None]
+        if len(known) == len(thoughts):
+            counts["completion_tokens_details"] = {"reasoning_tokens": sum(known)}
+    return counts
 
 
 def error(

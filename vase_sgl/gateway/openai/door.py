@@ -251,7 +251,7 @@ class _Samples:
 
         records = await self._run(ignore)
         answer = self._answer_for(records[0].record_id)
-        body = answer.whole(records, self._thinking())
+        body = answer.whole(records, self._thinking(), separate=self._call.separate_reasoning)
         return web.json_response(body, headers={REQUEST_ID: answer.request_id})
 
     async def streamed(self) -> web.StreamResponse:
@@ -272,7 +272,7 @@ class _Samples:
             return self._response
         assert self._response is not None and self._answer is not None
         if self._call.include_usage:
-            await self._write(self._answer.usage(records))
+            await self._write(self._answer.usage(records, self._thinking()))
         await self._write("[DONE]")
         return self._response
 
@@ -316,7 +316,8 @@ class _Samples:
         if message.HasField("started"):
             await self._open(message.started.request_id)
             assert self._answer is not None
-            self._splitters[index] = Splitter(self._thinking())
+            separate = self._call.separate_reasoning
+            self._splitters[index] = Splitter(self._thinking() if separate else None)
             if self._kind == "chat":
                 await self._write(self._answer.role(index))
         elif message.chunk.text:
@@ -336,9 +337,9 @@ class _Samples:
         await self._write(self._answer.finish(index, record))
 
     def _thinking(self) -> Thinking | None:
-        """How thoughts are told apart; known once a sample has its prompt's tokens."""
+        """How thoughts are marked; known once a sample has its prompt's tokens."""
         assert self._shared.tokenized is not None
-        return self._shared.tokenized.thinking if self._call.separate_reasoning else None
+        return self._shared.tokenized.thinking
 
     async def _open(self, request_id: str) -> None:
         """Send the headers, once the first sample was accepted; before that, errors have theirs."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from vase_sgl.gateway.deltas import beginning_at_end
@@ -38,9 +39,12 @@ class Splitter:
         """None: all text is content."""
         self._start = self._end = self._held = ""
         self._place = _Place.CONTENT
+        #: A thought has begun, and has ended.
+        self.began = self.ended = False
         if thinking is not None:
             self._start, self._end = thinking.start, thinking.end
             self._place = _Place.OPENING if thinking.begun else _Place.BEFORE
+            self.began = thinking.begun
 
     def take(self, text: str, *, final: bool = False) -> Parts:
         """What is known of the text with this piece of it; nothing is held back if `final`.
@@ -55,6 +59,7 @@ class Splitter:
             if blanks <= MAX_BLANKS and bare.startswith(start):
                 reasoning, held = held[:blanks], bare
                 self._place = _Place.OPENING
+                self.began = True
             elif final or blanks > MAX_BLANKS or not start.startswith(bare):
                 self._place = _Place.CONTENT
         if self._place is _Place.OPENING:
@@ -66,6 +71,7 @@ class Splitter:
             thought, found, rest = held.partition(end)
             if found:
                 self._place = _Place.CONTENT
+                self.ended = True
             elif not final:
                 cut = len(thought) - beginning_at_end(thought, [end])
                 thought, rest = thought[:cut], thought[cut:]
@@ -74,3 +80,20 @@ class Splitter:
             content, held = held, ""
         self._held = held
         return Parts(reasoning, content)
+
+
+def thought_tokens(text: str, token_ids: Sequence[int], thinking: Thinking) -> int | None:
+    """How many tokens of an answer are its thought, markers included, as SGLang counts them.
+
+    All, if the thought does not end. None: the tokens do not show where it does, because the model
+    wrote the end in other ones, or the worker does not tell them.
+    """
+    splitter = Splitter(thinking)
+    splitter.take(text, final=True)
+    if not splitter.began:
+        return 0
+    if not splitter.ended:
+        return len(token_ids)
+    end, size = thinking.end_ids, len(thinking.end_ids)
+    starts = (i for i, token in enumerate(token_ids) if end and token == end[0])
+    return next((i + size for i in starts if tuple(token_ids[i : i + size]) == end), None)
